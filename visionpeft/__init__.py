@@ -1,0 +1,38 @@
+"""visionpeft: adapt a pretrained YOLO or timm model to your own images on the GPU you already have."""
+
+from .api import (
+    Adapted,
+    detach,
+    export,
+    inspect,
+    list_families,
+    list_methods,
+    load,
+    merge,
+    plan,
+    predict,
+    train,
+    val,
+    verify,
+)
+from .errors import VisionpeftError
+from .run import Run
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapted",
+    "Run",
+    "VisionpeftError",
+    "detach",
+    "export",
+    "inspect",
+    "list_families",
+    "list_methods",
+    "load",
+    "merge",
+    "plan",
+    "predict",
+    "train",
+    "val",
+    "verify",
+]

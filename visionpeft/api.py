@@ -1,0 +1,502 @@
+"""The verbs: train, plan, load, merge, detach, val, predict, export, verify, inspect."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as introspection
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attach as attaching
+from . import checkpoint, files
+from . import delta as deltas
+from .delta import Delta
+from .errors import ConfigError, DeltaError, ModelError, TrainingError, nearest
+from .families.base import Base, Data, Family, Job
+from .methods.base import Method, make_method
+from .plan import Plan, make_plan
+from .registry import FAMILIES, METHODS
+from .run import Run
+
+Freeze = int | Sequence[int | str]
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+def train(
+    data: str | Path | None = None,
+    *,
+    model: str | Path = "yolo11n.pt",
+    method: str | Method | None = None,
+    freeze: Freeze = 0,
+    bn: str | None = None,
+    head: str | None = None,
+    epochs: int | None = None,
+    imgsz: int | None = None,
+    batch: int | None = None,
+    lr0: float | None = None,
+    lr_scale: float | None = None,
+    optimizer: str | None = None,
+    device: str | int | Sequence[int] | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    amp: bool | str | None = None,
+    project: str | Path = "runs/visionpeft",
+    name: str | None = None,
+    exist_ok: bool = False,
+    resume: bool | str | Path = False,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Run:
+    """Adapt a pretrained model to your images.
+
+    Args:
+        data: What to train on: for YOLO a data YAML, for timm a folder with ``train/CLASS`` and ``val/CLASS``.
+        model: A YOLO checkpoint ("yolo11n.pt", a path), or "timm/NAME".
+        method: A name (see `list_methods`), several joined by "+", or a configuration such as ``LoraConfig(r=16)``. By
+            default `full` where `freeze` is given (layer freezing), else `lora`.
+        freeze: Where nothing trains: the first N stages, a list of stage indices, or names.
+        bn: "frozen" or "train": whether BatchNorm statistics outside the head move; by default only with `full`.
+        head: "keep" what of the head fits, or "rebuild" it.
+        epochs: Passes over the data.
+        imgsz: Image size in pixels.
+        batch: Images per step.
+        lr0: Learning rate of the head.
+        lr_scale: Learning rate of the rest, relative to `lr0`; by default the method's own.
+        optimizer: By name; "auto" is refused, for it ignores `lr0`.
+        device: "cpu", 0, "0,1", ...; by default a GPU where there is one.
+        workers: Processes that load images.
+        seed: Of every random choice.
+        amp: True (fp16), "bf16" or False; by default bf16 where the GPU has it.
+        project: Folder of runs.
+        name: Folder of this run in it; by default "train", "train2", ...
+        exist_ok: Write into an existing folder of that name.
+        resume: True for the newest run in `project`, or a run's folder: go on where it was. All other arguments are then
+            the run's own.
+        model_args: Further arguments for the family's model loader (timm's ``create_model``).
+        **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
+
+    Returns:
+        The run: plan, metrics before and after, memory, time, the delta and the merged file.
+
+    Raises:
+        VisionpeftError: Something given is not usable; the sentence says what, and what to do.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("options", "resume", "project", "name", "exist_ok")}
+    if resume:
+        return _train(**_resumed(resume, Path(project), name), resume=True)
+    if data is None:
+        raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (timm)")
+    folder = _new_folder(Path(project), name, exist_ok)
+    return _train(folder=folder, resume=False, **given, options=options)
+
+
+def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict | None = None, **given: Any) -> Run:
+    began = time.perf_counter()
+    source = str(given["model"])
+    family = find_family(source)
+    tuning, extra = _split_options(family, given["method"], given["freeze"], options)
+    settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults.items()}
+    _check_settings(settings, given)
+    base = family.load(source, **(given["model_args"] or {}))
+    data = family.read_data(str(given["data"]), base)
+    fitted = family.fit(base, data.names, settings["head"])
+    made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
+    given["device"] = _device(given["device"])
+    arguments = {**given, **settings, "method": tuning.name, "options": {**_changed(tuning), **extra}}
+    arguments = {**arguments, "model": source, "data": str(given["data"]), "method": tuning.name}
+    files.writable(folder)
+    print(made)
+    use = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"]}
+    if before is None:
+        attaching.attach(fitted, made)
+        before = family.evaluate(fitted, data, **use)
+    files.write(folder / "train.json", json.dumps({**arguments, "before": before}, indent=2, default=str) + "\n")
+    job = Job(
+        base=base,
+        data=data,
+        plan=made,
+        folder=folder.resolve(),
+        merged=folder.resolve() / f"merged{family.suffix}",
+        amp=given["amp"],
+        seed=given["seed"],
+        device=given["device"],
+        lr_scale=tuning.lr_scale if given["lr_scale"] is None else given["lr_scale"],
+        resume=resume,
+        extra=extra,
+        before=before,
+        header=_header(base, data, arguments, settings["head"]),
+        **settings,
+    )
+    _run(family, job)
+    saved = checkpoint.load(job.checkpoint)
+    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use)
+
+
+def _run(family: Family, job: Job) -> None:
+    try:
+        family.train(job)
+    except KeyboardInterrupt:
+        where = f"go on with resume='{job.folder}'" if job.checkpoint.is_file() else "no epoch was complete, so start anew"
+        raise TrainingError(f"interrupted; {where}") from None
+
+
+def _result(
+    family: Family, job: Job, method: Method, saved: Mapping[str, Any], arguments: dict, seconds: float, use: dict
+) -> Run:
+    merged, delta_bytes = job.merged, {}
+    if job.base.pretrained:
+        delta = deltas.read(job.delta)
+        delta_bytes = {**delta.bytes, "file": job.delta.stat().st_size}
+        adapted = _rebuild(family, job.base, delta)
+        if method.merges:
+            family.save_merged(attaching.merge(adapted), delta.header, job.merged)
+        after = family.evaluate(job.merged if method.merges else adapted, job.data, **use)
+    else:
+        after = family.evaluate(job.merged, job.data, **use)
+    plan = job.plan
+    run = Run(
+        folder=job.folder,
+        plan=plan,
+        before=job.before,
+        after=after,
+        parameters={
+            "total": plan.total,
+            "body": plan.trained_body,
+            "head": plan.trained_head,
+            "statistics": sum(r.statistics in ("moving", "mixed") for r in plan.rows),
+        },
+        seconds=round(seconds, 2),
+        measured=saved["measured"],
+        delta=job.delta if job.base.pretrained else None,
+        delta_bytes=delta_bytes,
+        merged=merged if method.merges or not job.base.pretrained else None,
+        history=saved["history"],
+        arguments=json.loads(json.dumps(arguments, default=str)),
+        versions=_versions(),
+    )
+    run.save()
+    return run
+
+
+def plan(
+    model: str | Path = "yolo11n.pt",
+    *,
+    data: str | Path | None = None,
+    method: str | Method | None = None,
+    freeze: Freeze = 0,
+    bn: str | None = None,
+    head: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """Say what `train` would train and add, without training.
+
+    Args:
+        model: As for `train`.
+        data: As for `train`; without it the model keeps its own classes.
+        method: As for `train`.
+        freeze: As for `train`.
+        bn: As for `train`.
+        head: As for `train`.
+        model_args: As for `train`.
+        **options: Fields of the method.
+
+    Raises:
+        VisionpeftError: As for `train`.
+    """
+    family = find_family(str(model))
+    tuning, _ = _split_options(family, method, freeze, options)
+    base = family.load(str(model), **(model_args or {}))
+    names = family.read_data(str(data), base).names if data else base.names
+    fitted = family.fit(base, names, head or family.defaults["head"])
+    return make_plan(tuning, family.anatomy(fitted, str(model)), freeze, bn)
+
+
+# ------------------------------------------------------------------------------------------------------- using the result
+@dataclass(frozen=True)
+class Adapted:
+    """A base with a delta on it, from `load`.
+
+    Attributes:
+        model: The model, the delta attached, in eval mode.
+        delta: What was loaded.
+        family: Its family.
+        base: The base, untouched.
+    """
+
+    model: nn.Module
+    delta: Delta
+    family: Family
+    base: Base
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the delta can be folded into the base's own weights."""
+        return attaching.mergeable(self.model)
+
+
+def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapping[str, Any] | None = None) -> Adapted:
+    """Put a delta on its base.
+
+    Args:
+        delta: The delta file.
+        model: The base; by default the one the delta names.
+        model_args: Further arguments for the family's model loader; by default those the delta names.
+
+    Raises:
+        DeltaError: The delta is damaged, too new, or made for another base.
+    """
+    read = deltas.read(delta)
+    family = FAMILIES[read.plan.family]()
+    said = read.header["base"]
+    base = family.load(str(model or said["model"]), **(said["model_args"] if model_args is None else model_args))
+    deltas.verify(read, base.state)
+    return Adapted(_rebuild(family, base, read), read, family, base)
+
+
+def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
+    fitted = family.fit(base, _names(delta.header), delta.header["head"])
+    attaching.attach(fitted, delta.plan, start=False)
+    return deltas.apply(fitted, delta, base.state).eval()
+
+
+def merge(delta: str | Path | Adapted, out: str | Path, *, model: str | Path | None = None) -> Path:
+    """Write base and delta as one plain checkpoint, which the library opens without visionpeft.
+
+    Raises:
+        ConfigError: The method cannot be merged.
+    """
+    adapted = _adapted(delta, model)
+    merged = attaching.merge(_copy(adapted.model))
+    return adapted.family.save_merged(merged, adapted.delta.header, Path(out))
+
+
+def detach(adapted: Adapted) -> nn.Module:
+    """Take the delta off: the base as it was, its own head included, bit for bit."""
+    return adapted.base.model
+
+
+def val(
+    delta: str | Path | Adapted, data: str | Path, *, model: str | Path | None = None, **options: Any
+) -> dict[str, float]:
+    """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
+    adapted = _adapted(delta, model)
+    checked = adapted.family.read_data(str(data), adapted.base)
+    return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), **options})
+
+
+def predict(delta: str | Path | Adapted, source: Any, *, model: str | Path | None = None, **options: Any) -> Any:
+    """Run an adapted model on images; returns the library's own results."""
+    adapted = _adapted(delta, model)
+    return adapted.family.predict(adapted.model, source, **{**_use(adapted), **options})
+
+
+def export(
+    delta: str | Path | Adapted,
+    format: str = "onnx",
+    out: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Write an adapted model for deployment, merged first where it can be.
+
+    Args:
+        delta: The delta file, or what `load` returned.
+        format: "onnx" or "torchscript".
+        out: The file to write; by default beside the delta.
+        model: The base; by default the one the delta names.
+        **options: The family's (imgsz, dynamic, ...).
+    """
+    suffixes = {"onnx": ".onnx", "torchscript": ".torchscript"}
+    if format not in suffixes:
+        raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
+    adapted = _adapted(delta, model)
+    if out is None:
+        out = "model" if isinstance(delta, Adapted) else Path(delta).with_suffix("")
+        out = Path(out).with_suffix(suffixes[format])
+    imgsz = {"imgsz": adapted.delta.header["input"]["imgsz"]}
+    return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**imgsz, **options})
+
+
+def inspect(delta: str | Path) -> dict[str, Any]:
+    """Return what a delta file says of itself, after checking it against its checksum."""
+    return deltas.read(delta).header
+
+
+def verify(delta: str | Path, model: str | Path | None = None) -> None:
+    """Check a delta against a base without building anything; raises a DeltaError that says what is wrong."""
+    read = deltas.read(delta)
+    said = read.header["base"]
+    base = FAMILIES[read.plan.family]().load(str(model or said["model"]), **said["model_args"])
+    deltas.verify(read, base.state)
+
+
+def list_methods() -> list[str]:
+    """Return the names of all methods."""
+    return list(METHODS)
+
+
+def list_families() -> list[str]:
+    """Return the names of all families."""
+    return list(FAMILIES)
+
+
+# --------------------------------------------------------------------------------------------------------------- plumbing
+def find_family(source: str) -> Family:
+    """Return the family that a model's name or path belongs to.
+
+    Raises:
+        ModelError: No family knows it.
+    """
+    families = [cls() for cls in FAMILIES.values()]
+    for family in families:
+        if family.claims(source):
+            return family
+    known = [name for family in families for name in family.known()]
+    raise ModelError(f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}")
+
+
+def _split_options(family: Family, method: Any, freeze: Any, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """Tell the method's fields from the family's arguments; refuse what is neither."""
+    plain = make_method(method, {}, freeze)
+    parts = getattr(plain, "methods", (plain,))
+    fields = [f.name for part in parts for f in dataclasses.fields(part)]
+    arguments = set(family.arguments())
+    for name in options:
+        if name not in fields and name not in arguments:
+            own = [p for p in introspection.signature(train).parameters if p != "options"]
+            hint = nearest(name, [*fields, *own, *arguments])
+            has = f"method '{plain.name}' has {', '.join(fields)}" if fields else f"method '{plain.name}' has no settings"
+            raise ConfigError(f"'{name}' is no setting of train or of the {family.name} family; {has}.{hint}")
+    tuning = make_method(method, {k: v for k, v in options.items() if k in fields}, freeze)
+    return tuning, {k: v for k, v in options.items() if k not in fields}
+
+
+def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if str(settings["optimizer"]).lower() == "auto":
+        raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
+    if settings["head"] not in ("keep", "rebuild"):
+        raise ConfigError(f"head='{settings['head']}' is not known; it is 'keep' or 'rebuild'")
+    for name in ("epochs", "imgsz", "batch"):
+        if not isinstance(settings[name], int | float) or settings[name] < (1 if name != "batch" else -1):
+            raise ConfigError(f"{name}={settings[name]} is not usable; it must be at least 1")
+    for name, value in (("lr0", settings["lr0"]), ("lr_scale", given["lr_scale"])):
+        if value is not None and not 0 < value < 1e3:
+            raise ConfigError(f"{name}={value} is not usable; it must be above 0")
+
+
+def _new_folder(project: Path, name: str | None, exist_ok: bool) -> Path:
+    """Return the folder of a new run: NAME, NAME2, NAME3, ..."""
+    first = project / (name or "train")
+    if exist_ok or not first.exists():
+        return first
+    if name:
+        raise ConfigError(f"{first} exists; give another name, or exist_ok=True to write into it")
+    return next(f for i in range(2, 100_000) if not (f := project / f"train{i}").exists())
+
+
+def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict[str, Any]:
+    """Return the arguments of the run to go on with."""
+    if resume is True:
+        runs = sorted(project.glob(f"{name or '*'}/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
+        if not runs:
+            raise TrainingError(f"there is no run to resume in {project}; name its folder with resume=...")
+        folder = runs[-1].parent
+    else:
+        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    try:
+        given = json.loads((folder / "train.json").read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder} is no run that can be resumed (no readable train.json); start anew") from error
+    checkpoint.load(folder / "checkpoint.pt")
+    return {**given, "folder": folder}
+
+
+def _header(base: Base, data: Data, arguments: Mapping[str, Any], head: str) -> dict[str, Any]:
+    plain = json.loads(json.dumps(arguments, default=str))
+    return {
+        "family": find_family(base.source).name,
+        "task": base.task,
+        "base": {
+            "model": base.source,
+            "sha256": deltas.fingerprint(base.state),
+            "model_args": dict(arguments["model_args"] or {}),
+        },
+        "names": {str(k): v for k, v in data.names.items()},
+        "head": head,
+        "input": {**base.facts, "imgsz": arguments["imgsz"]},
+        "train_args": plain,
+        "seed": arguments["seed"],
+        "data": {"source": data.source, "sha256": data.fingerprint},
+        "parent": None,
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("visionpeft", "torch", "torchvision", "ultralytics", "timm")
+    return {"python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def _changed(method: Method) -> dict[str, Any]:
+    """Return the fields that differ from the defaults, those of combined methods together."""
+    parts = getattr(method, "methods", (method,))
+    return {
+        f.name: getattr(part, f.name)
+        for part in parts
+        for f in dataclasses.fields(part)
+        if getattr(part, f.name) != getattr(type(part)(), f.name)
+    }
+
+
+def _device(device: Any) -> str:
+    if device is None:
+        return "0" if torch.cuda.is_available() else "cpu"
+    return ",".join(map(str, device)) if isinstance(device, list | tuple) else str(device)
+
+
+def _names(header: Mapping[str, Any]) -> dict[int, str]:
+    return {int(k): v for k, v in header["names"].items()}
+
+
+def _use(adapted: Adapted) -> dict[str, Any]:
+    args = adapted.delta.header["train_args"]
+    return {"imgsz": args["imgsz"]}
+
+
+def _adapted(delta: str | Path | Adapted, model: str | Path | None) -> Adapted:
+    return delta if isinstance(delta, Adapted) else load(delta, model=model)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+__all__ = [
+    "Adapted",
+    "DeltaError",
+    "detach",
+    "export",
+    "inspect",
+    "list_families",
+    "list_methods",
+    "load",
+    "merge",
+    "plan",
+    "predict",
+    "train",
+    "val",
+    "verify",
+]

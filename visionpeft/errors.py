@@ -1,0 +1,36 @@
+"""The mistakes a user can make, each said in one sentence: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VisionpeftError(ValueError):
+    """A mistake that one sentence explains. The command line prints it and exits with code 2."""
+
+
+class ConfigError(VisionpeftError):
+    """An option that does not exist, does not fit, or contradicts another."""
+
+
+class ModelError(VisionpeftError):
+    """A model that is not known, cannot be read, or cannot be adapted."""
+
+
+class DataError(VisionpeftError):
+    """Images or labels that are missing, broken or at odds with each other."""
+
+
+class DeltaError(VisionpeftError):
+    """A delta file that is damaged, too new, or made for another base."""
+
+
+class TrainingError(VisionpeftError):
+    """A run that cannot go on (a loss that is not a number, nothing to resume)."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of `words`, or an empty string where none is close."""
+    close = difflib.get_close_matches(str(word).lower(), list(words), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

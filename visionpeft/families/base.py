@@ -1,0 +1,252 @@
+"""What a family is, and what reading an anatomy has in common for all of them."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import delta as deltas
+from ..attach import merge
+from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
+from ..twins import plain
+
+
+# -------------------------------------------------------------------------------------------------- what passes between
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model before any head is rebuilt."""
+
+    source: str  # as the user gave it
+    model: nn.Module  # on the CPU, floats as fp32
+    task: str
+    names: dict[int, str]  # of its classes
+    facts: dict[str, Any]  # what a delta must repeat to use it: input size, mean, extra arguments, ...
+    pretrained: bool = True  # False: random weights, so there is no base and no delta
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors, by key."""
+        return self.model.state_dict()
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set that was looked at."""
+
+    source: str  # as the user gave it
+    names: dict[int, str]
+    fingerprint: str
+    facts: dict[str, Any] = field(default_factory=dict)  # the family's own
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, all questions settled."""
+
+    base: Base
+    data: Data
+    plan: Plan
+    folder: Path
+    merged: Path  # where the plain merged checkpoint goes
+    head: str  # "keep" or "rebuild"
+    epochs: int
+    imgsz: int
+    batch: int
+    lr0: float
+    lr_scale: float  # learning rate of the body, relative to lr0
+    optimizer: str
+    device: str
+    workers: int
+    seed: int
+    amp: bool | str | None
+    resume: bool
+    extra: dict[str, Any]  # the family's own arguments
+    header: dict[str, Any]  # what the delta will say of itself
+    before: dict[str, float]  # metrics before training
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run can be resumed from."""
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def delta(self) -> Path:
+        """Where the best epoch's delta goes."""
+        return self.folder / "delta.safetensors"
+
+
+class Family(ABC):
+    """How to deal with one library's models. Registered under its name; found by `claims`."""
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]  # of a merged file
+    defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
+
+    @abstractmethod
+    def claims(self, source: str) -> bool:
+        """Say whether `source` names one of this family's models."""
+
+    @abstractmethod
+    def known(self) -> Iterable[str]:
+        """Return model names to suggest."""
+
+    @abstractmethod
+    def arguments(self) -> Iterable[str]:
+        """Return the names of the further training arguments that pass through."""
+
+    @abstractmethod
+    def load(self, source: str, **options: Any) -> Base:
+        """Load a base.
+
+        Raises:
+            ModelError: It cannot be had, or is of a kind that is not supported.
+        """
+
+    @abstractmethod
+    def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
+        """Look a data set up and check it.
+
+        Raises:
+            DataError: It is missing, empty or contradicts itself.
+        """
+
+    @abstractmethod
+    def fit(self, base: Base, names: Mapping[int, str], head: str) -> nn.Module:
+        """Return a copy of the base whose head is made for `names`."""
+
+    @abstractmethod
+    def anatomy(self, model: nn.Module, name: str) -> Anatomy:
+        """Read a model's facts."""
+
+    @abstractmethod
+    def train(self, job: Job) -> None:
+        """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
+        """Return the metrics of a model, or of a merged file, on the data's validation part."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
+        """Return the library's own results for images."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, format: str, out: Path, **options: Any) -> Path:
+        """Write the model in a deployment format ("onnx", "torchscript")."""
+
+    @abstractmethod
+    def save_merged(self, model: nn.Module, header: Mapping[str, Any], out: Path) -> Path:
+        """Write a plain checkpoint that the library opens without visionpeft."""
+
+
+def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float], epoch: int) -> None:
+    """Write the best epoch's delta; of a model without a base, its merged checkpoint."""
+    header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
+    if job.base.pretrained:
+        deltas.write(job.delta, deltas.collect(model, job.base.state, header))
+    else:
+        family.save_merged(merge(copy.deepcopy(model).cpu()), header, job.merged)
+
+
+# ------------------------------------------------------------------------------------------------------ reading anatomies
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}  # timm's
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def read_params(model: nn.Module, stage_of: Callable[[str], int | None]) -> tuple[Param, ...]:
+    """Return the model's parameters; those whose stage is None never train."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        stage = stage_of(name)
+        if stage is None or ".peft_" in f".{name}":
+            continue
+        if isinstance(modules[owner], _NORMS):
+            role = f"norm.{leaf}"
+        else:
+            role = leaf if leaf in ("bias",) or (leaf == "weight" and parameter.ndim > 1) else "other"
+        found.append(Param(name, parameter.numel(), role, stage))
+    return tuple(found)
+
+
+def read_layers(
+    model: nn.Module,
+    stage_of: Callable[[str], int | None],
+    attentions: Iterable[str] = (),
+    slices: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]] | None = None,
+) -> tuple[Layer, ...]:
+    """Return the body's linear and convolutional layers.
+
+    Args:
+        model: The model.
+        stage_of: The stage of a parameter, by name.
+        attentions: Names of the modules whose layers are attention projections.
+        slices: Rows of q, k and v of fused projections, by layer name.
+    """
+    inside = tuple(f"{a}." for a in attentions)
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _LAYERS) or "weight" not in module._parameters or ".peft_" in f".{name}":
+            continue
+        stage = stage_of(f"{name}.weight")
+        if stage is None or stage == HEAD:
+            continue
+        kind = "linear" if isinstance(module, nn.Linear) else "conv"
+        if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d):
+            kind = "conv_transpose"
+        found.append(
+            Layer(
+                name=name,
+                kind=kind,
+                shape=tuple(module._parameters["weight"].shape),  # type: ignore[union-attr]
+                groups=getattr(module, "groups", 1),
+                stage=stage,
+                attention=name.startswith(inside) if inside else False,
+                linear=plain(type(module)).__name__ not in _STANDARDISED,
+                slices=(slices or {}).get(name, {}),
+            )
+        )
+    return tuple(found)
+
+
+def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> tuple[Statistics, ...]:
+    """Return the modules with running statistics."""
+    found = []
+    for name, module in model.named_modules():
+        if "running_mean" in module._buffers and module._buffers["running_mean"] is not None:
+            stage = stage_of(f"{name}.running_mean")
+            found.append(Statistics(name, HEAD if stage is None else stage))
+    return tuple(found)
+
+
+def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:
+    """Return the shapes that the named modules put out for input `x`; those that put out no single tensor are left out.
+
+    The model runs once in eval mode without gradients; nothing of it changes.
+    """
+    shapes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Callable:
+        return lambda module, args, output: shapes.update({name: output.shape} if isinstance(output, Tensor) else {})
+
+    handles = [model.get_submodule(n).register_forward_hook(note(n)) for n in names if n]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return shapes

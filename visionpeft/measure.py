@@ -1,0 +1,98 @@
+"""What a training step costs: bytes saved for backward, the CUDA peak, and time."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SavedBytes:
+    """Counts the unique storages that autograd keeps for backward while it is entered, parameters and buffers apart.
+
+    The number is exact and the same on any device.
+
+    >>> with SavedBytes(model) as saved:
+    ...     loss = model(x).sum()
+    >>> saved.bytes
+    """
+
+    def __init__(self, model: nn.Module):
+        own: Iterable[Tensor] = (*model.parameters(), *model.buffers())
+        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._kept: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes kept so far."""
+        return sum(self._kept.values())
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error or (None, None, None))
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._own:
+            # a storage freed and another made at its address cannot both be kept, so the larger of the two is right
+            self._kept[storage.data_ptr()] = max(self._kept.get(storage.data_ptr(), 0), storage.nbytes())
+        return tensor
+
+
+class Meter:
+    """Follows a run's steps: `start` before the forward, `stop` after the backward, of every batch.
+
+    The first step is watched for saved bytes and left out of the times.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self._model, self._device = model, device
+        self._saved: SavedBytes | None = None
+        self._began = 0.0
+        self._times: list[float] = []
+        self.saved_bytes: int | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def start(self) -> None:
+        """A batch is about to go forward."""
+        if self._saved is not None:  # the last step did not end (out of memory): watch this one instead
+            self._saved.__exit__()
+        if self.saved_bytes is None:
+            self._saved = SavedBytes(self._model).__enter__()
+        self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """The batch has gone backward."""
+        if self._saved is not None:
+            self.close()
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._times.append(time.perf_counter() - self._began)
+
+    def close(self) -> None:
+        """Stop watching, also in the middle of a step."""
+        if self._saved is not None:
+            self._saved.__exit__()
+            self.saved_bytes, self._saved = self._saved.bytes, None
+            gc.collect()
+
+    def report(self) -> dict[str, Any]:
+        """Return saved_bytes, peak_bytes with what it measures, and step_seconds (median)."""
+        cuda = self._device.type == "cuda"
+        return {
+            "saved_bytes": self.saved_bytes,
+            "peak_bytes": torch.cuda.max_memory_allocated(self._device) if cuda else self.saved_bytes,
+            "peak_measure": "CUDA allocator's peak" if cuda else "bytes saved for backward",
+            "step_seconds": statistics.median(self._times) if self._times else None,
+        }

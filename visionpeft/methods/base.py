@@ -1,0 +1,167 @@
+"""What a method is: a frozen dataclass whose fields are its settings, its documentation and its options at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from ..errors import ConfigError, nearest
+from ..plan import Anatomy, Edit
+from ..registry import METHODS
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a model is tuned. It names targets in an `Anatomy` and never sees a model, a device or a trainer.
+
+    The head trains with every method; what is said here is about the body.
+    """
+
+    name: ClassVar[str]
+    bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
+    lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to the head's lr0
+    merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
+    starts_unchanged: ClassVar[bool] = True  # attaching changes no output
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        """Return the names of the body's own parameters that train."""
+        return ()
+
+    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
+        """Return what is added to the body.
+
+        Raises:
+            Unfit: The anatomy lacks what the method works on.
+        """
+        return ()
+
+    @staticmethod
+    def build(**settings: Any) -> nn.Module:
+        """Make the part of one edit from the edit's settings alone."""
+        raise NotImplementedError
+
+    def edit(self, module: str, point: str, **settings: Any) -> Edit:
+        """Return an edit of this method."""
+        return Edit(module, point, self.name, settings)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return dataclasses.asdict(self)
+
+    def check(self, field: str, value: float, low: float, high: float = float("inf")) -> None:
+        """Raise a ConfigError unless ``low <= value <= high``."""
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            raise ConfigError(f"{self.name}: {field}={value} is out of range; it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Combined(Method):
+    """Several methods at once, as in ``method="lora+bitfit"``."""
+
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "+".join(m.name for m in self.methods)
+
+    @property
+    def bn(self) -> str:  # type: ignore[override]
+        return "train" if any(m.bn == "train" for m in self.methods) else "frozen"
+
+    @property
+    def lr_scale(self) -> float:  # type: ignore[override]
+        return min(m.lr_scale for m in self.methods)
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return all(m.merges for m in self.methods)
+
+    @property
+    def starts_unchanged(self) -> bool:  # type: ignore[override]
+        return all(m.starts_unchanged for m in self.methods)
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        return [name for m in self.methods for name in m.train(anatomy)]
+
+    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
+        return [edit for m in self.methods for edit in m.edits(anatomy)]
+
+    def settings(self) -> dict[str, Any]:
+        return {m.name: m.settings() for m in self.methods}
+
+
+def make_method(method: str | Method | None, options: Mapping[str, Any] | None = None, freeze: Any = 0) -> Method:
+    """Return the method that a name, a configuration, or nothing at all means, with `options` as its fields.
+
+    Args:
+        method: A name ("lora"), several joined by "+" ("lora+bitfit"), a configuration (``LoraConfig(r=16)``), or None:
+            then `full` where `freeze` is given (layer freezing), else `lora`.
+        options: Fields of the method, by name.
+        freeze: What `train` was given.
+
+    Raises:
+        ConfigError: No such method or field, or a value of the wrong type.
+    """
+    options = dict(options or {})
+    if isinstance(method, Method):
+        _refuse_unknown(options, {f.name: [method] for f in dataclasses.fields(method)}, method.name)
+        return dataclasses.replace(method, **{k: _typed(type(method), k, v) for k, v in options.items()})
+    if method is None:
+        method = "full" if freeze else "lora"
+    names = [n.strip() for n in str(method).split("+")]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"method '{method}' names a method twice; name each once")
+    classes = [METHODS[name] for name in names]
+    takers: dict[str, list] = {}
+    for cls in classes:
+        for f in dataclasses.fields(cls):
+            takers.setdefault(f.name, []).append(cls)
+    _refuse_unknown(options, takers, str(method))
+    made = [cls(**{k: _typed(cls, k, v) for k, v in options.items() if cls in takers[k]}) for cls in classes]
+    return made[0] if len(made) == 1 else Combined(tuple(made))
+
+
+def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
+    """Return (name, type, default, comment) of every field, the comment read from the line that declares it."""
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if issubclass(base, Method) and base is not Method:
+            found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
+            comments.update(dict(found))
+    return [(f.name, str(f.type), f.default, comments.get(f.name, "")) for f in dataclasses.fields(cls)]
+
+
+def _refuse_unknown(options: Mapping[str, Any], known: Mapping[str, Any], method: str) -> None:
+    for name in options:
+        if name not in known:
+            valid = f"it has {', '.join(known)}" if known else "it has no settings"
+            raise ConfigError(f"method '{method}' has no setting '{name}'; {valid}.{nearest(name, known)}")
+
+
+def _typed(cls: type, field: str, value: Any) -> Any:
+    """Return `value` as the field's type, text from a command line included."""
+    wanted = get_type_hints(cls)[field]
+    choices = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
+    plain = [get_origin(c) or c for c in choices]
+    if isinstance(value, str) and str not in plain:
+        try:
+            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+        except (ValueError, SyntaxError):
+            pass
+    if isinstance(value, list) and tuple in plain:
+        value = tuple(value)
+    if isinstance(value, int) and not isinstance(value, bool) and int not in plain and float in plain:
+        value = float(value)
+    if not any(isinstance(value, t) and not (t is int and isinstance(value, bool)) for t in plain):
+        names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
+        raise ConfigError(f"{cls.name}: {field}={value!r} is not of the right type; it must be {names}")  # type: ignore[attr-defined]
+    return value

@@ -1,0 +1,71 @@
+"""DoRA: m (W + dW) / |W + dW|, a trained magnitude per output times a LoRA direction.  Liu et al. 2024, https://arxiv.org/abs/2402.09353"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..plan import Layer
+from ..registry import METHODS
+from .lora import LoraConfig, LowRank
+
+
+@METHODS.register("dora")
+@dataclass(frozen=True)
+class DoraConfig(LoraConfig):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_dropout:
+            raise ConfigError("dora: lora_dropout has no meaning for a normalised weight; use 0, or method='lora'")
+
+    def cost(self, layer: Layer) -> int:
+        return super().cost(layer) + layer.shape[_output(layer.kind)] * _groups(layer)
+
+    @staticmethod
+    def build(**settings: Any) -> nn.Module:
+        return Magnitude(**settings)
+
+    def _settings(self, layer: Layer) -> dict[str, Any]:
+        return {**super()._settings(layer), "output": _output(layer.kind), "groups": _groups(layer)}
+
+
+class Magnitude(LowRank):
+    """LoRA's weight with every output's length trained apart. The length in the denominator gets no gradient (4.3)."""
+
+    def __init__(self, shape: Any, output: int, groups: int = 1, **settings: Any):
+        super().__init__(shape, **settings)
+        self.output, self.groups = output, groups
+        self.magnitude = nn.Parameter(torch.ones(shape[output] * groups))
+
+    def start(self, layer: nn.Module) -> None:
+        """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        direction = super().forward(weight)
+        scale = self.magnitude / self._length(direction).detach()
+        return (self._by_output(direction) * scale.view(-1, 1)).view_as(direction) if self.output == 0 else (
+            direction.unflatten(0, (self.groups, -1))  # (G, in / G, out / G, ...)
+            * scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
+        ).flatten(0, 1)
+
+    def _by_output(self, weight: Tensor) -> Tensor:
+        """Return the weight as (outputs, everything else)."""
+        if self.output == 0:
+            return weight.flatten(1)
+        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def _length(self, weight: Tensor) -> Tensor:
+        return self._by_output(weight).norm(dim=1).clamp_min(1e-12)
+
+
+def _output(kind: str) -> int:
+    return 1 if kind == "conv_transpose" else 0  # a transposed convolution's weight is (in, out / groups, ...)
+
+
+def _groups(layer: Layer) -> int:
+    return layer.groups if layer.kind == "conv_transpose" else 1

@@ -1,0 +1,20 @@
+"""Full fine-tuning: every parameter trains; with freeze=N, layer freezing.  Yosinski et al. 2014, https://arxiv.org/abs/1411.1792"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import Anatomy
+from ..registry import METHODS
+from .base import Method
+
+
+@METHODS.register("full")
+@dataclass(frozen=True)
+class FullConfig(Method):
+    bn: ClassVar[str] = "train"
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        return [p.name for p in anatomy.body]

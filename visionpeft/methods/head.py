@@ -1,0 +1,14 @@
+"""Head only: the body stays as it is (a linear probe where the head is linear).  Alain & Bengio 2016, https://arxiv.org/abs/1610.01644"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..registry import METHODS
+from .base import Method
+
+
+@METHODS.register("head")
+@dataclass(frozen=True)
+class HeadConfig(Method):
+    pass

@@ -1,0 +1,155 @@
+"""LoRA: W + (alpha / r) B A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, nearest
+from ..plan import Anatomy, Edit, Layer, Unfit
+from ..registry import METHODS
+from .base import Method
+
+GROUPS = ("all", "attention", "conv")
+
+
+@METHODS.register("lora")
+@dataclass(frozen=True)
+class LoraConfig(Method):
+    r: int = 8  # rank of the update
+    lora_alpha: float = 16.0  # the update is scaled by lora_alpha / r
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
+    lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
+    target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
+    qkv: str = "qkv"  # which of q, k and v of a fused projection
+    rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
+    alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
+    oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
+
+    lr_scale: ClassVar[float] = 5.0
+
+    def __post_init__(self) -> None:
+        self.check("r", self.r, 1)
+        self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
+        if not self.qkv or not set(self.qkv) <= set("qkv"):
+            raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
+        if self.oversize not in ("train", "skip"):
+            raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        if self.oversize == "skip":
+            return ()
+        return [f"{layer.name}.weight" for layer in self.targets(anatomy) if self.cost(layer) >= math.prod(layer.shape)]
+
+    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
+        targets = self.targets(anatomy)
+        edited = [layer for layer in targets if self.cost(layer) < math.prod(layer.shape)]
+        if not edited:
+            largest = max(math.ceil(math.prod(t.shape) / sum(_matrix(t))) - 1 for t in targets)
+            raise ConfigError(
+                f"{self.name}: at r={self.r} the update is as large as every layer it would edit; "
+                f"r may be up to {max(largest, 1)} here, or use method='full'"
+            )
+        return [self.edit(layer.name, "weight", **self._settings(layer)) for layer in edited]
+
+    @staticmethod
+    def build(**settings: Any) -> nn.Module:
+        return LowRank(**settings)
+
+    def targets(self, anatomy: Anatomy) -> list[Layer]:
+        """Return the layers that `target_modules` means."""
+        wanted, layers = self.target_modules, anatomy.layers
+        if isinstance(wanted, str) and wanted in GROUPS:
+            group = {"all": lambda x: True, "attention": lambda x: x.attention, "conv": lambda x: x.kind != "linear"}
+            found = [x for x in layers if group[wanted](x)]
+            if not found:
+                raise Unfit(f"it has no {'' if wanted == 'all' else wanted + ' '}layers outside the head")
+            return found
+        if isinstance(wanted, str):
+            found = [x for x in layers if _matches(wanted, x.name)]
+        else:
+            found = [x for x in layers if any(x.name == w or x.name.endswith(f".{w}") for w in wanted)]
+        if not found:
+            names = [x.name for x in layers]
+            hint = nearest(wanted, names) if isinstance(wanted, str) else ""
+            raise Unfit(f"target_modules={wanted!r} matches none of its {len(names)} layers, e.g. {names[:3]}{hint}")
+        return found
+
+    def rank(self, layer: Layer) -> int:
+        """Return the rank for one layer."""
+        return next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, layer.name)), self.r)
+
+    def cost(self, layer: Layer) -> int:
+        """Return how many parameters the update of one layer has."""
+        rows, columns = _matrix(layer)
+        chosen = self._rows(layer)
+        if chosen is None:
+            return self.rank(layer) * (rows + columns)
+        return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
+
+    def _rows(self, layer: Layer) -> list | None:
+        """Return the rows of each chosen projection of a fused qkv, or None for the whole matrix."""
+        if not layer.slices or set(self.qkv) == set("qkv"):
+            return None
+        return [[list(span) for span in layer.slices[name]] for name in "qkv" if name in self.qkv]
+
+    def _settings(self, layer: Layer) -> dict[str, Any]:
+        r = self.rank(layer)
+        alpha = next((a for pattern, a in self.alpha_pattern.items() if _matches(pattern, layer.name)), self.lora_alpha)
+        scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
+        settings = {"shape": list(layer.shape), "r": r, "scaling": scaling}
+        if rows := self._rows(layer):
+            settings["rows"] = rows
+        if self.lora_dropout:
+            if not layer.linear:
+                raise ConfigError(f"{layer.name} normalises its weight, so lora_dropout has no meaning there; use 0")
+            settings["dropout"] = self.lora_dropout
+        return settings
+
+
+class LowRank(nn.Module):
+    """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
+
+    def __init__(
+        self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.scaling, self.dropout, self.shape = scaling, dropout, tuple(shape)
+        chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
+        self.rows = [len(group) for group in chosen] or [shape[0]]  # how many rows each B has
+        index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
+        self.register_buffer("index", index, persistent=False)
+        self.index: Tensor | None
+        self.lora_A = nn.Parameter(torch.empty(len(self.rows) * r, math.prod(shape[1:])))
+        self.lora_B = nn.Parameter(torch.zeros(sum(self.rows), r))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def update(self) -> Tensor:
+        """Return the update in the weight's own shape; full precision, under autocast too."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            if self.index is None:
+                return (self.scaling * self.lora_B @ self.lora_A).view(self.shape)
+            factors = zip(self.lora_B.split(self.rows), self.lora_A.chunk(len(self.rows)), strict=True)
+            update = torch.cat([b @ a for b, a in factors])
+            whole = update.new_zeros(self.shape[0], update.shape[1])
+            return whole.index_copy(0, self.index, self.scaling * update).view(self.shape)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.update()
+
+
+def _matrix(layer: Layer) -> tuple[int, int]:
+    return layer.shape[0], math.prod(layer.shape[1:])
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None

@@ -1,0 +1,337 @@
+"""What trains and what is added where: values, made and printed before anything is changed.
+
+An `Anatomy` is a backbone as a record of facts. `make_plan` is a pure function from a method, an anatomy and a freeze to
+a `Plan`. Only `attach` turns a plan into a changed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import ConfigError, nearest
+from .registry import METHODS
+
+if TYPE_CHECKING:
+    from .methods.base import Method
+
+HEAD = -1  # the stage index of what belongs to the task head
+
+
+# ---------------------------------------------------------------------------------------------------- the model's facts
+@dataclass(frozen=True)
+class Param:
+    """A parameter of the model itself."""
+
+    name: str
+    numel: int
+    role: str  # "weight", "bias", "norm.weight", "norm.bias" or "other" (position embeddings, layer scales, ...)
+    stage: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a linear or convolutional weight."""
+
+    name: str
+    kind: str  # "linear", "conv" or "conv_transpose"
+    shape: tuple[int, ...]  # of the weight
+    groups: int
+    stage: int
+    attention: bool = False  # one of the projections of an attention
+    linear: bool = True  # its output is linear in its weight (not so for weight-standardised convolutions)
+    slices: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)  # rows of q, k, v in a fused qkv
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual unit that a module may follow or run beside."""
+
+    name: str
+    kind: str  # "conv" or "transformer"
+    channels: int  # of its output
+    layout: str  # of its output: "NCHW", "NHWC" or "NLC"
+    stage: int
+    attention: str = ""  # its attention module, where it has one
+    mlp: str = ""  # its feed-forward module, where it has one
+    sequence: bool = False  # it reads a plain token sequence (B, N, C) that may be made longer
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A self-attention whose keys and values may be extended."""
+
+    name: str
+    kind: str  # "global" (fused qkv on B, N, C), "window" (the same, with a relative bias) or "map" (on B, C, H, W)
+    heads: int
+    key_dim: int  # channels of one head's keys
+    value_dim: int  # channels of one head's values
+    stage: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A normalisation with running statistics."""
+
+    name: str
+    stage: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the body; ``freeze=N`` cuts between stages."""
+
+    index: int
+    name: str  # the module path its parameters share, "" where they share none
+    kind: str
+    channels: int = 0  # of its output; 0 where its output is no single feature map
+    layout: str = ""
+    to_head: bool = False  # its output is read by the head
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model as a method sees it: facts only, ordered from input to output."""
+
+    family: str
+    model: str
+    stages: tuple[Stage, ...]
+    head: str  # what the head is, for people
+    heads: tuple[str, ...]  # the modules it consists of
+    params: tuple[Param, ...]  # those that may train; the head's have stage HEAD
+    layers: tuple[Layer, ...]  # of the body
+    blocks: tuple[Block, ...]
+    attentions: tuple[Attention, ...]
+    statistics: tuple[Statistics, ...]
+
+    @property
+    def body(self) -> tuple[Param, ...]:
+        """The parameters outside the head."""
+        return tuple(p for p in self.params if p.stage != HEAD)
+
+    def without(self, gone: Callable[[Any], bool]) -> Anatomy:
+        """Return the anatomy less every part for which `gone(part)` holds."""
+        names = ("params", "layers", "blocks", "attentions", "statistics")
+        kept: dict[str, Any] = {n: tuple(part for part in getattr(self, n) if not gone(part)) for n in names}
+        open_stages = {p.stage for p in kept["params"]}
+        return replace(self, stages=tuple(s for s in self.stages if s.index in open_stages), **kept)
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+@dataclass(frozen=True)
+class Edit:
+    """One addition to one module. `METHODS[method].build(**settings)` makes its part."""
+
+    module: str  # "" is the model itself
+    point: str  # "weight", "output", "input" or "forward"
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> torch.nn.Module:
+        """Make the part, on torch's current default device."""
+        return METHODS[self.method].build(**self.settings)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan's table."""
+
+    stage: str
+    kind: str
+    params: int  # of the model itself
+    trained: int  # of those
+    edits: int
+    added: int  # parameters that the edits bring
+    statistics: str  # "still", "moving" or ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What trains, what is added where, whose statistics stay still. Prints as a table."""
+
+    family: str
+    model: str
+    method: str
+    settings: Mapping[str, Any]
+    freeze: int | tuple[int | str, ...]
+    bn: str
+    heads: tuple[str, ...]  # the modules that the head consists of
+    train: tuple[str, ...]  # parameters of the model that train
+    edits: tuple[Edit, ...]
+    still: tuple[str, ...]  # modules whose running statistics stay as they are
+    rows: tuple[Row, ...]  # the body's stages, then the head
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model, without what is added."""
+        return sum(r.params for r in self.rows)
+
+    @property
+    def trained_body(self) -> int:
+        """Parameters that train outside the head, what is added included."""
+        return sum(r.trained + r.added for r in self.rows[:-1])
+
+    @property
+    def trained_head(self) -> int:
+        """Parameters of the head that train."""
+        return self.rows[-1].trained + self.rows[-1].added
+
+    @property
+    def body(self) -> int:
+        """Parameters of the model outside the head."""
+        return sum(r.params for r in self.rows[:-1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Make the plan again from `to_dict`'s values (after JSON, too)."""
+        kept = dict(values)
+        freeze = kept["freeze"]
+        kept["freeze"] = freeze if isinstance(freeze, int) else tuple(freeze)
+        kept["edits"] = tuple(Edit(**e) for e in kept["edits"])
+        kept["rows"] = tuple(Row(**r) for r in kept["rows"])
+        return cls(**{**kept, "train": tuple(kept["train"]), "heads": tuple(kept["heads"]), "still": tuple(kept["still"])})
+
+    def __str__(self) -> str:
+        from .tables import plan_table  # printing is not a plan's business, but a plan that prints is what users expect
+
+        return plan_table(self)
+
+
+class Unfit(ConfigError):
+    """Raised by a method that finds nothing it could work on; the sentence says what is missing."""
+
+
+def make_plan(
+    method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str] = 0, bn: str | None = None
+) -> Plan:
+    """Decide what trains and what is edited. Pure: no model is touched.
+
+    Args:
+        method: How to tune.
+        anatomy: The model's facts.
+        freeze: Where not to: the first N stages, a list of stage indices, or names of stages or modules.
+        bn: "frozen" or "train": whether running statistics outside the head move. By default they stay still for every
+            method but `full`. In frozen stages they always stay still, in the head they always move.
+
+    Raises:
+        ConfigError: The method does not fit the model, `freeze` names nothing, or nothing is left to train.
+    """
+    bn = bn or method.bn
+    if bn not in ("frozen", "train"):
+        raise ConfigError(f"bn='{bn}' is not known; it is 'frozen' or 'train'")
+    frozen = _freezer(anatomy, freeze)
+    open_anatomy = anatomy.without(frozen)
+    try:
+        wanted, edits = set(method.train(open_anatomy)), tuple(method.edits(open_anatomy))
+    except Unfit as reason:
+        raise _refusal(method, anatomy, freeze, reason) from None
+    wanted |= {p.name for p in open_anatomy.params if p.stage == HEAD}
+    if not wanted and not edits:
+        raise ConfigError(f"freeze={freeze} with method='{method.name}' leaves nothing to train; freeze less")
+    still = {s.name for s in anatomy.statistics if frozen(s) or (bn == "frozen" and s.stage != HEAD)}
+    return Plan(
+        family=anatomy.family,
+        model=anatomy.model,
+        method=method.name,
+        settings=method.settings(),
+        freeze=freeze if isinstance(freeze, int) else tuple(freeze),
+        bn=bn,
+        heads=anatomy.heads,
+        train=tuple(p.name for p in anatomy.params if p.name in wanted),
+        edits=edits,
+        still=tuple(s.name for s in anatomy.statistics if s.name in still),
+        rows=_rows(anatomy, wanted, edits, still),
+    )
+
+
+def fitting(anatomy: Anatomy) -> list[str]:
+    """Return the names of the methods that have something to work on in this anatomy."""
+    return [name for name, cls in METHODS.items() if _fits(cls(), anatomy)]
+
+
+def _fits(method: Method, anatomy: Anatomy) -> bool:
+    try:
+        method.train(anatomy), method.edits(anatomy)
+    except Unfit:
+        return False
+    return True
+
+
+def _refusal(method: Method, anatomy: Anatomy, freeze: object, reason: Unfit) -> ConfigError:
+    if freeze and _fits(method, anatomy):
+        return ConfigError(f"freeze={freeze} leaves '{method.name}' nothing to work on ({reason}); freeze less")
+    return ConfigError(
+        f"method '{method.name}' does not fit {anatomy.model}: {reason}. "
+        f"With their defaults these fit: {', '.join(fitting(anatomy))}"
+    )
+
+
+def _freezer(anatomy: Anatomy, freeze: int | Sequence[int | str]) -> Callable[[Any], bool]:
+    """Return the predicate that says of any part of the anatomy whether it is frozen."""
+    count = len(anatomy.stages)
+    if isinstance(freeze, bool) or not isinstance(freeze, int | Sequence):
+        raise ConfigError(f"freeze={freeze!r} is not understood; give a number of stages, or a list of indices or names")
+    chosen: Iterable[int | str] = range(freeze) if isinstance(freeze, int) else freeze
+    if isinstance(freeze, str):
+        chosen = (freeze,)
+    if isinstance(freeze, int) and not 0 <= freeze <= count:
+        raise ConfigError(f"freeze={freeze} goes beyond {anatomy.model}: its body has {count} stages, so 0 to {count}")
+    stages, names = set(), []
+    for one in chosen:
+        if isinstance(one, int):
+            if not 0 <= one < count:
+                raise ConfigError(f"freeze: there is no stage {one} in {anatomy.model}; it has 0 to {count - 1}")
+            stages.add(one)
+        else:
+            names.append(_freeze_name(anatomy, str(one)))
+
+    def frozen(part: Any) -> bool:
+        return part.stage in stages or any(part.name == n or part.name.startswith(n + ".") for n in names)
+
+    return frozen
+
+
+def _freeze_name(anatomy: Anatomy, given: str) -> str:
+    """Return the module path that a name in `freeze` means; "2.cv1" is a path inside stage 2."""
+    first, _, rest = given.strip(".").partition(".")
+    name = given.strip(".")
+    if first.isdigit() and int(first) < len(anatomy.stages) and anatomy.stages[int(first)].name:
+        name = ".".join(filter(None, (anatomy.stages[int(first)].name, rest)))
+    paths = {".".join(p.name.split(".")[:i]) for p in anatomy.params for i in range(1, p.name.count(".") + 2)}
+    if name not in paths:
+        raise ConfigError(f"freeze: {anatomy.model} has nothing called '{given}'.{nearest(name, paths)}")
+    return name
+
+
+def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[str]) -> tuple[Row, ...]:
+    where = {part.name: part.stage for parts in (anatomy.layers, anatomy.blocks, anatomy.attentions) for part in parts}
+    last = anatomy.stages[-1].index
+    added = [(where.get(e.module, last), parameters(e)) for e in edits]
+
+    def row(index: int, label: str, kind: str) -> Row:
+        params = [p for p in anatomy.params if p.stage == index]
+        moves = {s.name in still for s in anatomy.statistics if s.stage == index}
+        return Row(
+            stage=label,
+            kind=kind,
+            params=sum(p.numel for p in params),
+            trained=sum(p.numel for p in params if p.name in wanted),
+            edits=sum(stage == index for stage, _ in added),
+            added=sum(n for stage, n in added if stage == index),
+            statistics="mixed" if len(moves) == 2 else {True: "still", False: "moving"}[moves.pop()] if moves else "",
+        )
+
+    return (*(row(s.index, str(s.index), s.kind) for s in anatomy.stages), row(HEAD, "head", anatomy.head))
+
+
+def parameters(edit: Edit) -> int:
+    """Count the parameters that an edit brings, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in edit.build().parameters())

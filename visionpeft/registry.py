@@ -1,0 +1,63 @@
+"""Names to classes. A file dropped into methods/ or families/ registers itself."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from .errors import ConfigError, nearest
+
+T = TypeVar("T", bound=type)
+
+
+class Registry(Mapping[str, Any]):
+    """The classes that the files of one package register, found by importing every file of it once."""
+
+    def __init__(self, package: str, kind: str):
+        self.package, self.kind = package, kind
+        self._classes: dict[str, Any] = {}
+        self._scanned = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a class decorator that files the class under `name` and sets its ``name``."""
+
+        def add(cls: T) -> T:
+            known = self._classes.get(name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ConfigError(f"two {self.kind}s are called '{name}': {known} and {cls}; rename one")
+            cls.name = name  # type: ignore[attr-defined]
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def _scan(self) -> dict[str, Any]:
+        if not self._scanned:
+            self._scanned = True
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+        return self._classes
+
+    def __getitem__(self, name: str) -> Any:
+        classes = self._scan()
+        if name not in classes:
+            raise ConfigError(
+                f"there is no {self.kind} '{name}'; there are: {', '.join(sorted(classes))}.{nearest(name, classes)}"
+            )
+        return classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._scan()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._scan()))
+
+    def __len__(self) -> int:
+        return len(self._scan())
+
+
+METHODS = Registry("visionpeft.methods", "method")
+FAMILIES = Registry("visionpeft.families", "family")

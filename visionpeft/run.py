@@ -1,0 +1,63 @@
+"""What a training run leaves: numbers, files, and how it came about."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import files, tables
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """The result of `train`. Prints as a table; lies as ``run.json`` in its folder."""
+
+    folder: Path
+    plan: Plan
+    before: dict[str, float]  # metrics of the model before training
+    after: dict[str, float]  # metrics of the merged model (of the delta's, where it cannot be merged)
+    parameters: dict[str, int]  # total; trained: body, head; statistics that move
+    seconds: float
+    measured: dict[str, Any]  # saved_bytes, peak_bytes, peak_measure, step_seconds
+    delta: Path | None  # None: the model had no base
+    delta_bytes: dict[str, int]  # of the delta's tensors: body, head, statistics; and "file"
+    merged: Path | None  # None: the method cannot be merged
+    history: list[dict[str, float]]  # one record per epoch
+    arguments: dict[str, Any]  # of the run
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        paths = {k: str(v) if v else None for k, v in {"delta": self.delta, "merged": self.merged}.items()}
+        return {**asdict(self), "folder": str(self.folder), "plan": self.plan.to_dict(), **paths}
+
+    def save(self) -> Path:
+        """Write ``run.json`` into the run's folder."""
+        return files.write(self.folder / "run.json", json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        scores = [(k, _number(self.before.get(k)), _number(v)) for k, v in self.after.items()]
+        facts = [
+            ("trained, body", f"{self.parameters['body']:,}"),
+            ("trained, head", f"{self.parameters['head']:,}"),
+            ("time", f"{self.seconds:.1f} s, {_number(self.measured.get('step_seconds'))} s a step"),
+            ("saved for backward", tables.size(self.measured.get("saved_bytes"))),
+            ("peak memory", f"{tables.size(self.measured.get('peak_bytes'))} ({self.measured.get('peak_measure')})"),
+        ]
+        if self.delta:
+            parts = ", ".join(f"{k} {tables.size(v)}" for k, v in self.delta_bytes.items() if k != "file")
+            facts.append(("delta", f"{self.delta}, {tables.size(self.delta_bytes['file'])} ({parts})"))
+        facts.append(("merged", str(self.merged) if self.merged else f"{self.plan.method} cannot be merged; use the delta"))
+        return "\n".join(
+            (
+                tables.text(f"{self.plan.model}: {self.plan.method}", ("metric", "before", "after"), scores, right=(1, 2)),
+                tables.text("", ("", ""), facts),
+            )
+        )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,71 @@
+"""Tables for people: a plan, a run, the methods. Made with rich, as text of any width."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def plan_table(plan: Plan, width: int = 100) -> str:
+    """Return a plan as text: a line per stage, then the totals."""
+    names = ("stage", "kind", "parameters", "trained", "edits", "added", "statistics")
+    rows = [
+        (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
+        for r in plan.rows
+    ]
+    settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))
+    title = f"{plan.model}: {plan.method}" + (f" ({settings})" if settings else "")
+    trained = plan.trained_body + plan.trained_head
+    lines = (
+        f"freeze={plan.freeze}, bn={plan.bn}: {trained:,} parameters train, {trained / plan.total:.2%} of {plan.total:,}",
+        f"body {plan.trained_body:,} ({_share(plan.trained_body, plan.body)} of {plan.body:,}), head {plan.trained_head:,}",
+    )
+    return "\n".join((text(title, names, rows, width=width, right=range(2, 6)), *lines))
+
+
+def text(title: str, names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100, right: Iterable[int] = ()) -> str:
+    """Return a table as plain text.
+
+    Args:
+        title: Said above it.
+        names: Of the columns.
+        rows: Cells, turned into text.
+        width: Columns of the terminal.
+        right: Indices of the columns that are aligned to the right.
+    """
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
+    numbers = set(right)
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+
+
+def size(count: float | None) -> str:
+    """Return bytes for people: 1.5 MB."""
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n else ""
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "–"
