@@ -183,13 +183,10 @@ class Delta:
 
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "peft_weight" in self._modules:
-            bias = self.bias
-            _uninstall(self, "weight")
-            if bias is not self.bias:
-                self.bias = nn.Parameter(bias.detach().clone())
-        if type(param) is Computed:
-            param = nn.Parameter(_plain(param).detach(), requires_grad=param.requires_grad)
-        super().register_parameter(name, param)  # type: ignore[misc]
+            fold(self)
+            type(self).register_parameter(self, name, _plain_parameter(param))  # the class is the plain one again
+        else:
+            super().register_parameter(name, _plain_parameter(param))  # type: ignore[misc]
 
 
 class Computed(Tensor):
@@ -308,6 +305,12 @@ def _release(model: nn.Module) -> nn.Module:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor) if type(tensor) is Computed else tensor
+
+
+def _plain_parameter(parameter: Any) -> Any:
+    if type(parameter) is not Computed:
+        return parameter
+    return nn.Parameter(_plain(parameter).detach(), requires_grad=parameter.requires_grad)
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:

@@ -1,0 +1,111 @@
+"""Small random nets of every kind, generated images, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("YOLO_OFFLINE", "True")
+os.environ.setdefault("YOLO_VERBOSE", "False")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from ultralytics.nn.tasks import DetectionModel
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def yolo(name: str) -> DetectionModel:
+    model = DetectionModel(f"{name}.yaml", nc=80, verbose=False)
+    model.names = {i: f"class {i}" for i in range(80)}
+    return model
+
+
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
+NETS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "yolo11n": ("yolo", lambda: yolo("yolo11n")),
+    "yolov8n": ("yolo", lambda: yolo("yolov8n")),
+    "yolo26n": ("yolo", lambda: yolo("yolo26n")),
+    "resnet18": ("timm", lambda: timm.create_model("resnet18", num_classes=5)),
+    "vit_tiny": ("timm", lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=3)),
+    "swin": ("timm", lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SWIN)),
+    "convnext_atto": ("timm", lambda: timm.create_model("convnext_atto", num_classes=5, depths=(1, 1, 2, 1))),
+    "mobilenetv2": ("timm", lambda: timm.create_model("mobilenetv2_035", num_classes=5)),
+    "mobilenetv1": ("timm", lambda: timm.create_model("mobilenetv1_100", num_classes=5)),  # depthwise throughout
+}
+
+
+@cache
+def _net(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = NETS[name][1]()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # statistics and scales that are not all the same make merging a real test
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+                module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model.eval()
+
+
+@pytest.fixture
+def net() -> Callable[[str], nn.Module]:
+    """Returns a fresh copy of a net by name."""
+    return lambda name: copy.deepcopy(_net(name))
+
+
+def flat(output: object) -> list[Tensor]:
+    """All floating-point tensors in a model's output."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [t for v in values for t in flat(v)]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="session")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny detection set of bright squares: 8 images to train on, 4 to check, two classes. Returns its YAML."""
+    return make_boxes(tmp_path_factory.mktemp("boxes"))
+
+
+def make_boxes(root: Path) -> Path:
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 4)):
+        for folder in ("images", "labels"):
+            (root / folder / part).mkdir(parents=True)
+        for i in range(count):
+            image, rows = random.integers(0, 60, (64, 64, 3), dtype=np.uint8), []
+            for kind in (0, 1):
+                x, y, side = *random.integers(0, 40, 2), random.integers(12, 24)
+                image[y : y + side, x : x + side, kind] = 250
+                rows.append(f"{kind} {(x + side / 2) / 64:.4f} {(y + side / 2) / 64:.4f} {side / 64:.4f} {side / 64:.4f}")
+            Image.fromarray(image).save(root / "images" / part / f"{i}.png")
+            (root / "labels" / part / f"{i}.txt").write_text("\n".join(rows) + "\n")
+    yaml = root / "data.yaml"
+    yaml.write_text("train: images/train\nval: images/val\nnames: {0: red, 1: green}\n")
+    return yaml
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Ultralytics checkpoint of a random yolo11n with 80 classes."""
+    torch.manual_seed(0)
+    model = yolo("yolo11n")
+    model.args = {"imgsz": 64, "task": "detect"}
+    path = tmp_path_factory.mktemp("weights") / "random11n.pt"
+    torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}, "epoch": -1}, path)
+    return path
