@@ -20,7 +20,7 @@ from . import attach as attaching
 from . import checkpoint, files
 from . import delta as deltas
 from .delta import Delta
-from .errors import ConfigError, DeltaError, ModelError, TrainingError, nearest
+from .errors import ConfigError, Interrupted, ModelError, TrainingError, nearest
 from .families.base import Base, Data, Family, Job
 from .methods.base import Method, make_method
 from .plan import Plan, make_plan
@@ -146,7 +146,7 @@ def _run(family: Family, job: Job) -> None:
         family.train(job)
     except KeyboardInterrupt:
         where = f"go on with resume='{job.folder}'" if job.checkpoint.is_file() else "no epoch was complete, so start anew"
-        raise TrainingError(f"interrupted; {where}") from None
+        raise Interrupted(f"interrupted; {where}") from None
 
 
 def _result(
@@ -486,7 +486,6 @@ def _copy(model: nn.Module) -> nn.Module:
 
 __all__ = [
     "Adapted",
-    "DeltaError",
     "detach",
     "export",
     "inspect",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import files
 from .attach import attached, is_added
-from .errors import DeltaError, ModelError
+from .errors import DeltaError, MismatchError, ModelError
 from .plan import Plan
 
 FORMAT = 1
@@ -94,7 +94,7 @@ def apply(model: nn.Module, delta: Delta, base: State) -> nn.Module:
     """Fill a model to which the delta's plan is attached: stored tensors from the delta, all others from the base.
 
     Raises:
-        DeltaError: A tensor is missing, unexpected or of another shape; the model is unchanged.
+        MismatchError: A tensor is missing, unexpected or of another shape; the model is unchanged.
     """
     own = model.state_dict(keep_vars=True)
     source = {**{k: v for k, v in base.items() if not is_added(k)}, **delta.tensors}
@@ -102,7 +102,7 @@ def apply(model: nn.Module, delta: Delta, base: State) -> nn.Module:
     unexpected = [k for k in delta.tensors if k not in own]
     if missing or unexpected:
         parts = [f"{len(x)} {what} (first: {x[0]})" for what, x in (("missing", missing), ("unexpected", unexpected)) if x]
-        raise DeltaError(f"this delta does not fit the model: {' and '.join(parts)}; give the base it was trained on")
+        raise MismatchError(f"this delta does not fit the model: {' and '.join(parts)}; give the base it was trained on")
     with torch.no_grad():
         for key, value in own.items():
             value.copy_(source[key])
@@ -140,7 +140,7 @@ def read(path: str | Path) -> Delta:
     except SafetensorError as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
     if header.get("checksum") != _checksum(header, tensors):
-        raise DeltaError(f"{path} does not match its checksum: it was altered or damaged; get the file again")
+        raise MismatchError(f"{path} does not match its checksum: it was altered or damaged; get the file again")
     return Delta(Plan.from_dict(header["plan"]), tensors, header)
 
 
@@ -173,11 +173,11 @@ def verify(delta: Delta, base: State) -> None:
     """Check that `base` is the base that the delta was trained on.
 
     Raises:
-        DeltaError: It is another one.
+        MismatchError: It is another one.
     """
     wanted, given = delta.header["base"]["sha256"], fingerprint(base)
     if wanted != given:
-        raise DeltaError(
+        raise MismatchError(
             f"wrong base: this delta was trained on {delta.header['base']['model']} with tensors {wanted[:12]}…, "
             f"the model given has {given[:12]}…; give the original with model=..."
         )

@@ -26,8 +26,16 @@ class DeltaError(VisionpeftError):
     """A delta file that is damaged, too new, or made for another base."""
 
 
+class MismatchError(DeltaError):
+    """A delta file that was altered, or does not belong to the base given."""
+
+
 class TrainingError(VisionpeftError):
     """A run that cannot go on (a loss that is not a number, nothing to resume)."""
+
+
+class Interrupted(TrainingError):
+    """A run that was stopped by hand."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,6 @@ from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer,
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_model
 
 from .. import checkpoint, files
@@ -34,6 +34,8 @@ from ..plan import HEAD, Anatomy, Attention, Block, Plan, Stage
 from ..registry import FAMILIES
 from ..twins import plain
 from .base import Base, Data, Family, Job, keep_best, observe, read_layers, read_params, read_statistics
+
+log = logging.getLogger(__name__)
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -46,6 +48,7 @@ _REFUSED = {
     "SemanticSegmentationModel": "semantic segmentation",
     "DepthModel": "depth",
 }
+_OTHERS = {"rtdetr": "RT-DETR", "-world": "YOLO-World", "yoloe": "YOLOE", "-sem": "semantic segmentation", "-depth": "depth"}
 _METRICS = {"metrics/mAP50(B)": "mAP50", "metrics/mAP50-95(B)": "mAP50-95"}
 _METRICS |= {"metrics/precision(B)": "precision", "metrics/recall(B)": "recall"}
 
@@ -81,8 +84,9 @@ class Yolo(Family):
     def load(self, source: str, **options: Any) -> Base:
         if options:
             raise ConfigError(f"YOLO models take no further options, but {', '.join(options)} was given")
-        if source.lower().removesuffix(".pt").startswith(("rtdetr", "yoloe", "fastsam", "sam")):
-            raise ModelError(f"{source} is not supported: visionpeft adapts YOLOv8, YOLO11 and YOLO26 detectors")
+        stem = Path(source).stem.lower()
+        if other := next((kind for mark, kind in _OTHERS.items() if mark in stem), None):
+            raise ModelError(f"{source} is a {other} model, which is not supported; give a YOLOv8, YOLO11 or YOLO26 detector")
         pretrained = not source.endswith((".yaml", ".yml"))
         try:
             if pretrained:
@@ -97,8 +101,7 @@ class Yolo(Family):
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({_brief(error)})") from error
         _refuse_unsupported(model, source)
         model = model.float().cpu()
-        args = model.args if isinstance(model.args, dict) else vars(model.args) if hasattr(model, "args") else {}
-        imgsz = int(args.get("imgsz") or 640)
+        imgsz = getattr(model, "args", {}).get("imgsz") or 640
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
         return Base(source, model, "detect", dict(model.names), facts, pretrained)
 
@@ -197,7 +200,8 @@ class Yolo(Family):
         model = _for_inference(model)
         model.pt_path = str(out.with_suffix(".pt"))  # Ultralytics names the result after this
         model.args = {**DEFAULT_CFG_DICT, "task": "detect"}
-        made = Path(str(Exporter(overrides={"mode": "export", "format": format, **options})(model=model)))
+        options = {"batch": 1, **options, "mode": "export", "format": format}
+        made = Path(str(Exporter(overrides=options)(model=model)))
         if made != out:
             made.replace(out)
         return out
@@ -265,9 +269,11 @@ class Tuned:
 
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
-        given = _images(dataset_path, mode, self.job.data.source)
-        if lost := sorted(set(given) - set(loader.dataset.im_files)):
-            LOGGER.warning(f"{len(lost)} of {len(given)} {mode} images cannot be read and are left out: {lost[0]}, ...")
+        if mode == "train":
+            loader.__class__ = ReplayableLoader
+        given = {Path(f).name for f in _images(dataset_path, mode, self.job.data.source)}
+        if lost := sorted(given - {Path(f).name for f in loader.dataset.im_files}):
+            log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
         return loader
 
     def resume_training(self: Any, ckpt: Any) -> None:
@@ -344,7 +350,7 @@ class Tuned:
                 "history": self._history,
                 "measured": self._meter.report(),
                 "random": checkpoint.random_states(),
-                "sampler": self.train_loader.generator.get_state(),
+                "sampler": self.train_loader.position(),
                 "buffer": list(self.train_loader.dataset.buffer),
             },
         )
@@ -371,25 +377,46 @@ class TrainedEMA(ModelEMA):
         super().update(model)
 
 
-class ResumedLoader(InfiniteDataLoader):
-    """A loader whose first iterator draws nothing from the sampler's generator: in the run it resumes, it did so before."""
+class ReplayableLoader(InfiniteDataLoader):
+    """Ultralytics' loader, which can say where it is and go there again. Exact with workers=0.
+
+    Its iterator outlives epochs and draws from the generator when it starts, and lazily, so the generator's state alone
+    does not tell what comes next; the state before the iterator started and the count of batches since do.
+    """
+
+    drawn = 0  # batches since the iterator started
+    replay = 0  # batches to pass over, without loading them, when the next iterator starts
 
     def _get_iterator(self) -> Any:
-        self.__class__ = InfiniteDataLoader
-        state = self.generator.get_state()
-        iterator = self._get_iterator()
-        self.generator.set_state(state)
+        self.origin = self.generator.get_state()
+        iterator = super()._get_iterator()
+        for _ in range(self.replay):
+            iterator._next_index()
+        self.drawn, self.replay = self.replay, 0
         return iterator
+
+    def __iter__(self) -> Iterator:
+        for batch in super().__iter__():
+            self.drawn += 1
+            yield batch
+
+    def position(self) -> dict[str, Any]:
+        """Where it is, for `go_to`."""
+        return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
+
+    def go_to(self, position: Mapping[str, Any], anew: bool) -> None:
+        """Go there; with `anew`, to a new iterator that starts there."""
+        self.reset()
+        self.generator.set_state(position["generator" if anew else "origin"])
+        self.replay = 0 if anew else position["drawn"]
 
 
 def _restore_random_states(trainer: Any) -> None:
-    states, sampler = trainer._saved_states
+    states, position = trainer._saved_states
     checkpoint.set_random_states(states)
-    loader, closing = trainer.train_loader, max(trainer.epochs - trainer.args.close_mosaic, 0)
-    loader.generator.set_state(sampler)
-    starts_anew = trainer.args.close_mosaic and trainer.start_epoch == closing  # as the uninterrupted run's loader does here
-    if loader.num_workers == 0 and not starts_anew:
-        loader.__class__ = ResumedLoader
+    closing = max(trainer.epochs - trainer.args.close_mosaic, 0)
+    # where mosaic closes, the uninterrupted run's loader starts anew too
+    trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
 
 
 # ------------------------------------------------------------------------------------------------------------- the pieces
@@ -457,7 +484,7 @@ def _for_inference(model: Any) -> Any:
 def _refuse_unsupported(model: nn.Module, source: str) -> None:
     kind = type(model).__name__
     if kind in _REFUSED:
-        raise ModelError(f"{source} is a {_REFUSED[kind]} model, which is not supported; give a YOLO detector")
+        raise ModelError(f"{source} is a {_REFUSED[kind]} model, which is not supported; give a YOLOv8, YOLO11 or YOLO26 detector")
     if kind != "DetectionModel":
         raise ModelError(f"{source} is a {kind}; so far visionpeft adapts YOLO detectors (and timm classifiers)")
 

@@ -137,7 +137,8 @@ def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
         if issubclass(base, Method) and base is not Method:
             found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
             comments.update(dict(found))
-    return [(f.name, str(f.type), f.default, comments.get(f.name, "")) for f in dataclasses.fields(cls)]
+    made = cls()
+    return [(f.name, str(f.type), getattr(made, f.name), comments.get(f.name, "")) for f in dataclasses.fields(cls)]
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Mapping[str, Any], method: str) -> None:

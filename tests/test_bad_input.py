@@ -1,0 +1,254 @@
+"""Every mistake gets one clear sentence, no traceback, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import visionpeft
+from visionpeft import cli, files
+from visionpeft import delta as deltas
+from visionpeft.errors import ConfigError
+
+SMALL = "--epochs 1 --imgsz 64 --batch 4 --device cpu --plots false".split()
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
+    """Run the command line in this process; returns its exit code and what it said on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(a) for a in arguments])
+    return int(stopped.value.code or 0), capsys.readouterr().err.strip()
+
+
+@pytest.fixture
+def data(boxes: Path, tmp_path: Path) -> Path:
+    """A copy of the data that a test may spoil."""
+    shutil.copytree(boxes.parent, tmp_path / "data", ignore=shutil.ignore_patterns("*.cache"))
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def delta(boxes: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    small = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "plots": False}
+    made = visionpeft.train(boxes, model=checkpoint, method="norm", project=folder, **small).delta
+    assert made is not None
+    return made
+
+
+SPOILED = {
+    "no such file": (lambda d: (d / "data.yaml").unlink(), "cannot be used"),
+    "no images": (lambda d: [f.unlink() for f in (d / "images" / "train").iterdir()], "no train images"),
+    "no folder": (lambda d: shutil.rmtree(d / "images" / "val"), "cannot be used: .*val"),
+    "no labels": (lambda d: shutil.rmtree(d / "labels"), "no labels.*put one .txt per image"),
+    "class outside": (lambda d: (d / "labels/train/0.txt").write_text("2 .5 .5 .1 .1\n"), "class 2, but .* names 2 classes"),
+    "text for a class": (lambda d: (d / "labels/train/0.txt").write_text("red .5 .5 .1 .1\n"), "row 'red .5"),
+    "class-count mismatch": (lambda d: _names(d, "nc: 3\nnames: [red, green]"), "'names' length 2 and 'nc: 3'"),
+    "no names": (lambda d: _names(d, ""), "'names' or 'nc' are required"),
+    "all images corrupt": (lambda d: [f.write_bytes(b"x") for f in (d / "images/train").iterdir()], "cannot be used"),
+}
+
+
+def _names(folder: Path, text: str) -> None:
+    (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\n{text}\n")
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_data(kind: str, data: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    spoil, says = SPOILED[kind]
+    spoil(data)
+    code, said = run(capsys, "train", "--data", data / "data.yaml", "--model", checkpoint, "--project", tmp_path / "runs", *SMALL)
+    assert code == 2 and len(said.splitlines()) == 1
+    assert re.search(says, said), said
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("merged*"))
+
+
+ARGUMENTS = {
+    "unknown model": (["--model", "yolo11q"], "yolo11q is not here|no family knows"),
+    "unknown architecture": (["--model", "resnt18"], "Did you mean"),
+    "not a checkpoint": (["--model", "TEXT.pt"], "not a checkpoint that Ultralytics can read"),
+    "missing checkpoint": (["--model", "nowhere/x.pt"], "not here and could not be downloaded"),
+    "unknown method": (["--method", "loar"], "no method 'loar'; there are: adapter.*Did you mean 'lora'"),
+    "unknown setting": (["--rr", "4"], "'rr' is no setting.*Did you mean 'r'"),
+    "another method's setting": (["--method", "head", "--r", "4"], "'r' is no setting.*method 'head' has no settings"),
+    "setting of the wrong type": (["--r", "many"], "r='many' is not of the right type; it must be int"),
+    "rank below one": (["--r", "0"], "r=0 is out of range"),
+    "rank too large": (["--r", "5000"], "as large as every layer.*r may be up to"),
+    "target that matches nothing": (["--target_modules", "nowhere"], "matches none of its"),
+    "pattern that is none": (["--target_modules", "(("], "not a regular expression"),
+    "freeze beyond the stages": (["--freeze", "24"], "goes beyond.*23 stages"),
+    "freeze a stage that is not": (["--freeze", "1,40"], "no stage 40"),
+    "freeze a name that is not": (["--freeze", "modle.3"], "nothing called 'modle.3'.*Did you mean 'model.3'"),
+    "everything frozen": (["--method", "full", "--freeze", "0,1,model"], "leaves nothing to train"),
+    "body frozen under lora": (["--method", "lora", "--freeze", "23"], "leaves 'lora' nothing to work on"),
+    "method without its parts": (["--method", "prompt"], "does not fit.*no plain token sequence.*these fit: adapter"),
+    "a method twice": (["--method", "lora+lora"], "twice"),
+    "optimizer auto": (["--optimizer", "auto"], "ignores lr0"),
+    "unknown bn": (["--bn", "maybe"], "'frozen' or 'train'"),
+    "unknown head": (["--head", "none"], "'keep' or 'rebuild'"),
+    "no epochs": (["--epochs", "0"], "epochs=0"),
+    "negative rate": (["--lr0", "-1"], "lr0=-1"),
+    "unknown optimizer": (["--optimizer", "Adamm"], "Adamm"),
+    "unknown device": (["--device", "17"], "17"),
+    "unknown option of Ultralytics": (["--mozaic", "0"], "Did you mean 'mosaic'"),
+    "bad value for Ultralytics": (["--mosaic", "7"], "mosaic"),
+    "unknown config": (["--config", "nothing"], "no config 'nothing'"),
+    "resume of nothing": (["--resume", "nowhere"], "no run that can be resumed"),
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_arguments(kind: str, boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "TEXT.pt").write_text("no checkpoint")
+    arguments, says = ARGUMENTS[kind]
+    given = ["--data", str(boxes), "--model", str(checkpoint), "--project", "runs", *SMALL]
+    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
+        if flag in given:
+            del given[given.index(flag) : given.index(flag) + 2]
+        given += [flag, value]
+    code, said = run(capsys, "train", *given)
+    assert code == 2 and len(said.splitlines()) == 1, said
+    assert re.search(says, said), said
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.*"))
+
+
+def test_no_data_and_unknown_command(capsys) -> None:
+    assert run(capsys, "train")[0] == 2
+    code, said = run(capsys, "trian")
+    assert code == 2 and "train" in said
+
+
+def test_a_run_that_exists_is_not_written_over(boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine").mkdir()
+    code, said = run(
+        capsys, "train", "--data", boxes, "--model", checkpoint, "--project", tmp_path, "--name", "mine", *SMALL
+    )
+    assert code == 2 and "exists; give another name" in said and not list((tmp_path / "mine").iterdir())
+
+
+def test_unwritable_folder(boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, said = run(capsys, "train", "--data", boxes, "--model", checkpoint, "--project", tmp_path / "file" / "runs", *SMALL)
+    assert code == 2 and "cannot write to" in said
+
+
+# ------------------------------------------------------------------------------------------------------------ the delta
+def test_wrong_base_exits_with_one(delta: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    content = torch.load(checkpoint, weights_only=False)
+    content["model"].model[0].conv.weight.data[0, 0, 0, 0] += 1
+    torch.save(content, tmp_path / "other.pt")
+    assert run(capsys, "verify", delta)[0] == 0
+    code, said = run(capsys, "verify", delta, "--model", tmp_path / "other.pt")
+    assert code == 1 and "wrong base" in said
+    with pytest.raises(visionpeft.VisionpeftError, match="wrong base"):
+        visionpeft.load(delta, model=tmp_path / "other.pt")
+    code, said = run(capsys, "merge", delta, tmp_path / "merged.pt", "--model", tmp_path / "other.pt")
+    assert code == 1 and "wrong base" in said and not (tmp_path / "merged.pt").exists()
+
+
+def test_truncated_delta(delta: Path, tmp_path: Path, capsys) -> None:
+    for kept in (4, 100, delta.stat().st_size - 1):
+        (tmp_path / "cut.safetensors").write_bytes(delta.read_bytes()[:kept])
+        code, said = run(capsys, "verify", tmp_path / "cut.safetensors")
+        assert code == 2 and "damaged" in said
+
+
+def test_altered_tensor_and_altered_header(delta: Path, tmp_path: Path, capsys) -> None:
+    raw = bytearray(delta.read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(raw)
+    text = delta.read_bytes().replace(b'\\"red\\"', b'\\"rad\\"', 1)
+    (tmp_path / "b.safetensors").write_bytes(text)
+    for name in "ab":
+        code, said = run(capsys, "verify", tmp_path / f"{name}.safetensors")
+        assert code == 1 and "altered" in said
+
+
+def test_newer_format_and_foreign_files(delta: Path, tmp_path: Path, capsys) -> None:
+    with safe_open(str(delta), "pt") as file:
+        header = json.loads(file.metadata()[deltas.KEY])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    save_file(tensors, tmp_path / "new.safetensors", {deltas.KEY: json.dumps({**header, "format": 99})})
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    for name, says in (("new", "upgrade"), ("foreign", "no delta of visionpeft"), ("absent", "there is no delta file")):
+        code, said = run(capsys, "inspect", tmp_path / f"{name}.safetensors")
+        assert code == 2 and says in said
+
+
+# -------------------------------------------------------------------------------------------------- interrupted by force
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    files.write(target, "first")
+
+    def fails(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        files.replace(target, fails)
+    assert target.read_text() == "first" and [f.name for f in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        files.write(tmp_path / "plain" / "deeper", "x")
+
+
+START = """
+import sys, torch, visionpeft
+from visionpeft import checkpoint
+real, calls = torch.save, []
+def slow(content, path, **more):
+    calls.append(1)
+    if len(calls) == 2:  # the second epoch's checkpoint is half on disk ...
+        open(path, "wb").write(b"half a checkpoint")
+        print("HALF", flush=True)
+        import time; time.sleep(60)
+    real(content, path, **more)
+torch.save = slow
+visionpeft.train({data!r}, model={model!r}, method="norm", project={project!r}, epochs=3, imgsz=64, batch=4,
+                 device="cpu", plots=False)
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_mid_save_and_resumed(by: signal.Signals, boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    code = START.format(data=str(boxes), model=str(checkpoint), project=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    began = time.monotonic()
+    while "HALF" not in process.stdout.readline():  # ... and the process is gone
+        assert time.monotonic() - began < 120 and process.poll() is None
+    os.kill(process.pid, by)
+    process.wait(timeout=60)
+    folder = tmp_path / "train"
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
+    deltas.read(folder / "delta.safetensors")
+    code_, said = run(capsys, "train", "--resume", folder)
+    assert code_ == 0, said
+    assert len(json.loads((folder / "run.json").read_text())["history"]) == 3
+
+
+def test_methods_share_no_name_with_other_arguments() -> None:
+    """A setting that both a method and Ultralytics (or train) have would be taken by the wrong one."""
+    import dataclasses
+    import inspect
+
+    from visionpeft.registry import FAMILIES, METHODS
+
+    taken = set(inspect.signature(visionpeft.train).parameters)
+    for family in FAMILIES.values():
+        taken |= set(family().arguments())
+    for name, cls in METHODS.items():
+        assert not taken & {f.name for f in dataclasses.fields(cls)}, name

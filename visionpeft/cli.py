@@ -1,0 +1,318 @@
+"""The command line: every command is one verb of the API; its options are the verb's arguments."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from cyclopts import App, CycloptsError, Parameter
+
+from . import __version__, api, tables
+from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
+from .methods.base import fields_of
+from .registry import FAMILIES, METHODS
+
+app = App(
+    name="visionpeft",
+    help="Adapt a pretrained YOLO or timm model to your own images on the GPU you already have.",
+    version=__version__,
+    default_parameter=Parameter(negative=(), show_default=False),
+    name_transform=lambda name: name.rstrip("_"),
+    help_format="plaintext",
+)
+Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
+
+
+@app.command
+def train(
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    method: str | None = None,
+    freeze: str | None = None,
+    bn: str | None = None,
+    head: str | None = None,
+    epochs: int | None = None,
+    imgsz: int | None = None,
+    batch: float | None = None,
+    lr0: float | None = None,
+    lr_scale: float | None = None,
+    optimizer: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    seed: int | None = None,
+    amp: str | None = None,
+    project: str | None = None,
+    name: str | None = None,
+    exist_ok: bool = False,
+    resume: str | None = None,
+    config: str | None = None,
+    **options: Options,
+) -> None:
+    """Train, and leave a delta, a merged checkpoint and run.json in the run's folder.
+
+    Fields of the method (--r 16) and further arguments of the family (--mosaic 0) are options too: see `visionpeft methods`.
+
+    Parameters
+    ----------
+    data
+        YOLO: a data YAML. timm: a folder with train/CLASS and val/CLASS.
+    model
+        A YOLO checkpoint (yolo11n.pt, a path), or timm/NAME.
+    method
+        A name, or several joined by +; full where --freeze is given, else lora.
+    freeze
+        The first N stages, or indices (0,1,2), or names (model.0,model.1).
+    bn
+        frozen or train: whether BatchNorm statistics outside the head move.
+    head
+        keep what of the head fits, or rebuild it.
+    epochs
+        Passes over the data.
+    imgsz
+        Image size in pixels.
+    batch
+        Images per step.
+    lr0
+        Learning rate of the head.
+    lr_scale
+        Learning rate of the rest, relative to lr0.
+    optimizer
+        AdamW, SGD, ...
+    device
+        cpu, 0, 0,1, ...
+    workers
+        Processes that load images.
+    seed
+        Of every random choice.
+    amp
+        true, bf16 or false.
+    project
+        Folder of runs.
+    name
+        Folder of this run in it.
+    exist_ok
+        Write into an existing folder of that name.
+    resume
+        A run's folder, or "true" for the newest: go on where it was.
+    config
+        A YAML file of these options, or the name of one of visionpeft's; options given besides override it.
+    """
+    given = {k: v for k, v in locals().items() if v is not None and k not in ("options", "config")}
+    settings = {**(_config(config) if config else {}), **given, **options}
+    if not exist_ok:
+        settings.pop("exist_ok")
+    print(api.train(**_values(settings)))
+
+
+@app.command
+def plan(
+    *,
+    model: str = "yolo11n.pt",
+    data: str | None = None,
+    method: str | None = None,
+    freeze: str = "0",
+    bn: str | None = None,
+    head: str | None = None,
+    json_: bool = False,
+    **options: Options,
+) -> None:
+    """Show what `train` would train and add, without training.
+
+    Parameters
+    ----------
+    model
+        As for train.
+    data
+        As for train; without it the model keeps its own classes.
+    method
+        As for train.
+    freeze
+        As for train.
+    bn
+        As for train.
+    head
+        As for train.
+    json_
+        Print JSON.
+    """
+    named = {"model": model, "data": data, "method": method, "freeze": freeze, "bn": bn, "head": head}
+    made = api.plan(**_values({**named, **options}))
+    print(json.dumps(made.to_dict(), indent=2) if json_ else made)
+
+
+@app.command
+def merge(delta: str, out: str, *, model: str | None = None) -> None:
+    """Write base and delta as one plain checkpoint.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    out
+        The checkpoint to write.
+    model
+        The base; by default the one the delta names.
+    """
+    print(api.merge(delta, out, model=model))
+
+
+@app.command
+def val(delta: str, *, data: str, model: str | None = None, **options: Options) -> None:
+    """Measure an adapted model; prints JSON.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    data
+        As for train.
+    model
+        The base; by default the one the delta names.
+    """
+    print(json.dumps(api.val(delta, data, model=model, **_values(options)), indent=2))
+
+
+@app.command
+def predict(delta: str, source: str, *, model: str | None = None, **options: Options) -> None:
+    """Run an adapted model on images; prints one line of JSON per image.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    source
+        An image, or a folder of images.
+    model
+        The base; by default the one the delta names.
+    """
+    for result in api.predict(delta, source, model=model, **_values(options)):
+        print(json.dumps(result) if isinstance(result, dict) else result.to_json())
+
+
+@app.command
+def export(
+    delta: str, *, format: str = "onnx", out: str | None = None, model: str | None = None, **options: Options
+) -> None:
+    """Write an adapted model for deployment, merged first where it can be.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    format
+        onnx or torchscript.
+    out
+        The file to write; by default beside the delta.
+    model
+        The base; by default the one the delta names.
+    """
+    print(api.export(delta, format, out, model=model, **_values(options)))
+
+
+@app.command
+def inspect(delta: str) -> None:
+    """Print what a delta file says of itself, as JSON.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    """
+    header = api.inspect(delta)
+    brief = {k: v for k, v in header["plan"].items() if k in ("method", "settings", "freeze", "bn")}
+    print(json.dumps({**header, "plan": brief}, indent=2))
+
+
+@app.command
+def verify(delta: str, *, model: str | None = None) -> None:
+    """Check a delta and its base against each other; exits with 1 where they do not belong together.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    model
+        The base; by default the one the delta names.
+    """
+    api.verify(delta, model)
+    print(f"{delta}: whole, and made for this base")
+
+
+@app.command
+def methods(name: str | None = None) -> None:
+    """List the methods, or the settings of one.
+
+    Parameters
+    ----------
+    name
+        A method.
+    """
+    if name is None:
+        rows = [(n, introspection.getmodule(c).__doc__.splitlines()[0]) for n, c in METHODS.items()]  # type: ignore[union-attr]
+        print(tables.text("", ("method", "what it does"), rows))
+    else:
+        fields = [(f, kind, default, comment) for f, kind, default, comment in fields_of(METHODS[name])]
+        print(introspection.getmodule(METHODS[name]).__doc__)  # type: ignore[union-attr]
+        print(tables.text("", ("setting", "type", "default", "meaning"), fields) if fields else "It has no settings.")
+
+
+@app.command
+def families() -> None:
+    """List the families of models."""
+    rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
+    print(tables.text("", ("family", "models"), rows))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
+    code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
+    sys.exit(code)
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    try:
+        run()
+    except (VisionpeftError, CycloptsError) as error:
+        sentence = " ".join(str(error).split())
+        print(f"visionpeft: {sentence}", file=sys.stderr)
+        return 1 if isinstance(error, MismatchError) else 130 if isinstance(error, Interrupted) else 2
+    except KeyboardInterrupt:
+        print("visionpeft: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn text from the command line into values: numbers, true and false, lists; freeze's "0,1,2" too."""
+    made = {k.replace("-", "_"): yaml.safe_load(v) if isinstance(v, str) else v for k, v in options.items()}
+    for name in ("model", "data", "name", "project", "method", "device"):  # these are text, whatever they look like
+        if name in options and options[name] is not None:
+            made[name] = str(options[name])
+    freeze = made.get("freeze")
+    if isinstance(freeze, str):
+        made["freeze"] = [yaml.safe_load(part) for part in freeze.split(",")]
+    if isinstance(made.get("batch"), float) and made["batch"] >= 1:
+        made["batch"] = int(made["batch"])
+    return made
+
+
+def _config(given: str) -> dict[str, Any]:
+    """Read a YAML of train() arguments, by path or by the name of a packaged one."""
+    own = {f.stem: f for f in sorted((Path(__file__).parent / "configs").rglob("*.yaml"))}
+    own |= {f.stem: f for f in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))}
+    path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(given)
+    if path is None or not path.is_file():
+        raise ConfigError(f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(given, own)}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
+    return values
