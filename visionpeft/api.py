@@ -104,15 +104,16 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
     source = str(given["model"])
     family = find_family(source)
     tuning, extra = _split_options(family, given["method"], given["freeze"], options)
-    settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults.items()}
-    _check_settings(settings, given)
     base = family.load(source, **(given["model_args"] or {}))
+    settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
+    given["device"] = _device(given["device"])
+    _check_settings(settings, given)
+    family.check({**settings, **extra, "device": given["device"]})
     data = family.read_data(str(given["data"]), base)
     fitted = family.fit(base, data.names, settings["head"])
     made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
-    given["device"] = _device(given["device"])
-    arguments = {**given, **settings, "method": tuning.name, "options": {**_changed(tuning), **extra}}
-    arguments = {**arguments, "model": source, "data": str(given["data"]), "method": tuning.name}
+    named = {"model": source, "data": str(given["data"]), "method": tuning.name}
+    arguments = {**given, **settings, **named, "options": {**_changed(tuning), **extra}}
     files.writable(folder)
     print(made)
     use = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"]}
@@ -133,7 +134,7 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
         resume=resume,
         extra=extra,
         before=before,
-        header=_header(base, data, arguments, settings["head"]),
+        header=_header(family, base, data, arguments),
         **settings,
     )
     _run(family, job)
@@ -217,7 +218,7 @@ def plan(
     tuning, _ = _split_options(family, method, freeze, options)
     base = family.load(str(model), **(model_args or {}))
     names = family.read_data(str(data), base).names if data else base.names
-    fitted = family.fit(base, names, head or family.defaults["head"])
+    fitted = family.fit(base, names, head or family.defaults_for(base)["head"])
     return make_plan(tuning, family.anatomy(fitted, str(model)), freeze, bn)
 
 
@@ -422,10 +423,10 @@ def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict
     return {**given, "folder": folder}
 
 
-def _header(base: Base, data: Data, arguments: Mapping[str, Any], head: str) -> dict[str, Any]:
+def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(arguments, default=str))
     return {
-        "family": find_family(base.source).name,
+        "family": family.name,
         "task": base.task,
         "base": {
             "model": base.source,
@@ -433,7 +434,7 @@ def _header(base: Base, data: Data, arguments: Mapping[str, Any], head: str) -> 
             "model_args": dict(arguments["model_args"] or {}),
         },
         "names": {str(k): v for k, v in data.names.items()},
-        "head": head,
+        "head": arguments["head"],
         "input": {**base.facts, "imgsz": arguments["imgsz"]},
         "train_args": plain,
         "seed": arguments["seed"],

@@ -101,6 +101,18 @@ class Family(ABC):
     def arguments(self) -> Iterable[str]:
         """Return the names of the further training arguments that pass through."""
 
+    def defaults_for(self, base: Base) -> dict[str, Any]:
+        """Return what train() uses where the user says nothing."""
+        return dict(self.defaults)
+
+    @abstractmethod
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that training would stumble over later: values, optimizer, device.
+
+        Raises:
+            ConfigError: One of them cannot be used.
+        """
+
     @abstractmethod
     def load(self, source: str, **options: Any) -> Base:
         """Load a base.

@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import ultralytics
 from torch import nn
-from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS, check_det_dataset, img2label_paths
 from ultralytics.engine.exporter import Exporter
@@ -24,11 +25,11 @@ from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer,
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
-from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_model
+from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, select_device, unwrap_model
 
 from .. import checkpoint, files
 from ..attach import attach, attached, merge, mergeable, settle, train_mode
-from ..errors import ConfigError, DataError, ModelError, TrainingError
+from ..errors import ConfigError, DataError, ModelError, TrainingError, nearest
 from ..measure import Meter
 from ..plan import HEAD, Anatomy, Attention, Block, Plan, Stage
 from ..registry import FAMILIES
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
 _OURS |= {"freeze", "project", "name", "exist_ok", "save_dir", "task", "mode", "pretrained", "cfg", "distill_model"}
+_OURS |= {"save", "save_period"}
+_OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "MuSGD")
 _REFUSED = {
     "RTDETRDetectionModel": "RT-DETR",
     "WorldModel": "YOLO-World",
@@ -80,6 +83,16 @@ class Yolo(Family):
 
     def arguments(self) -> Iterable[str]:
         return sorted(set(DEFAULT_CFG_DICT) - _OURS)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        name = settings["optimizer"]
+        if name.lower() not in map(str.lower, _OPTIMIZERS):
+            raise ConfigError(f"optimizer='{name}' is not known; give {', '.join(_OPTIMIZERS)}.{nearest(name, _OPTIMIZERS)}")
+        try:
+            get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT})
+            select_device(settings["device"], verbose=False)
+        except (ValueError, TypeError, SyntaxError) as error:
+            raise ConfigError(_brief(error)) from error
 
     def load(self, source: str, **options: Any) -> Base:
         if options:
@@ -188,7 +201,8 @@ class Yolo(Family):
         args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False, **options}
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
-            stats = validator(model=None if source else _for_inference(model))
+            with _readable(data.source):
+                stats = validator(model=None if source else _for_inference(model))
         return {name: round(float(stats[key]), 5) for key, name in _METRICS.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
@@ -268,7 +282,8 @@ class Tuned:
         self._batch = 0
 
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
+        with _readable(self.job.data.source):
+            loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode == "train":
             loader.__class__ = ReplayableLoader
         given = {Path(f).name for f in _images(dataset_path, mode, self.job.data.source)}
@@ -508,6 +523,17 @@ def _images(places: Any, part: str, source: str) -> list[str]:
     if not found:
         raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
     return sorted(found)
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Say in a sentence what Ultralytics raises when it finds no image of a set readable."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No valid images found" not in str(error):
+            raise
+        raise DataError(f"the data {source} cannot be used: {_brief(error)}") from error
 
 
 def _rows(label: Path) -> list[str]:

@@ -1,0 +1,405 @@
+"""The training loop of families that bring none: accelerate for device, AMP, accumulation and processes; timm's optimizers,
+schedules and mixing; a moving average; torchmetrics; a checkpoint after every epoch. Registers nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import timm.optim
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from .. import checkpoint
+from ..attach import attach, settle, train_mode
+from ..errors import ConfigError, TrainingError, nearest
+from ..measure import Meter
+from .base import Family, Job, keep_best
+
+Items = Sequence[tuple[str, int]]  # image files with the index of their class
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `train` takes beside its own arguments, under Ultralytics' names where it has them."""
+
+    lrf: float = 0.01  # the last learning rate, relative to the first
+    cos_lr: bool = True  # fall along a cosine, or else along a line
+    warmup_epochs: float = -1.0  # rise to the full learning rate over this many; -1: a tenth of all, at most 3
+    momentum: float = 0.9  # of optimizers that have one
+    weight_decay: float = 0.05  # of weights; biases, scales and the like are never decayed
+    nbs: int = 0  # gradients are accumulated to this many images; 0: to one batch
+    patience: int = 100  # stop after this many epochs without a better score
+    ema: float = 0.9999  # decay of the moving average, reached after some thousand steps; 0: no average
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    mixup: float = 0.0  # alpha of timm's mixup; 0: off
+    cutmix: float = 0.0  # alpha of timm's cutmix; 0: off
+    scale: float = 0.5  # random crops cover at least 1 less this share of the image
+    fliplr: float = 0.5  # probability of a flip left to right
+    flipud: float = 0.0  # probability of a flip upside down
+    color_jitter: float = 0.4  # strength of random brightness, contrast and saturation
+    erasing: float = 0.0  # probability that a patch is erased
+    auto_augment: str = ""  # timm's augmentation policy, e.g. "rand-m9-mstd0.5-inc1"; "": none
+
+    def __post_init__(self) -> None:
+        shares = {"lrf", "momentum", "ema", "label_smoothing", "scale", "fliplr", "flipud", "erasing"}
+        for field in fields(self):
+            value, low, high = getattr(self, field.name), -1 if field.name == "warmup_epochs" else 0, math.inf
+            high = 1 if field.name in shares else high
+            if field.type in ("float", "int") and not (isinstance(value, int | float) and low <= value <= high):
+                allowed = f"a number from {low} to {high}" if high == 1 else f"a number of at least {low}"
+                raise ConfigError(f"{field.name}={value!r} is not usable; it must be {allowed}")
+
+
+# --------------------------------------------------------------------------------------------------------- data and score
+class Images(Dataset):
+    """Image files, read as RGB."""
+
+    def __init__(self, items: Items, transform: Callable[[Image.Image], Tensor]):
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.items[index]
+        return self.transform(read_image(path)), label
+
+
+def read_image(source: Any) -> Image.Image:
+    """Return a file's, or an image's, RGB."""
+    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def loader(images: Dataset, batch: int, workers: int = 0, generator: torch.Generator | None = None, **more: Any) -> DataLoader:
+    """Return a loader; with a generator, one that shuffles by it."""
+    return DataLoader(
+        images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
+    )
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Accelerator | None = None) -> dict[str, float]:
+    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
+    device = next(model.parameters()).device
+    shares = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
+    metrics = MetricCollection(shares, compute_groups=False).to(device)
+    loss = MeanMetric().to(device)
+    model.eval()
+    for images, labels in batches:
+        with accelerator.autocast() if accelerator else nullcontext():
+            logits = model(images.to(device))
+        logits, labels = logits.float(), labels.to(device)
+        if accelerator:
+            logits, labels = accelerator.gather_for_metrics((logits, labels))
+        metrics.update(logits, labels)
+        loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
+    found = {**metrics.compute(), "loss": loss.compute()}
+    return {name: round(float(value), 5) for name, value in found.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the average
+class Average:
+    """A moving average of what trains and of the statistics that move; the rest is the base's, bit for bit."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        own, live = self.model.state_dict(), checkpoint.live(model, copy=False)
+        self._pairs = [(own[key], value) for key, value in live.items()]
+        self._decay = decay
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Move towards the live values, at first at once, later slowly."""
+        decay = self._decay * (1 - math.exp(-updates / 2000))
+        for own, live in self._pairs:
+            own.lerp_(live, 1 - decay) if own.is_floating_point() else own.copy_(live)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+def run(family: Family, job: Job, train: Callable[[Recipe], Callable], evaluate: Callable) -> None:
+    """Train.
+
+    Args:
+        family: Whose model it is; it fits models and writes results.
+        job: What to do.
+        train: Makes the transform of training images from a recipe.
+        evaluate: The transform of validation images.
+
+    Raises:
+        TrainingError: The loss is no number, or nothing is left to resume.
+        ConfigError: An argument is not usable.
+    """
+    recipe = Recipe(**job.extra)
+    if (recipe.mixup or recipe.cutmix) and job.batch % 2:
+        raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={job.batch} is odd; give an even one")
+    accelerator = _accelerator(job, recipe)
+    loop = None
+    try:
+        loop = _Loop(family, job, recipe, accelerator, Images(job.data.facts["train"], train(recipe)))
+        loop.run(loader(Images(job.data.facts["val"], evaluate), loop.batch, job.workers))
+    finally:
+        if loop:
+            loop.meter.close()
+        if accelerator.num_processes == 1:  # accelerate keeps its first device and precision for the whole process
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+class _Loop:
+    """One run: its model, optimizer, schedule, average and position."""
+
+    def __init__(self, family: Family, job: Job, recipe: Recipe, accelerator: Accelerator, images: Images):
+        self.family, self.job, self.recipe, self.accelerator = family, job, recipe, accelerator
+        set_seed(job.seed)
+        own = family.fit(job.base, job.data.names, job.head)
+        self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
+        self.average = Average(self.own, recipe.ema)
+        self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
+        self.meter = Meter(self.own, accelerator.device)
+        self.batch = max(job.batch // accelerator.num_processes, 1)
+        self.generator = torch.Generator().manual_seed(job.seed)
+        # a last batch of one image is left out: BatchNorm cannot train on it
+        alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
+        batches = loader(images, self.batch, job.workers, self.generator, drop_last=alone, pin_memory=_cuda(accelerator))
+        self.batches = accelerator.prepare(batches)
+        self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
+        per_epoch = math.ceil(len(self.batches) / accelerator.gradient_accumulation_steps)
+        self.schedule = _schedule(self.optimizer, job, recipe, per_epoch)
+        self.mix = _mix(recipe, len(job.data.names))
+        smoothing = 0.0 if self.mix else recipe.label_smoothing
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.updates, self.history = 0, []  # type: ignore[var-annotated]
+        self.best: dict[str, float] = {"epoch": -1, "score": -1.0}
+
+    def run(self, validation: DataLoader) -> None:
+        """Train from where the run stands to its end."""
+        validation = self.accelerator.prepare(validation)
+        set_seed(self.job.seed, device_specific=True)
+        start = self._resume() if self.job.resume else 0
+        with _progress(self.accelerator.is_main_process) as progress:
+            task = progress.add_task("", total=len(self.batches), loss="")
+            for epoch in range(start, self.job.epochs):
+                progress.reset(task, description=f"epoch {epoch + 1}/{self.job.epochs}")
+                loss = self._epoch(epoch, lambda text: progress.update(task, advance=1, loss=text))
+                metrics = score(self.average.model, validation, len(self.job.data.names), self.accelerator)
+                self._save(epoch, loss, metrics)
+                if epoch - self.best["epoch"] >= self.recipe.patience > 0:
+                    break
+
+    def _epoch(self, epoch: int, tell: Callable[[str], object]) -> float:
+        """Train on every image once; return the mean loss."""
+        train_mode(self.own, self.job.plan)
+        total, seen = 0.0, 0
+        for images, labels in self.batches:
+            count = len(images)
+            if self.mix:
+                images, labels = self.mix(images, labels)
+            with self.accelerator.accumulate(self.model):
+                loss = self._step(images, labels)
+                self._check(loss, epoch)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.updates += 1
+                self.schedule.step_update(self.updates)
+                self.average.update(self.updates)
+            total, seen = total + loss * count, seen + count
+            tell(f"loss {total / seen:.4f}")
+        return total / seen
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        self.meter.start()
+        with self.accelerator.autocast():
+            loss = self.criterion(self.model(images), labels)
+        self.accelerator.backward(loss)
+        self.meter.stop()
+        return loss.item()
+
+    def _check(self, loss: float, epoch: int) -> None:
+        if not math.isfinite(loss):
+            after = f"; the last good epoch can be resumed from {self.job.folder}" if self.history else ""
+            raise TrainingError(
+                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale (it is "
+                f"{self.job.lr_scale}), or give amp=False{after}"
+            )
+
+    def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
+        """Write the delta if this epoch is the best so far, then the checkpoint."""
+        self.history.append({"epoch": epoch + 1, "train/loss": round(loss, 5), **metrics})
+        result = metrics[self.family.score]  # type: ignore[attr-defined]
+        best = result > self.best["score"]
+        if best:
+            self.best = {"epoch": epoch, "score": result}
+        if not self.accelerator.is_main_process:
+            return
+        if best:
+            keep_best(self.family, self.job, self.average.model, metrics, epoch + 1)
+        live = checkpoint.live(self.own)
+        scaler = self.accelerator.scaler
+        checkpoint.save(
+            self.job.checkpoint,
+            {
+                "epoch": epoch,
+                "model": live,
+                "ema": {k: v for k, v in self.average.model.state_dict().items() if k in live},
+                "updates": self.updates,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+                "best": self.best,
+                "history": self.history,
+                "measured": self.meter.report(),
+                "random": checkpoint.random_states(),
+                "sampler": self.generator.get_state(),
+            },
+        )
+
+    def _resume(self) -> int:
+        """Put everything back as the last complete epoch left it; return the next epoch."""
+        saved = checkpoint.load(self.job.checkpoint)
+        done = saved["epoch"] + 1 >= self.job.epochs or saved["epoch"] - saved["best"]["epoch"] >= self.recipe.patience > 0
+        if done:
+            raise TrainingError(f"{self.job.folder} has trained all of its {saved['epoch'] + 1} epochs; nothing is left to resume")
+        checkpoint.restore(self.own, saved["model"])
+        checkpoint.restore(self.average.model, saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        if saved["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
+        self.meter.saved_bytes = saved["measured"]["saved_bytes"]
+        self.generator.set_state(saved["sampler"])
+        checkpoint.set_random_states(saved["random"])
+        return saved["epoch"] + 1
+
+
+# ------------------------------------------------------------------------------------------------------------- the pieces
+def _accelerator(job: Job, recipe: Recipe) -> Accelerator:
+    cpu = job.device == "cpu"
+    if "," in job.device:
+        raise ConfigError(
+            f"device='{job.device}' names several GPUs; for timm models start as many processes with "
+            "'accelerate launch --num_processes N', each with device left out"
+        )
+    if not cpu:
+        select_device(job.device)
+    accumulate = max(round(recipe.nbs / job.batch), 1)
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=_precision(job.amp, cpu),
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(non_blocking=not cpu),
+    )
+
+
+def select_device(device: str | None) -> torch.device:
+    """Return torch's device for "cpu", "0", "cuda:1" or None, and make a GPU the current one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    name = str(device).removeprefix("cuda:").removeprefix("cuda") if device else ""
+    if name == "cpu" or (not name and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if not (name or "0").isdigit() or int(name or 0) >= count:
+        here = f"this machine has {count} GPUs, counted from 0" if count else "this machine has no GPU that torch can use"
+        raise ConfigError(f"device='{device}' is not there: {here}; give device='cpu' or another number")
+    if name:
+        torch.cuda.set_device(int(name))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _precision(amp: bool | str | None, cpu: bool) -> str:
+    """Return accelerate's name: bf16 by default where the GPU has it, and nothing on a CPU unless asked by name."""
+    if amp not in (None, True, False, "bf16", "fp16"):
+        raise ConfigError(f"amp={amp!r} is not known; it is True (fp16), 'bf16' or False")
+    if cpu:
+        return "bf16" if amp == "bf16" else "no"
+    if amp is None:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": "bf16", "fp16": "fp16", True: "fp16", False: "no"}[amp]
+
+
+def _cuda(accelerator: Accelerator) -> bool:
+    return accelerator.device.type == "cuda"
+
+
+def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return timm's optimizer: the head at lr0, the rest at lr0 * lr_scale, and no decay of biases, scales and the like."""
+    name = job.optimizer.lower()
+    known = timm.optim.list_optimizers()
+    if name not in known:
+        raise ConfigError(f"optimizer='{job.optimizer}' is not one of timm's, e.g. adamw, sgd, lamb.{nearest(name, known)}")
+    heads = tuple(f"{h}." for h in job.plan.heads)
+    spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
+            groups.setdefault((key.startswith(heads), decays), []).append(parameter)
+    return timm.optim.create_optimizer_v2(
+        [
+            # timm's schedules multiply what they set by the group's lr_scale
+            {"params": params, "lr_scale": 1.0 if head else job.lr_scale, "weight_decay": recipe.weight_decay * decays}
+            for (head, decays), params in groups.items()
+        ],
+        name,
+        lr=job.lr0,
+        momentum=recipe.momentum,
+    )
+
+
+def _schedule(optimizer: Any, job: Job, recipe: Recipe, per_epoch: int) -> Any:
+    warmup = min(3.0, job.epochs / 10) if recipe.warmup_epochs < 0 else min(recipe.warmup_epochs, job.epochs)
+    return create_scheduler_v2(
+        optimizer,
+        "cosine" if recipe.cos_lr else "poly",
+        decay_rate=1.0,  # of "poly": its power
+        num_epochs=job.epochs,
+        min_lr=job.lr0 * recipe.lrf,
+        warmup_lr=job.lr0 / 100,
+        warmup_epochs=round(warmup * per_epoch) / per_epoch,  # type: ignore[arg-type]
+        step_on_epochs=False,
+        updates_per_epoch=per_epoch,
+    )[0]
+
+
+def _mix(recipe: Recipe, classes: int) -> Callable | None:
+    """Return what mixes a batch's images and labels, or None."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+
+    def mix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if len(images) % 2:  # an odd last batch has no pairs
+            return images, mixup_target(labels, classes, smoothing=recipe.label_smoothing)
+        return mixup(images, labels)
+
+    return mix
+
+
+def _progress(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
