@@ -181,7 +181,12 @@ def test_two_methods_on_one_layer_apply_in_order() -> None:
 @pytest.mark.parametrize(
     ("layer", "bad", "error", "says"),
     [
-        (nn.Embedding(4, 4), Edit("", "weight", "lora", {"shape": [4, 4], "r": 1, "scaling": 1}), ConfigError, "fits Linear"),
+        (
+            nn.Embedding(4, 4),
+            Edit("", "weight", "lora", {"shape": [4, 4], "r": 1, "scaling": 1}),
+            ConfigError,
+            "fits Linear",
+        ),
         (nn.Linear(4, 4), Edit("deep", "weight", "lora", {"shape": [4, 4], "r": 1, "scaling": 1}), ModelError, "not have"),
         (nn.Linear(4, 4), Edit("", "nowhere", "lora", {}), ConfigError, "no point 'nowhere'"),
     ],

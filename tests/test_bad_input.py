@@ -69,7 +69,9 @@ def _names(folder: Path, text: str) -> None:
 def test_data(kind: str, data: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
     spoil, says = SPOILED[kind]
     spoil(data)
-    code, said = run(capsys, "train", "--data", data / "data.yaml", "--model", checkpoint, "--project", tmp_path / "runs", *SMALL)
+    code, said = run(
+        capsys, "train", "--data", data / "data.yaml", "--model", checkpoint, "--project", tmp_path / "runs", *SMALL
+    )
     assert code == 2 and len(said.splitlines()) == 1
     assert re.search(says, said), said
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("merged*"))
@@ -141,7 +143,9 @@ def test_a_run_that_exists_is_not_written_over(boxes: Path, checkpoint: Path, tm
 
 def test_unwritable_folder(boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("in the way")
-    code, said = run(capsys, "train", "--data", boxes, "--model", checkpoint, "--project", tmp_path / "file" / "runs", *SMALL)
+    code, said = run(
+        capsys, "train", "--data", boxes, "--model", checkpoint, "--project", tmp_path / "file" / "runs", *SMALL
+    )
     assert code == 2 and "cannot write to" in said
 
 

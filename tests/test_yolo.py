@@ -42,7 +42,14 @@ def test_full_with_freeze_is_ultralytics_own(boxes: Path, checkpoint: Path, tmp_
     """The same weights, bit for bit, as `YOLO.train(freeze=10)` with the same settings."""
     extra = {"nbs": nbs, "warmup_epochs": 0.0, "warmup_bias_lr": 0.0, "close_mosaic": 1}
     run = visionpeft.train(boxes, model=checkpoint, freeze=10, project=tmp_path, **SMALL, **extra)
-    args = {**SMALL, **extra, "model": str(checkpoint), "data": str(boxes), "freeze": 10, "save_dir": str(tmp_path / "plain")}
+    args = {
+        **SMALL,
+        **extra,
+        "model": str(checkpoint),
+        "data": str(boxes),
+        "freeze": 10,
+        "save_dir": str(tmp_path / "plain"),
+    }
     trainer = DetectionTrainer(overrides=args)
     trainer.train()
     ours, theirs = (load_checkpoint(f)[0].state_dict() for f in (run.merged, tmp_path / "plain" / "weights" / "best.pt"))
@@ -217,7 +224,9 @@ def test_old_classes_keep_their_rows(checkpoint: Path, boxes: Path, tmp_path: Pa
         assert torch.equal(kept[-1].weight[1], old[-1].weight[7]) and not torch.equal(kept[-1].weight[0], old[-1].weight[0])
 
 
-@pytest.mark.parametrize("name", ["rtdetr-l.yaml", "yolov8s-world.yaml", "yoloe-v8s.yaml", "yolo26n-sem.yaml", "yolo26n-depth.yaml"])
+@pytest.mark.parametrize(
+    "name", ["rtdetr-l.yaml", "yolov8s-world.yaml", "yoloe-v8s.yaml", "yolo26n-sem.yaml", "yolo26n-depth.yaml"]
+)
 def test_other_models_are_refused_by_name(name: str, boxes: Path) -> None:
     with pytest.raises(ModelError, match="not supported"):
         visionpeft.plan(name, data=boxes)

@@ -364,7 +364,9 @@ def find_family(source: str) -> Family:
         if family.claims(source):
             return family
     known = [name for family in families for name in family.known()]
-    raise ModelError(f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}")
+    raise ModelError(
+        f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}"
+    )
 
 
 def _split_options(family: Family, method: Any, freeze: Any, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
@@ -414,7 +416,7 @@ def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict
             raise TrainingError(f"there is no run to resume in {project}; name its folder with resume=...")
         folder = runs[-1].parent
     else:
-        folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+        folder = Path(str(resume)) if Path(str(resume)).is_dir() else Path(str(resume)).parent
     try:
         given = json.loads((folder / "train.json").read_text())
     except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ class Attached:
 
 
 # ------------------------------------------------------------------------------------------------------------ the verbs
-def attach(model: nn.Module, plan: Plan, *, start: bool = True) -> nn.Module:
+def attach(model: Any, plan: Plan, *, start: bool = True) -> nn.Module:
     """Apply a plan to a model, in place; where it fails, the model is unchanged.
 
     Args:
@@ -130,7 +130,7 @@ def detach(model: nn.Module, base: Mapping[str, Tensor]) -> nn.Module:
     return _release(model)
 
 
-def fold(layer: nn.Module) -> None:
+def fold(layer: Any) -> None:
     """Fold the weight parts of one layer into its own weight and bias."""
     weight, bias = layer.weight, layer.bias
     _uninstall(layer, "weight")
@@ -251,10 +251,10 @@ def _prepare(model: nn.Module, edit: Edit, start: bool) -> tuple[nn.Module, Edit
     return module, edit, part.to(own.device, own.dtype) if own is not None else part
 
 
-def _install(module: nn.Module, edit: Edit, part: nn.Module) -> None:
+def _install(module: Any, edit: Edit, part: nn.Module) -> None:
     name = f"peft_{edit.point}"
     if name not in module._modules:
-        parts = nn.ModuleDict()
+        parts: Any = nn.ModuleDict()
         if edit.point == "weight":
             twins.put_on(module, Delta)
         elif edit.point == "forward":
@@ -264,17 +264,17 @@ def _install(module: nn.Module, edit: Edit, part: nn.Module) -> None:
         else:
             parts.handle = module.register_forward_pre_hook(_input, with_kwargs=True)
         module.add_module(name, parts)
-    module._modules[name][edit.method] = part  # type: ignore[index]
+    module._modules[name][edit.method] = part
 
 
-def _uninstall(module: nn.Module, point: str) -> None:
+def _uninstall(module: Any, point: str) -> None:
     parts = module._modules.pop(f"peft_{point}")
     if point == "weight":
         twins.take_off(module, Delta)
     elif point == "forward":
         twins.take_off(module, Around)
     else:
-        parts.handle.remove()  # type: ignore[union-attr, operator]
+        parts.handle.remove()
 
 
 def _containers(module: nn.Module) -> Iterator[tuple[str, nn.ModuleDict]]:
@@ -286,11 +286,7 @@ def _containers(module: nn.Module) -> Iterator[tuple[str, nn.ModuleDict]]:
 
 def _unmergeable(model: nn.Module) -> set[str]:
     return {
-        name
-        for module in model.modules()
-        for point, parts in _containers(module)
-        for name in parts
-        if point != "weight"
+        name for module in model.modules() for point, parts in _containers(module) for name in parts if point != "weight"
     }
 
 

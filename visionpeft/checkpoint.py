@@ -54,7 +54,8 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def random_states() -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's generators."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

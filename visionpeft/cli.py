@@ -308,7 +308,9 @@ def _config(given: str) -> dict[str, Any]:
     own |= {f.stem: f for f in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))}
     path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(given)
     if path is None or not path.is_file():
-        raise ConfigError(f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(given, own)}")
+        raise ConfigError(
+            f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(given, own)}"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -208,9 +208,7 @@ class Unfit(ConfigError):
     """Raised by a method that finds nothing it could work on; the sentence says what is missing."""
 
 
-def make_plan(
-    method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str] = 0, bn: str | None = None
-) -> Plan:
+def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str] = 0, bn: str | None = None) -> Plan:
     """Decide what trains and what is edited. Pure: no model is touched.
 
     Args:

@@ -31,7 +31,9 @@ def plan_table(plan: Plan, width: int = 100) -> str:
     return "\n".join((text(title, names, rows, width=width, right=range(2, 6)), *lines))
 
 
-def text(title: str, names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100, right: Iterable[int] = ()) -> str:
+def text(
+    title: str, names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100, right: Iterable[int] = ()
+) -> str:
     """Return a table as plain text.
 
     Args:

@@ -59,10 +59,11 @@ def _compose(base: type, worn: tuple[type, ...]) -> type:
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple:
-    _, _, *rest = object.__reduce_ex__(module, 4)  # (copyreg.__newobj__, (class,), state, ...)
+    reduced: Any = object.__reduce_ex__(module, 4)  # (copyreg.__newobj__, (class,), state, ...)
+    _, _, *rest = reduced
     return (_rebuild, (plain(type(module)), mixins(type(module))), *rest)
 
 
 def _rebuild(base: type, worn: tuple[type, ...]) -> nn.Module:
-    cls = _compose(base, worn)
+    cls: Any = _compose(base, worn)
     return cls.__new__(cls)

@@ -43,15 +43,20 @@ class Magnitude(LowRank):
 
     def start(self, layer: nn.Module) -> None:
         """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:
         direction = super().forward(weight)
         scale = self.magnitude / self._length(direction).detach()
-        return (self._by_output(direction) * scale.view(-1, 1)).view_as(direction) if self.output == 0 else (
-            direction.unflatten(0, (self.groups, -1))  # (G, in / G, out / G, ...)
-            * scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
-        ).flatten(0, 1)
+        return (
+            (self._by_output(direction) * scale.view(-1, 1)).view_as(direction)
+            if self.output == 0
+            else (
+                direction.unflatten(0, (self.groups, -1))  # (G, in / G, out / G, ...)
+                * scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
+            ).flatten(0, 1)
+        )
 
     def _by_output(self, weight: Tensor) -> Tensor:
         """Return the weight as (outputs, everything else)."""

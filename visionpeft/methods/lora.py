@@ -30,6 +30,7 @@ class LoraConfig(Method):
     qkv: str = "qkv"  # which of q, k and v of a fused projection
     rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
     alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
+    init_lora_weights: str = "kaiming"  # A starts "kaiming" (random), or "svd": at W's leading right singular vectors; B at 0
     oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
 
     lr_scale: ClassVar[float] = 5.0
@@ -39,6 +40,8 @@ class LoraConfig(Method):
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
+        if self.init_lora_weights not in ("kaiming", "svd"):
+            raise ConfigError(f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is 'kaiming' or 'svd'")
         if self.oversize not in ("train", "skip"):
             raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
 
@@ -106,6 +109,8 @@ class LoraConfig(Method):
         settings = {"shape": list(layer.shape), "r": r, "scaling": scaling}
         if rows := self._rows(layer):
             settings["rows"] = rows
+        if self.init_lora_weights == "svd":
+            settings["svd"] = True
         if self.lora_dropout:
             if not layer.linear:
                 raise ConfigError(f"{layer.name} normalises its weight, so lora_dropout has no meaning there; use 0")
@@ -116,11 +121,9 @@ class LoraConfig(Method):
 class LowRank(nn.Module):
     """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
 
-    def __init__(
-        self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0
-    ):
+    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0):
         super().__init__()
-        self.scaling, self.dropout, self.shape = scaling, dropout, tuple(shape)
+        self.scaling, self.dropout, self.shape, self.svd = scaling, dropout, tuple(shape), svd
         chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
         self.rows = [len(group) for group in chosen] or [shape[0]]  # how many rows each B has
         index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
@@ -129,6 +132,14 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(len(self.rows) * r, math.prod(shape[1:])))
         self.lora_B = nn.Parameter(torch.zeros(sum(self.rows), r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def start(self, layer: nn.Module) -> None:
+        """Turn A to the directions that the layer's own weight reads most, if `svd`; the update stays zero, for B is."""
+        if self.svd:
+            matrix = layer.weight.detach().float().flatten(1)  # type: ignore[operator, union-attr]
+            r = len(self.lora_A) // len(self.rows)
+            directions = torch.linalg.svd(matrix, full_matrices=False).Vh[:r]
+            self.lora_A.data.view(len(self.rows), r, -1)[:, : len(directions)] = directions.to(self.lora_A)
 
     def update(self) -> Tensor:
         """Return the update in the weight's own shape; full precision, under autocast too."""

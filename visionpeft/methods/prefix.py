@@ -60,7 +60,8 @@ class Prefix(nn.Module):
         nn.init.trunc_normal_(self.values, std=0.02)
 
     def forward(self, attention: Any, run: Callable, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return {"global": self._global, "window": self._window, "map": self._map}[self.kind](attention, x, *args, **kwargs)
+        kinds: dict[str, Callable[..., Tensor]] = {"global": self._global, "window": self._window, "map": self._map}
+        return kinds[self.kind](attention, x, *args, **kwargs)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, drop: float) -> Tensor:
         """q, k, v: (B, heads, N, dim); mask: added to the scores of the attention's own keys, (..., N, N)."""

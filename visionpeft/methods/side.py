@@ -46,15 +46,16 @@ class Ladder(nn.Module):
     def __init__(self, rungs: Sequence[Sequence[Any]], width: int):
         super().__init__()
         self.names = [name for name, *_ in rungs]
-        self.rungs = nn.ModuleList(Rung(*facts, width=width) for _, *facts in rungs)
+        self.rungs = nn.ModuleList(Rung(width, *facts) for _, *facts in rungs)
 
     def forward(self, model: nn.Module, run: Callable, *args: Any, **kwargs: Any) -> Any:
         if not (args and isinstance(args[0], Tensor)):  # Ultralytics calls forward with a batch, and that with its images
             return run(*args, **kwargs)
+        rungs: Any = self.rungs
         climb: list[Tensor] = []  # the ladder's state; lives as long as this call
         handles = [
             model.get_submodule(name).register_forward_hook(partial(rung.tap, climb))
-            for name, rung in zip(self.names, self.rungs, strict=True)
+            for name, rung in zip(self.names, rungs, strict=True)
         ]
         try:
             return run(*args, **kwargs)
@@ -66,7 +67,7 @@ class Ladder(nn.Module):
 class Rung(nn.Module):
     """One stage's step of the ladder."""
 
-    def __init__(self, channels: int, layout: str, to_head: bool, width: int):
+    def __init__(self, width: int, channels: int, layout: str, to_head: bool):
         super().__init__()
         kernel = 1 if layout == "NLC" else 3
         self.layout = layout
@@ -101,8 +102,8 @@ class Rung(nn.Module):
         return x.permute(0, 2, 3, 1) if self.layout == "NHWC" else x
 
 
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    if x.shape[2:] == torch.Size(size):
+def _resize(x: Tensor, size: torch.Size) -> Tensor:
+    if x.shape[2:] == size:
         return x
     shrinks = x.shape[2] >= size[0] and x.shape[3] >= size[1]
-    return F.adaptive_avg_pool2d(x, size) if shrinks else F.interpolate(x, size=tuple(size))
+    return F.adaptive_avg_pool2d(x, (size[0], size[1])) if shrinks else F.interpolate(x, size=(size[0], size[1]))

@@ -1,0 +1,158 @@
+"""Folders of images, a class each: found, checked and loaded. Registers nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..errors import DataError
+from .base import Data
+
+LOGGER = logging.getLogger("visionpeft")
+Items = Sequence[tuple[str, int]]  # image files with the index of their class
+_NAMES = {"val": ("val", "valid", "validation", "test")}  # folders that a split may be called
+
+
+def read_folders(source: str, split: str) -> Data:
+    """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
+
+    Raises:
+        DataError: Something is missing, empty, unreadable or at odds.
+    """
+    root, names = Path(source), _NAMES.get(split, (split,))
+    if not root.is_dir():
+        raise DataError(f"data={source} is no folder; give one that holds train/CLASS/ and val/CLASS/ with images")
+    train, other = root / "train", next((root / n for n in names if (root / n).is_dir()), None)
+    if other is None or not train.is_dir():
+        lacks = " or ".join(names) if train.is_dir() else "train"
+        raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
+    found = {"train": _by_class(train), "val": _by_class(other)}
+    _compare(source, set(found["train"]), set(found["val"]))
+    classes = dict(enumerate(sorted(found["train"])))
+    digest, items = hashlib.sha256(), {}
+    for part, folder in (("train", train), ("val", other)):
+        kept = _readable([(f, i) for i, c in classes.items() for f in found[part][c]], folder)
+        for file, _ in kept:
+            digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
+        items[part] = [(str(file), i) for file, i in kept]
+    return Data(source, classes, digest.hexdigest(), items)
+
+
+class Images(Dataset):
+    """Image files, read as RGB."""
+
+    def __init__(self, items: Items, transform: Callable[[Image.Image], Tensor]):
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.items[index]
+        return self.transform(read_image(path)), label
+
+
+def read_image(source: Any) -> Image.Image:
+    """Return a file's, or an image's, RGB."""
+    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def loader(
+    images: Dataset, batch: int, workers: int = 0, generator: torch.Generator | None = None, **more: Any
+) -> DataLoader:
+    """Return a loader; with a generator, one that shuffles by it."""
+    return DataLoader(
+        images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
+    )
+
+
+def few(names: Iterable[str]) -> str:
+    """Return names for an error's sentence."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    """Return the image files of each class folder."""
+    classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    found = {c.name: sorted(f for f in c.rglob("*") if _is_image(f)) for c in classes}
+    if not any(found.values()):
+        where = "its class folders hold none" if found else "it has no class folders"
+        raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(IMG_EXTENSIONS)}")
+    if empty := [c for c, images in found.items() if not images]:
+        raise DataError(f"the class folder {folder / empty[0]} holds no images; add some, or remove it")
+    return found
+
+
+def _compare(source: str, train: set[str], val: set[str]) -> None:
+    for here, there, more in (("train", "val", train - val), ("val", "train", val - train)):
+        if more:
+            raise DataError(f"{source} has {few(more)} in {here}, but not in {there}; both must hold the same classes")
+    if len(train) < 2:
+        raise DataError(f"{source} has one class only ({few(train)}); a classifier needs at least two")
+
+
+def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, int]]:
+    """Return the images that can be read; warn of the rest."""
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        fine = list(pool.map(_decodes, (file for file, _ in items)))
+    kept = [item for item, ok in zip(items, fine, strict=True) if ok]
+    broken = [file for (file, _), ok in zip(items, fine, strict=True) if not ok]
+    if not kept:
+        raise DataError(f"none of the {len(items)} images in {folder} can be read, e.g. {broken[0]}; are they whole?")
+    if broken:
+        count = f"{len(broken)} of {len(items)} images"
+        LOGGER.warning("%s in %s cannot be read and are left out, e.g. %s", count, folder, broken[0])
+    return kept
+
+
+def _decodes(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (32, 32))  # of a JPEG only an eighth is computed, but all of it is read
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def sources(source: Any) -> Iterator[Any]:
+    """Return image files and images of what `predict` is given."""
+    for one in source if isinstance(source, list | tuple) else [source]:
+        if isinstance(one, Image.Image):
+            yield one
+        elif isinstance(one, str | Path) and Path(one).is_dir():
+            found = sorted(f for f in Path(one).rglob("*") if _is_image(f))
+            if not found:
+                raise DataError(f"{one} holds no images; give a folder with some, a file or a PIL image")
+            yield from found
+        elif isinstance(one, str | Path) and Path(one).is_file():
+            yield one
+        else:
+            raise DataError(f"there is no image {one!r}; give a file, a folder, a PIL image, or a list of those")
+
+
+def open_image(image: Any) -> Image.Image:
+    """Return the RGB of a file or an image that `sources` found."""
+    try:
+        return read_image(image)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{image} cannot be read as an image; give another") from error

@@ -1,0 +1,269 @@
+"""Ultralytics' trainer, tuned: a mixin that attaches the plan, keeps it in force, and writes deltas instead of pickles."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.utils import IMG_FORMATS
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_model
+
+from .. import checkpoint
+from ..attach import attach, settle, train_mode
+from ..errors import DataError, TrainingError
+from ..measure import Meter
+from ..plan import Plan
+from ..registry import FAMILIES
+from .base import Job, keep_best
+
+log = logging.getLogger(__name__)
+
+METRICS = {"metrics/mAP50(B)": "mAP50", "metrics/mAP50-95(B)": "mAP50-95"}
+METRICS |= {"metrics/precision(B)": "precision", "metrics/recall(B)": "recall"}
+
+
+class Tuned:
+    """Mixin over an Ultralytics trainer: attaches the plan, keeps it in force, and writes deltas instead of pickles."""
+
+    job: Job
+
+    @property
+    def _plan(self) -> Plan:
+        return self.job.plan
+
+    def check_resume(self: Any, overrides: Any) -> None:
+        self.resume = False  # Ultralytics resumes from pickles that lack the live weights; `resume_training` does it
+
+    def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        model = fit(weights or self.job.base.model, self.data["names"], self.data["channels"], self.job.head)
+        attach(model, self._plan)
+        for parameter in model.parameters():  # Ultralytics warns of each that does not require a gradient; see below
+            parameter.requires_grad_(True)
+        return model
+
+    def build_optimizer(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        model = unwrap_model(model)
+        settle(model, self._plan)  # Ultralytics has just let everything train
+        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        heads = tuple(f"{h}." for h in self._plan.heads)
+        head = {id(p) for n, p in model.named_parameters() if n.startswith(heads)}
+        groups = []
+        for group in optimizer.param_groups:
+            for scale, inside in ((1.0, True), (self.job.lr_scale, False)):
+                params = [p for p in group["params"] if p.requires_grad and (id(p) in head) == inside]
+                if params:
+                    groups.append({**group, "params": params, "lr": group["lr"] * scale})
+        optimizer.param_groups = groups
+        return optimizer
+
+    def _build_train_pipeline(self: Any) -> None:
+        super()._build_train_pipeline()  # type: ignore[misc]
+        # Ultralytics counts batches across epochs, so a resumed run would step elsewhere: `optimizer_step` counts instead
+        self._accumulate, self.accumulate = self.accumulate, 1
+        self._batch = 0
+
+    def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        with readable(self.job.data.source):
+            loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
+        if mode == "train":
+            loader.__class__ = ReplayableLoader
+        given = {Path(f).name for f in images(dataset_path, mode, self.job.data.source)}
+        if lost := sorted(given - {Path(f).name for f in loader.dataset.im_files}):
+            log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
+        return loader
+
+    def resume_training(self: Any, ckpt: Any) -> None:
+        model: Any = unwrap_model(self.model)
+        self.ema = TrainedEMA(model)
+        self._meter = Meter(model, self.device)
+        self._history: list[dict[str, float]] = []
+        if not self.job.resume:
+            return
+        saved = checkpoint.load(self.job.checkpoint)
+        checkpoint.restore(model, saved["model"])
+        checkpoint.restore(self.ema.ema, saved["ema"])
+        self.ema.updates = saved["updates"]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.best_fitness, self.start_epoch = saved["best_fitness"], saved["epoch"] + 1
+        self.stopper.__dict__.update(saved["stopper"])
+        self._history = saved["history"]
+        self._meter.saved_bytes = saved["measured"]["saved_bytes"]
+        if self.start_epoch >= self.epochs:
+            raise TrainingError(f"{self.job.folder} has trained all of its {self.epochs} epochs; nothing is left to resume")
+        if getattr(model.model[-1], "one2one_cv2", None) is not None:
+            model.criterion = model.init_criterion()
+            model.criterion.updates = self.start_epoch - 1
+            model.criterion.update()
+        dataset = self.train_loader.dataset
+        for index in saved["buffer"]:  # the images that mosaic chooses from, in their order
+            dataset.load_image(index)
+        self._saved_states = saved["random"], saved["sampler"]
+        self.add_callback("on_train_start", _restore_random_states)
+
+    def _model_train(self: Any) -> None:
+        super()._model_train()  # type: ignore[misc]
+        train_mode(unwrap_model(self.model), self._plan)
+        self._batch = 0
+
+    def preprocess_batch(self: Any, batch: dict) -> dict:
+        self._meter.start()
+        return super().preprocess_batch(batch)  # type: ignore[misc]
+
+    def optimizer_step(self: Any) -> None:
+        self._meter.stop()
+        self._batch += 1
+        if self._batch % self._accumulate == 0 or self._batch == len(self.train_loader):
+            super().optimizer_step()  # type: ignore[misc]
+
+    def _handle_nan_recovery(self: Any, epoch: int) -> bool:
+        if all(torch.isfinite(torch.as_tensor(v)).all() for v in self.tloss.values()):
+            return False
+        raise TrainingError(
+            f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.args.lr0}), and look at the "
+            f"labels with extreme boxes; the last good epoch can be resumed from {self.job.folder}"
+        )
+
+    def save_model(self: Any) -> bool:
+        model = unwrap_model(self.model)
+        live = checkpoint.live(model)
+        names = {k: self.metrics.get(key) for key, k in METRICS.items()}
+        losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
+        self._history.append({"epoch": self.epoch + 1, **losses, **names})
+        if self.fitness == self.best_fitness:
+            keep_best(FAMILIES["yolo"](), self.job, self.ema.ema, names, self.epoch + 1)
+        checkpoint.save(
+            self.job.checkpoint,
+            {
+                "epoch": self.epoch,
+                "model": live,
+                "ema": {k: v for k, v in self.ema.ema.state_dict().items() if k in live},
+                "updates": self.ema.updates,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best_fitness": None if self.best_fitness is None else float(self.best_fitness),
+                "stopper": {"best_fitness": float(self.stopper.best_fitness), "best_epoch": self.stopper.best_epoch},
+                "history": self._history,
+                "measured": self._meter.report(),
+                "random": checkpoint.random_states(),
+                "sampler": self.train_loader.position(),
+                "buffer": list(self.train_loader.dataset.buffer),
+            },
+        )
+        return True
+
+    def final_eval(self: Any) -> None:
+        """Nothing: train() evaluates the merged file, as its user would."""
+
+    def close(self: Any) -> None:
+        """Stop measuring, wherever the run ended."""
+        if meter := getattr(self, "_meter", None):
+            meter.close()
+
+
+class TrainedEMA(ModelEMA):
+    """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
+
+    def update(self, model: nn.Module) -> None:
+        if self._pairs is None:
+            model = unwrap_model(model)
+            own, live = self.ema.state_dict(), checkpoint.live(model, copy=False)
+            keys = [k for k in live if live[k].is_floating_point()]
+            self._pairs = [own[k] for k in keys], [live[k] for k in keys]
+        super().update(model)
+
+
+class ReplayableLoader(InfiniteDataLoader):
+    """Ultralytics' loader, which can say where it is and go there again. Exact with workers=0.
+
+    Its iterator outlives epochs and draws from the generator when it starts, and lazily, so the generator's state alone
+    does not tell what comes next; the state before the iterator started and the count of batches since do.
+    """
+
+    drawn = 0  # batches since the iterator started
+    replay = 0  # batches to pass over, without loading them, when the next iterator starts
+
+    def _get_iterator(self) -> Any:
+        self.origin = self.generator.get_state()
+        iterator = super()._get_iterator()
+        for _ in range(self.replay):
+            iterator._next_index()
+        self.drawn, self.replay = self.replay, 0
+        return iterator
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            self.drawn += 1
+            yield batch
+
+    def position(self) -> dict[str, Any]:
+        """Where it is, for `go_to`."""
+        return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
+
+    def go_to(self, position: Mapping[str, Any], anew: bool) -> None:
+        """Go there; with `anew`, to a new iterator that starts there."""
+        self.reset()
+        self.generator.set_state(position["generator" if anew else "origin"])
+        self.replay = 0 if anew else position["drawn"]
+
+
+def _restore_random_states(trainer: Any) -> None:
+    states, position = trainer._saved_states
+    checkpoint.set_random_states(states)
+    closing = max(trainer.epochs - trainer.args.close_mosaic, 0)
+    # where mosaic closes, the uninterrupted run's loader starts anew too
+    trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
+
+
+def fit(source: Any, names: Mapping[int, str], channels: int, head: str) -> nn.Module:
+    """Return a new model of `source`'s design for `names`, filled from `source`.
+
+    "keep" is Ultralytics' own `load`: the class towers keep their width and weights, only the last layer is new, and rows
+    of classes with the same name are kept. "rebuild" makes the towers anew, as narrow as the class count asks for.
+    """
+    model = DetectionModel({**copy.deepcopy(source.yaml), "nc": len(names)}, ch=channels, verbose=False)
+    model.names = dict(names)
+    if head == "keep":
+        model.load(source, verbose=False)
+    else:
+        own = intersect_dicts(source.float().state_dict(), model.state_dict())
+        model.load_state_dict(own, strict=False)
+    return model
+
+
+def images(places: Any, part: str, source: str) -> list[str]:
+    """Return the image files of one part of a data set, as Ultralytics finds them."""
+    found: list[str] = []
+    for place in map(Path, places if isinstance(places, list) else [places] if places else []):
+        if place.is_dir():
+            found += [str(f) for f in place.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS]
+        elif place.is_file():
+            lines = place.read_text().split()
+            found += [str(place.parent / x[2:]) if x.startswith("./") else x for x in lines]
+    if not found:
+        raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
+    return sorted(found)
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Say in a sentence what Ultralytics raises when it finds no image of a set readable."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "No valid images found" not in str(error):
+            raise
+        raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
+
+
+def brief(error: BaseException) -> str:
+    text = " ".join(str(error).replace("❌", "").split())
+    return text if len(text) < 200 else f"{text[:200]}…"
