@@ -121,7 +121,7 @@ class LoraConfig(Method):
 class LowRank(nn.Module):
     """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
 
-    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0):
+    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0, svd: bool = False):
         super().__init__()
         self.scaling, self.dropout, self.shape, self.svd = scaling, dropout, tuple(shape), svd
         chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
