@@ -38,7 +38,7 @@ LAYERS = {
 
 
 def bare(layer: nn.Module, *edits: Edit) -> Plan:
-    return Plan("none", "bare", "lora", {}, 0, "frozen", (), (), edits, (), ())
+    return Plan("none", "bare", "lora", {}, 0, "frozen", (), (), {}, edits, (), ())
 
 
 def edit(layer: nn.Module, config: LoraConfig, **more) -> Edit:

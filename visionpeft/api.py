@@ -70,7 +70,7 @@ def train(
         imgsz: Image size in pixels.
         batch: Images per step.
         lr0: Learning rate of the head.
-        lr_scale: Learning rate of the rest, relative to `lr0`; by default the method's own.
+        lr_scale: Factor of the body's learning rates, which the method and the family choose relative to `lr0`.
         optimizer: By name; "auto" is refused, for it ignores `lr0`.
         device: "cpu", 0, "0,1", ...; by default a GPU where there is one.
         workers: Processes that load images.
@@ -130,7 +130,7 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
         amp=given["amp"],
         seed=given["seed"],
         device=given["device"],
-        lr_scale=tuning.lr_scale if given["lr_scale"] is None else given["lr_scale"],
+        body_rate=family.body_rate * (1.0 if given["lr_scale"] is None else given["lr_scale"]),
         resume=resume,
         extra=extra,
         before=before,

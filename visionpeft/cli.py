@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as introspection
 import json
 import sys
 from collections.abc import Callable
@@ -81,7 +80,7 @@ def train(
     lr0
         Learning rate of the head.
     lr_scale
-        Learning rate of the rest, relative to lr0.
+        Factor of the body's learning rates, which method and family choose relative to lr0.
     optimizer
         AdamW, SGD, ...
     device
@@ -245,20 +244,23 @@ def verify(delta: str, *, model: str | None = None) -> None:
 
 
 @app.command
-def methods(name: str | None = None) -> None:
+def methods(name: str | None = None, *, markdown: bool = False) -> None:
     """List the methods, or the settings of one.
 
     Parameters
     ----------
     name
         A method.
+    markdown
+        Print the README's table.
     """
-    if name is None:
-        rows = [(n, introspection.getmodule(c).__doc__.splitlines()[0]) for n, c in METHODS.items()]  # type: ignore[union-attr]
-        print(tables.text("", ("method", "what it does"), rows))
+    if markdown:
+        print(tables.methods_markdown(METHODS))
+    elif name is None:
+        print(tables.text("", ("method", "what it does"), [(n, tables.first_line(c)) for n, c in METHODS.items()]))
     else:
         fields = [(f, kind, default, comment) for f, kind, default, comment in fields_of(METHODS[name])]
-        print(introspection.getmodule(METHODS[name]).__doc__)  # type: ignore[union-attr]
+        print(tables.first_line(METHODS[name]))
         print(tables.text("", ("setting", "type", "default", "meaning"), fields) if fields else "It has no settings.")
 
 

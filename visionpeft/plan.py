@@ -129,6 +129,12 @@ class Edit:
     point: str  # "weight", "output", "input" or "forward"
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    lr_scale: float = 1.0  # learning rate of its part, relative to that of full fine-tuning
+
+    @property
+    def prefix(self) -> str:
+        """The path of its part in the model, where it is attached."""
+        return ".".join(filter(None, (self.module, f"peft_{self.point}", self.method)))
 
     def build(self) -> torch.nn.Module:
         """Make the part, on torch's current default device."""
@@ -160,6 +166,7 @@ class Plan:
     bn: str
     heads: tuple[str, ...]  # the modules that the head consists of
     train: tuple[str, ...]  # parameters of the model that train
+    rates: Mapping[str, float]  # of those: learning rates relative to that of full fine-tuning, where they differ from it
     edits: tuple[Edit, ...]
     still: tuple[str, ...]  # modules whose running statistics stay as they are
     rows: tuple[Row, ...]  # the body's stages, then the head
@@ -183,6 +190,15 @@ class Plan:
     def body(self) -> int:
         """Parameters of the model outside the head."""
         return sum(r.params for r in self.rows[:-1])
+
+    def rate(self, parameter: str) -> float:
+        """Return a body parameter's learning rate, relative to that of full fine-tuning; added parts' parameters too."""
+        parts = parameter.split(".")
+        added = next((i for i, part in enumerate(parts) if part.startswith("peft_")), None)
+        if added is None:
+            return self.rates.get(parameter, 1.0)
+        prefix = ".".join(parts[: added + 2])
+        return next(e.lr_scale for e in self.edits if e.prefix == prefix)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain JSON values."""
@@ -226,11 +242,16 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
         raise ConfigError(f"bn='{bn}' is not known; it is 'frozen' or 'train'")
     frozen = _freezer(anatomy, freeze)
     open_anatomy = anatomy.without(frozen)
+    rates: dict[str, float] = {}
+    edits: list[Edit] = []
     try:
-        wanted, edits = set(method.train(open_anatomy)), tuple(method.edits(open_anatomy))
+        for part in method.parts:
+            edits += part.edits(open_anatomy)
+            for name in part.train(open_anatomy):
+                rates[name] = max(rates.get(name, 0.0), part.lr_scale if part.own_lr_scale is None else part.own_lr_scale)
     except Unfit as reason:
         raise _refusal(method, anatomy, freeze, reason) from None
-    wanted |= {p.name for p in open_anatomy.params if p.stage == HEAD}
+    wanted = {*rates, *(p.name for p in open_anatomy.params if p.stage == HEAD)}
     if not wanted and not edits:
         raise ConfigError(f"freeze={freeze} with method='{method.name}' leaves nothing to train; freeze less")
     still = {s.name for s in anatomy.statistics if frozen(s) or (bn == "frozen" and s.stage != HEAD)}
@@ -243,7 +264,8 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
         bn=bn,
         heads=anatomy.heads,
         train=tuple(p.name for p in anatomy.params if p.name in wanted),
-        edits=edits,
+        rates={name: rate for name, rate in rates.items() if rate != 1.0},
+        edits=tuple(edits),
         still=tuple(s.name for s in anatomy.statistics if s.name in still),
         rows=_rows(anatomy, wanted, edits, still),
     )
@@ -256,7 +278,8 @@ def fitting(anatomy: Anatomy) -> list[str]:
 
 def _fits(method: Method, anatomy: Anatomy) -> bool:
     try:
-        method.train(anatomy), method.edits(anatomy)
+        for part in method.parts:
+            part.edits(anatomy), part.train(anatomy)
     except Unfit:
         return False
     return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -52,6 +54,22 @@ def text(
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+
+
+def first_line(cls: type) -> str:
+    """Return the first line of the module that a class is from: a method's formula, authors and URL."""
+    return (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()[0]
+
+
+def methods_markdown(methods: Mapping[str, Any]) -> str:
+    """Return the README's table of methods."""
+    lines = ["| `method=` | what it does | merges | statistics |", "|---|---|---|---|"]
+    for name, cls in methods.items():
+        said = first_line(cls).partition(":")[2].strip()
+        links = re.sub(r"(https://\S+?)(?=[),;.]?(\s|$|\)))", r"<\1>", said)
+        links = links.replace("|", "\\|")
+        lines.append(f"| `{name}` | {links} | {'yes' if cls.merges else 'no'} | {'moving' if cls.bn == 'train' else 'still'} |")
+    return "\n".join(lines)
 
 
 def size(count: float | None) -> str:

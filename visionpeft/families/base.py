@@ -60,7 +60,7 @@ class Job:
     imgsz: int
     batch: int
     lr0: float
-    lr_scale: float  # learning rate of the body, relative to lr0
+    body_rate: float  # learning rate of the body in full fine-tuning, relative to lr0
     optimizer: str
     device: str
     workers: int
@@ -70,6 +70,11 @@ class Job:
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
+
+    def rate(self, parameter: str) -> float:
+        """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
+        inside_head = parameter.startswith(tuple(f"{h}." for h in self.plan.heads))
+        return 1.0 if inside_head else self.body_rate * self.plan.rate(parameter)
 
     @property
     def checkpoint(self) -> Path:
@@ -88,6 +93,7 @@ class Family(ABC):
     name: ClassVar[str]
     suffix: ClassVar[str]  # of a merged file
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
+    body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
 
     @abstractmethod
     def claims(self, source: str) -> bool:

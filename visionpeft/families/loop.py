@@ -5,25 +5,22 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
 import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -32,8 +29,7 @@ from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter
 from .base import Family, Job, keep_best
-
-Items = Sequence[tuple[str, int]]  # image files with the index of their class
+from .images import Images, loader
 
 
 @dataclass(frozen=True)
@@ -68,41 +64,38 @@ class Recipe:
                 raise ConfigError(f"{field.name}={value!r} is not usable; it must be {allowed}")
 
 
-# --------------------------------------------------------------------------------------------------------- data and score
-class Images(Dataset):
-    """Image files, read as RGB."""
+def check(settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe among settings; refuse what training would stumble over.
 
-    def __init__(self, items: Items, transform: Callable[[Image.Image], Tensor]):
-        self.items, self.transform = items, transform
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.items[index]
-        return self.transform(read_image(path)), label
-
-
-def read_image(source: Any) -> Image.Image:
-    """Return a file's, or an image's, RGB."""
-    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
-
-
-def loader(images: Dataset, batch: int, workers: int = 0, generator: torch.Generator | None = None, **more: Any) -> DataLoader:
-    """Return a loader; with a generator, one that shuffles by it."""
-    return DataLoader(
-        images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
-    )
+    Raises:
+        ConfigError: One of them cannot be used.
+    """
+    recipe = Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
+    if not isinstance(settings["batch"], int) or settings["batch"] < 1:
+        raise ConfigError(
+            f"batch={settings['batch']} is not usable; for timm models it must be a whole number of at least 1"
+        )
+    if (recipe.mixup or recipe.cutmix) and settings["batch"] % 2:
+        raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={settings['batch']} is odd; give an even one")
+    known = [str(n) for n in timm.optim.list_optimizers()]
+    if settings["optimizer"].lower() not in known:
+        hint = nearest(settings["optimizer"], known)
+        raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
+    if "," in (device := str(settings["device"])):
+        raise ConfigError(
+            f"device='{device}' names several GPUs; for timm models start as many processes with "
+            "'accelerate launch --num_processes N', each with device left out"
+        )
+    select_device(device)
+    return recipe
 
 
+# -------------------------------------------------------------------------------------------------------------- the score
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Accelerator | None = None) -> dict[str, float]:
     """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
     device = next(model.parameters()).device
-    shares = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
+    shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
     metrics = MetricCollection(shares, compute_groups=False).to(device)
     loss = MeanMetric().to(device)
     model.eval()
@@ -137,27 +130,24 @@ class Average:
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
-def run(family: Family, job: Job, train: Callable[[Recipe], Callable], evaluate: Callable) -> None:
+def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | None], Callable]) -> None:
     """Train.
 
     Args:
         family: Whose model it is; it fits models and writes results.
         job: What to do.
-        train: Makes the transform of training images from a recipe.
-        evaluate: The transform of validation images.
+        transform: Makes what prepares an image for a model, at a size; for training with a recipe, for evaluation without.
 
     Raises:
         TrainingError: The loss is no number, or nothing is left to resume.
         ConfigError: An argument is not usable.
     """
-    recipe = Recipe(**job.extra)
-    if (recipe.mixup or recipe.cutmix) and job.batch % 2:
-        raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={job.batch} is odd; give an even one")
+    recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device})
     accelerator = _accelerator(job, recipe)
     loop = None
     try:
-        loop = _Loop(family, job, recipe, accelerator, Images(job.data.facts["train"], train(recipe)))
-        loop.run(loader(Images(job.data.facts["val"], evaluate), loop.batch, job.workers))
+        loop = _Loop(family, job, recipe, accelerator, transform)
+        loop.run()
     finally:
         if loop:
             loop.meter.close()
@@ -169,10 +159,12 @@ def run(family: Family, job: Job, train: Callable[[Recipe], Callable], evaluate:
 class _Loop:
     """One run: its model, optimizer, schedule, average and position."""
 
-    def __init__(self, family: Family, job: Job, recipe: Recipe, accelerator: Accelerator, images: Images):
+    def __init__(self, family: Family, job: Job, recipe: Recipe, accelerator: Accelerator, transform: Callable):
         self.family, self.job, self.recipe, self.accelerator = family, job, recipe, accelerator
         set_seed(job.seed)
         own = family.fit(job.base, job.data.names, job.head)
+        images = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
+        held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
         self.average = Average(self.own, recipe.ema)
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
@@ -183,6 +175,7 @@ class _Loop:
         alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
         batches = loader(images, self.batch, job.workers, self.generator, drop_last=alone, pin_memory=_cuda(accelerator))
         self.batches = accelerator.prepare(batches)
+        self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
         per_epoch = math.ceil(len(self.batches) / accelerator.gradient_accumulation_steps)
         self.schedule = _schedule(self.optimizer, job, recipe, per_epoch)
@@ -190,11 +183,10 @@ class _Loop:
         smoothing = 0.0 if self.mix else recipe.label_smoothing
         self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.updates, self.history = 0, []  # type: ignore[var-annotated]
-        self.best: dict[str, float] = {"epoch": -1, "score": -1.0}
+        self.best: dict[str, float] = {"epoch": -1, "score": -1.0, "loss": math.inf}
 
-    def run(self, validation: DataLoader) -> None:
+    def run(self) -> None:
         """Train from where the run stands to its end."""
-        validation = self.accelerator.prepare(validation)
         set_seed(self.job.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
         with _progress(self.accelerator.is_main_process) as progress:
@@ -202,7 +194,7 @@ class _Loop:
             for epoch in range(start, self.job.epochs):
                 progress.reset(task, description=f"epoch {epoch + 1}/{self.job.epochs}")
                 loss = self._epoch(epoch, lambda text: progress.update(task, advance=1, loss=text))
-                metrics = score(self.average.model, validation, len(self.job.data.names), self.accelerator)
+                metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
                 self._save(epoch, loss, metrics)
                 if epoch - self.best["epoch"] >= self.recipe.patience > 0:
                     break
@@ -247,10 +239,10 @@ class _Loop:
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
         """Write the delta if this epoch is the best so far, then the checkpoint."""
         self.history.append({"epoch": epoch + 1, "train/loss": round(loss, 5), **metrics})
-        result = metrics[self.family.score]  # type: ignore[attr-defined]
-        best = result > self.best["score"]
+        result, before = metrics[self.family.score], self.best  # type: ignore[attr-defined]
+        best = (result, -metrics["loss"]) > (before["score"], -before["loss"])  # small sets soon tie: then the loss decides
         if best:
-            self.best = {"epoch": epoch, "score": result}
+            self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}
         if not self.accelerator.is_main_process:
             return
         if best:
@@ -265,7 +257,7 @@ class _Loop:
                 "ema": {k: v for k, v in self.average.model.state_dict().items() if k in live},
                 "updates": self.updates,
                 "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
+                "scheduler": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
                 "best": self.best,
                 "history": self.history,
@@ -280,11 +272,13 @@ class _Loop:
         saved = checkpoint.load(self.job.checkpoint)
         done = saved["epoch"] + 1 >= self.job.epochs or saved["epoch"] - saved["best"]["epoch"] >= self.recipe.patience > 0
         if done:
-            raise TrainingError(f"{self.job.folder} has trained all of its {saved['epoch'] + 1} epochs; nothing is left to resume")
+            raise TrainingError(
+                f"{self.job.folder} has trained all of its {saved['epoch'] + 1} epochs; nothing is left to resume"
+            )
         checkpoint.restore(self.own, saved["model"])
         checkpoint.restore(self.average.model, saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
+        self.schedule.load_state_dict(saved["scheduler"])
         if saved["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
@@ -296,14 +290,7 @@ class _Loop:
 
 # ------------------------------------------------------------------------------------------------------------- the pieces
 def _accelerator(job: Job, recipe: Recipe) -> Accelerator:
-    cpu = job.device == "cpu"
-    if "," in job.device:
-        raise ConfigError(
-            f"device='{job.device}' names several GPUs; for timm models start as many processes with "
-            "'accelerate launch --num_processes N', each with device left out"
-        )
-    if not cpu:
-        select_device(job.device)
+    cpu = select_device(job.device).type == "cpu"
     accumulate = max(round(recipe.nbs / job.batch), 1)
     return Accelerator(
         cpu=cpu,
@@ -348,10 +335,6 @@ def _cuda(accelerator: Accelerator) -> bool:
 
 def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
     """Return timm's optimizer: the head at lr0, the rest at lr0 * lr_scale, and no decay of biases, scales and the like."""
-    name = job.optimizer.lower()
-    known = timm.optim.list_optimizers()
-    if name not in known:
-        raise ConfigError(f"optimizer='{job.optimizer}' is not one of timm's, e.g. adamw, sgd, lamb.{nearest(name, known)}")
     heads = tuple(f"{h}." for h in job.plan.heads)
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
@@ -365,7 +348,7 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
             {"params": params, "lr_scale": 1.0 if head else job.lr_scale, "weight_decay": recipe.weight_decay * decays}
             for (head, decays), params in groups.items()
         ],
-        name,
+        job.optimizer.lower(),
         lr=job.lr0,
         momentum=recipe.momentum,
     )

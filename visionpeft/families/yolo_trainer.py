@@ -53,14 +53,13 @@ class Tuned:
         model = unwrap_model(model)
         settle(model, self._plan)  # Ultralytics has just let everything train
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
-        heads = tuple(f"{h}." for h in self._plan.heads)
-        head = {id(p) for n, p in model.named_parameters() if n.startswith(heads)}
+        rates = {id(p): self.job.rate(n) for n, p in model.named_parameters() if p.requires_grad}
         groups = []
         for group in optimizer.param_groups:
-            for scale, inside in ((1.0, True), (self.job.lr_scale, False)):
-                params = [p for p in group["params"] if p.requires_grad and (id(p) in head) == inside]
+            for rate in sorted(set(rates.values())):
+                params = [p for p in group["params"] if rates.get(id(p)) == rate]
                 if params:
-                    groups.append({**group, "params": params, "lr": group["lr"] * scale})
+                    groups.append({**group, "params": params, "lr": group["lr"] * rate})
         optimizer.param_groups = groups
         return optimizer
 

@@ -7,14 +7,14 @@ import dataclasses
 import inspect
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from ..errors import ConfigError, nearest
-from ..plan import Anatomy, Edit
+from ..plan import Anatomy, Edit, Layer, Unfit
 from ..registry import METHODS
 
 
@@ -27,9 +27,15 @@ class Method:
 
     name: ClassVar[str]
     bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
-    lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to the head's lr0
+    lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
+    own_lr_scale: ClassVar[float | None] = None  # the same for the model's own parameters, where it differs
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
     starts_unchanged: ClassVar[bool] = True  # attaching changes no output
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The single methods that it consists of."""
+        return (self,)
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
         """Return the names of the body's own parameters that train."""
@@ -50,7 +56,7 @@ class Method:
 
     def edit(self, module: str, point: str, **settings: Any) -> Edit:
         """Return an edit of this method."""
-        return Edit(module, point, self.name, settings)
+        return Edit(module, point, self.name, settings, self.lr_scale)
 
     def settings(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -78,10 +84,6 @@ class Combined(Method):
         return "train" if any(m.bn == "train" for m in self.methods) else "frozen"
 
     @property
-    def lr_scale(self) -> float:  # type: ignore[override]
-        return min(m.lr_scale for m in self.methods)
-
-    @property
     def merges(self) -> bool:  # type: ignore[override]
         return all(m.merges for m in self.methods)
 
@@ -89,11 +91,9 @@ class Combined(Method):
     def starts_unchanged(self) -> bool:  # type: ignore[override]
         return all(m.starts_unchanged for m in self.methods)
 
-    def train(self, anatomy: Anatomy) -> Iterable[str]:
-        return [name for m in self.methods for name in m.train(anatomy)]
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        return [edit for m in self.methods for edit in m.edits(anatomy)]
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.methods
 
     def settings(self) -> dict[str, Any]:
         return {m.name: m.settings() for m in self.methods}
@@ -128,6 +128,47 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
     _refuse_unknown(options, takers, str(method))
     made = [cls(**{k: _typed(cls, k, v) for k, v in options.items() if cls in takers[k]}) for cls in classes]
     return made[0] if len(made) == 1 else Combined(tuple(made))
+
+
+GROUPS: dict[str, Callable[[Layer], bool]] = {
+    "all": lambda layer: True,
+    "attention": lambda layer: layer.attention,
+    "conv": lambda layer: layer.kind != "linear",
+}
+
+
+def choose_layers(anatomy: Anatomy, wanted: str | Sequence[str]) -> list[Layer]:
+    """Return the layers that `target_modules` means.
+
+    Args:
+        anatomy: Where to choose.
+        wanted: A group ("all", "attention", "conv"), a regular expression for whole names, or names or their endings.
+
+    Raises:
+        Unfit: None is meant.
+    """
+    if isinstance(wanted, str) and wanted in GROUPS:
+        found = [layer for layer in anatomy.layers if GROUPS[wanted](layer)]
+        if not found:
+            raise Unfit(f"it has no {'' if wanted == 'all' else wanted + ' '}layers outside the head")
+        return found
+    if isinstance(wanted, str):
+        found = [layer for layer in anatomy.layers if matches(wanted, layer.name)]
+    else:
+        found = [layer for layer in anatomy.layers if f".{layer.name}".endswith(tuple(f".{w}" for w in wanted))]
+    if not found:
+        names = [layer.name for layer in anatomy.layers]
+        hint = nearest(wanted, names) if isinstance(wanted, str) else ""
+        raise Unfit(f"target_modules={wanted!r} matches none of its {len(names)} layers, e.g. {', '.join(names[:3])}{hint}")
+    return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Say whether a regular expression matches a whole name."""
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None
 
 
 def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:

@@ -1,4 +1,4 @@
-"""DoRA: m (W + dW) / |W + dW|, a trained magnitude per output times a LoRA direction.  Liu et al. 2024, https://arxiv.org/abs/2402.09353"""
+"""DoRA: m V / norm(V) with V = W + dW, a trained length per output times a LoRA direction.  Liu et al. 2024, https://arxiv.org/abs/2402.09353"""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ class Magnitude(LowRank):
 
     def start(self, layer: nn.Module) -> None:
         """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
-        super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:

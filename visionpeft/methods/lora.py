@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,12 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, nearest
-from ..plan import Anatomy, Edit, Layer, Unfit
+from ..errors import ConfigError
+from ..plan import Anatomy, Edit, Layer
 from ..registry import METHODS
-from .base import Method
-
-GROUPS = ("all", "attention", "conv")
+from .base import Method, choose_layers, matches
 
 
 @METHODS.register("lora")
@@ -30,29 +27,29 @@ class LoraConfig(Method):
     qkv: str = "qkv"  # which of q, k and v of a fused projection
     rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
     alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
-    init_lora_weights: str = "kaiming"  # A starts "kaiming" (random), or "svd": at W's leading right singular vectors; B at 0
     oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
+    oversize_ratio: float = 1.0  # what counts as such: an update of at least this share of the layer's parameters
 
     lr_scale: ClassVar[float] = 5.0
+    own_lr_scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         self.check("r", self.r, 1)
+        self.check("oversize_ratio", self.oversize_ratio, 0.0, 1.0)
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
-        if self.init_lora_weights not in ("kaiming", "svd"):
-            raise ConfigError(f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is 'kaiming' or 'svd'")
         if self.oversize not in ("train", "skip"):
             raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
         if self.oversize == "skip":
             return ()
-        return [f"{layer.name}.weight" for layer in self.targets(anatomy) if self.cost(layer) >= math.prod(layer.shape)]
+        return [f"{layer.name}.weight" for layer in self.targets(anatomy) if self.oversized(layer)]
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         targets = self.targets(anatomy)
-        edited = [layer for layer in targets if self.cost(layer) < math.prod(layer.shape)]
+        edited = [layer for layer in targets if not self.oversized(layer)]
         if not edited:
             largest = max(math.ceil(math.prod(t.shape) / sum(_matrix(t))) - 1 for t in targets)
             raise ConfigError(
@@ -67,26 +64,15 @@ class LoraConfig(Method):
 
     def targets(self, anatomy: Anatomy) -> list[Layer]:
         """Return the layers that `target_modules` means."""
-        wanted, layers = self.target_modules, anatomy.layers
-        if isinstance(wanted, str) and wanted in GROUPS:
-            group = {"all": lambda x: True, "attention": lambda x: x.attention, "conv": lambda x: x.kind != "linear"}
-            found = [x for x in layers if group[wanted](x)]
-            if not found:
-                raise Unfit(f"it has no {'' if wanted == 'all' else wanted + ' '}layers outside the head")
-            return found
-        if isinstance(wanted, str):
-            found = [x for x in layers if _matches(wanted, x.name)]
-        else:
-            found = [x for x in layers if any(x.name == w or x.name.endswith(f".{w}") for w in wanted)]
-        if not found:
-            names = [x.name for x in layers]
-            hint = nearest(wanted, names) if isinstance(wanted, str) else ""
-            raise Unfit(f"target_modules={wanted!r} matches none of its {len(names)} layers, e.g. {names[:3]}{hint}")
-        return found
+        return choose_layers(anatomy, self.target_modules)
 
     def rank(self, layer: Layer) -> int:
         """Return the rank for one layer."""
-        return next((r for pattern, r in self.rank_pattern.items() if _matches(pattern, layer.name)), self.r)
+        return next((r for pattern, r in self.rank_pattern.items() if matches(pattern, layer.name)), self.r)
+
+    def oversized(self, layer: Layer) -> bool:
+        """Say whether the update would be so large that the layer itself trains (or is skipped)."""
+        return self.cost(layer) >= self.oversize_ratio * math.prod(layer.shape)
 
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""
@@ -104,13 +90,11 @@ class LoraConfig(Method):
 
     def _settings(self, layer: Layer) -> dict[str, Any]:
         r = self.rank(layer)
-        alpha = next((a for pattern, a in self.alpha_pattern.items() if _matches(pattern, layer.name)), self.lora_alpha)
+        alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, layer.name)), self.lora_alpha)
         scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
         settings = {"shape": list(layer.shape), "r": r, "scaling": scaling}
         if rows := self._rows(layer):
             settings["rows"] = rows
-        if self.init_lora_weights == "svd":
-            settings["svd"] = True
         if self.lora_dropout:
             if not layer.linear:
                 raise ConfigError(f"{layer.name} normalises its weight, so lora_dropout has no meaning there; use 0")
@@ -121,9 +105,9 @@ class LoraConfig(Method):
 class LowRank(nn.Module):
     """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
 
-    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0, svd: bool = False):
+    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0):
         super().__init__()
-        self.scaling, self.dropout, self.shape, self.svd = scaling, dropout, tuple(shape), svd
+        self.scaling, self.dropout, self.shape = scaling, dropout, tuple(shape)
         chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
         self.rows = [len(group) for group in chosen] or [shape[0]]  # how many rows each B has
         index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
@@ -132,14 +116,6 @@ class LowRank(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(len(self.rows) * r, math.prod(shape[1:])))
         self.lora_B = nn.Parameter(torch.zeros(sum(self.rows), r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def start(self, layer: nn.Module) -> None:
-        """Turn A to the directions that the layer's own weight reads most, if `svd`; the update stays zero, for B is."""
-        if self.svd:
-            matrix = layer.weight.detach().float().flatten(1)  # type: ignore[operator, union-attr]
-            r = len(self.lora_A) // len(self.rows)
-            directions = torch.linalg.svd(matrix, full_matrices=False).Vh[:r]
-            self.lora_A.data.view(len(self.rows), r, -1)[:, : len(directions)] = directions.to(self.lora_A)
 
     def update(self) -> Tensor:
         """Return the update in the weight's own shape; full precision, under autocast too."""
@@ -157,10 +133,3 @@ class LowRank(nn.Module):
 
 def _matrix(layer: Layer) -> tuple[int, int]:
     return layer.shape[0], math.prod(layer.shape[1:])
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None
