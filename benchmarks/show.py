@@ -43,7 +43,13 @@ def cells() -> dict[str, dict[str, Any]]:
             for freeze in (0, 10):
                 name = f"Ultralytics, {settings}{', freeze 10' if freeze else ''}"
                 more = {"freeze": freeze} if freeze else {}
-                cell = {"kind": "ultralytics", "data": data, "weights": "yolov8n.pt", "ours": settings == "our settings", **more}
+                cell = {
+                    "kind": "ultralytics",
+                    "data": data,
+                    "weights": "yolov8n.pt",
+                    "ours": settings == "our settings",
+                    **more,
+                }
                 found[f"{data} | yolov8n | {name}"] = cell
         for name, more in ours.items():
             found[f"{data} | yolov8n | {name}"] = {"kind": "detect", "data": data, "weights": "yolov8n.pt", **more}
@@ -84,7 +90,12 @@ def _ultralytics(root: Path, folder: str, data: str, weights: str, ours: bool, *
                 self.meter.stop()
             super().run_callbacks(event)
 
-    args: dict[str, Any] = {"model": str(root / "weights" / weights), "data": str(root / data / "data.yaml"), **DETECT, **more}
+    args: dict[str, Any] = {
+        "model": str(root / "weights" / weights),
+        "data": str(root / data / "data.yaml"),
+        **DETECT,
+        **more,
+    }
     if ours:
         family = visionpeft.api.find_family(weights)
         own = {k: family.defaults[k] for k in ("lr0", "optimizer", "batch")}
@@ -102,9 +113,7 @@ def _ultralytics(root: Path, folder: str, data: str, weights: str, ours: bool, *
 def _detect(root: Path, folder: str, data: str, weights: str, **more: Any) -> dict[str, Any]:
     import visionpeft
 
-    run = visionpeft.train(
-        root / data / "data.yaml", model=root / "weights" / weights, project=folder, **{**DETECT, **more}
-    )
+    run = visionpeft.train(root / data / "data.yaml", model=root / "weights" / weights, project=folder, **{**DETECT, **more})
     check = _plain_val(run.merged, root / data / "data.yaml") if run.merged else {}
     return {**_row(run), "plain val": check, "merged bytes": run.merged.stat().st_size if run.merged else None}
 
@@ -188,7 +197,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in cells() if re.search(args.only, name)]
     missing = [name for name in wanted if not (args.out / f"{_slug(name)}.json").exists()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "YOLO_OFFLINE": "True", "YOLO_VERBOSE": "False", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "YOLO_OFFLINE": "True",
+        "YOLO_VERBOSE": "False",
+        "HF_HUB_OFFLINE": "1",
+    }
 
     def start(name: str) -> None:
         command = [sys.executable, __file__, "--root", str(args.root), "--out", str(args.out), "--cell", name]

@@ -25,7 +25,9 @@ def test_table_of_methods_is_generated() -> None:
 
 def test_the_shown_method_is_the_real_one() -> None:
     shown = (ROOT / "CONTRIBUTING.md").read_text().split("```diff\n")[1].split("```")[0]
-    assert shown == "".join(f"+{line}\n" for line in ["++ b/visionpeft/methods/bitfit.py", *inspect.getsource(bitfit).splitlines()])
+    assert shown == "".join(
+        f"+{line}\n" for line in ["++ b/visionpeft/methods/bitfit.py", *inspect.getsource(bitfit).splitlines()]
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -47,7 +49,18 @@ def test_data_yamls_are_in_ultralytics_format(path: Path) -> None:
 
 
 def test_lists() -> None:
-    assert set(visionpeft.list_methods()) >= {"full", "head", "bitfit", "norm", "lora", "dora", "adapter", "prompt", "prefix", "side"}
+    assert set(visionpeft.list_methods()) >= {
+        "full",
+        "head",
+        "bitfit",
+        "norm",
+        "lora",
+        "dora",
+        "adapter",
+        "prompt",
+        "prefix",
+        "side",
+    }
     assert visionpeft.list_families() == list(FAMILIES) == ["timm", "yolo"]
 
 

@@ -68,7 +68,9 @@ def methods_markdown(methods: Mapping[str, Any]) -> str:
         said = first_line(cls).partition(":")[2].strip()
         links = re.sub(r"(https://\S+?)(?=[),;.]?(\s|$|\)))", r"<\1>", said)
         links = links.replace("|", "\\|")
-        lines.append(f"| `{name}` | {links} | {'yes' if cls.merges else 'no'} | {'moving' if cls.bn == 'train' else 'still'} |")
+        lines.append(
+            f"| `{name}` | {links} | {'yes' if cls.merges else 'no'} | {'moving' if cls.bn == 'train' else 'still'} |"
+        )
     return "\n".join(lines)
 
 

@@ -120,6 +120,10 @@ class Average:
         own, live = self.model.state_dict(), checkpoint.live(model, copy=False)
         self._pairs = [(own[key], value) for key, value in live.items()]
         self._decay = decay
+        given = dict(model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if name not in live:  # what does not train is held once
+                parameter.data = given[name].data
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -143,6 +147,7 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
         ConfigError: An argument is not usable.
     """
     recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device})
+    ours = not AcceleratorState._shared_state
     accelerator = _accelerator(job, recipe)
     loop = None
     try:
@@ -151,7 +156,7 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
     finally:
         if loop:
             loop.meter.close()
-        if accelerator.num_processes == 1:  # accelerate keeps its first device and precision for the whole process
+        if ours and accelerator.num_processes == 1:  # accelerate keeps its first device and precision until told
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
 
@@ -195,9 +200,11 @@ class _Loop:
                 progress.reset(task, description=f"epoch {epoch + 1}/{self.job.epochs}")
                 loss = self._epoch(epoch, lambda text: progress.update(task, advance=1, loss=text))
                 metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
+                self._check(metrics["loss"], epoch)
                 self._save(epoch, loss, metrics)
                 if epoch - self.best["epoch"] >= self.recipe.patience > 0:
                     break
+        self.accelerator.wait_for_everyone()
 
     def _epoch(self, epoch: int, tell: Callable[[str], object]) -> float:
         """Train on every image once; return the mean loss."""
