@@ -93,7 +93,9 @@ def test_groups_of_targets(anatomy) -> None:
     assert {n.rpartition(".")[2] for n in edited(LoraConfig(target_modules="attention"), vit)} == {"qkv", "proj"}
     assert set(edited(LoraConfig(target_modules="conv"), vit)) == {"patch_embed.proj"}
     assert all(".attn." in n for n in edited(LoraConfig(target_modules="attention"), cnn))
-    assert len(edited(LoraConfig(r=2), cnn)) > 60 and not any(n.startswith("model.23") for n in edited(LoraConfig(), cnn))
+    assert len(edited(LoraConfig(r=2, small_layers=0.0), cnn)) > 60 and not any(
+        n.startswith("model.23") for n in edited(LoraConfig(), cnn)
+    )
 
 
 def test_names_endings_and_patterns(anatomy) -> None:
@@ -144,10 +146,22 @@ def test_a_layer_no_larger_than_its_update_trains_itself(anatomy) -> None:
         plan.rate(f"{depthwise[0].name}.weight") == 1.0
         and plan.rate(f"{plan.edits[0].prefix}.lora_A") == LoraConfig.lr_scale
     )
-    skipped = make_plan(LoraConfig(r=16, oversize="skip"), anatomy("mobilenetv1"))
+    skipped = make_plan(LoraConfig(r=16, oversize="skip", small_layers=0.0), anatomy("mobilenetv1"))
     assert not {f"{x.name}.weight" for x in depthwise} & set(skipped.train)
-    more = make_plan(LoraConfig(r=16, oversize_ratio=0.1), anatomy("mobilenetv1"))
-    assert len(more.edits) < len(plan.edits)
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "resnet18"])
+def test_the_smallest_layers_train_themselves(name: str, anatomy) -> None:
+    read = anatomy(name)
+    plan = make_plan(LoraConfig(), read)
+    sizes = {f"{x.name}.weight": math.prod(x.shape) for x in read.layers}
+    small = {n: s for n, s in sizes.items() if n in plan.train}
+    assert 0 < sum(small.values()) <= 0.04 * plan.body and max(small.values()) < min(sizes[n] for n in sizes.keys() - small)
+    assert plan.trained_body <= 0.1 * plan.body
+    norms = {p.name for p in read.body if p.role.startswith("norm")}
+    assert norms <= set(plan.train)
+    bare = make_plan(LoraConfig(r=2, small_layers=0.0, train_norms=False), read)
+    assert all(p.startswith(bare.heads) for p in bare.train) and len(bare.edits) == len(sizes)
 
 
 def test_settings_that_contradict() -> None:

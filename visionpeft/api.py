@@ -49,6 +49,7 @@ def train(
     workers: int | None = None,
     seed: int = 0,
     amp: bool | str | None = None,
+    delta_dtype: str = "fp16",
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
     exist_ok: bool = False,
@@ -76,6 +77,7 @@ def train(
         workers: Processes that load images.
         seed: Of every random choice.
         amp: True (fp16), "bf16" or False; by default bf16 where the GPU has it.
+        delta_dtype: How the delta stores trained weights, "fp16" or "fp32"; statistics keep their own type.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
         exist_ok: Write into an existing folder of that name.
@@ -134,6 +136,7 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
         resume=resume,
         extra=extra,
         before=before,
+        delta_dtype=given["delta_dtype"],
         header=_header(family, base, data, arguments),
         **settings,
     )
@@ -390,6 +393,8 @@ def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> No
         raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
     if settings["head"] not in ("keep", "rebuild"):
         raise ConfigError(f"head='{settings['head']}' is not known; it is 'keep' or 'rebuild'")
+    if given["delta_dtype"] not in ("fp16", "fp32"):
+        raise ConfigError(f"delta_dtype='{given['delta_dtype']}' is not known; it is 'fp16' or 'fp32'")
     for name in ("epochs", "imgsz", "batch"):
         if not isinstance(settings[name], int | float) or settings[name] < (1 if name != "batch" else -1):
             raise ConfigError(f"{name}={settings[name]} is not usable; it must be at least 1")

@@ -46,6 +46,7 @@ def train(
     workers: int | None = None,
     seed: int | None = None,
     amp: str | None = None,
+    delta_dtype: str | None = None,
     project: str | None = None,
     name: str | None = None,
     exist_ok: bool = False,
@@ -91,6 +92,8 @@ def train(
         Of every random choice.
     amp
         true, bf16 or false.
+    delta_dtype
+        fp16 or fp32: how the delta stores trained weights.
     project
         Folder of runs.
     name

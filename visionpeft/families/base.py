@@ -67,6 +67,7 @@ class Job:
     seed: int
     amp: bool | str | None
     resume: bool
+    delta_dtype: str  # of trained weights in the delta: "fp16" or "fp32"
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
@@ -168,7 +169,7 @@ def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, 
     """Write the best epoch's delta; of a model without a base, its merged checkpoint."""
     header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
     if job.base.pretrained:
-        deltas.write(job.delta, deltas.collect(model, job.base.state, header))
+        deltas.write(job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
     else:
         family.save_merged(merge(copy.deepcopy(model).cpu()), header, job.merged)
 

@@ -239,8 +239,8 @@ class _Loop:
         if not math.isfinite(loss):
             after = f"; the last good epoch can be resumed from {self.job.folder}" if self.history else ""
             raise TrainingError(
-                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale (it is "
-                f"{self.job.lr_scale}), or give amp=False{after}"
+                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale, or give "
+                f"amp=False{after}"
             )
 
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
@@ -341,19 +341,18 @@ def _cuda(accelerator: Accelerator) -> bool:
 
 
 def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return timm's optimizer: the head at lr0, the rest at lr0 * lr_scale, and no decay of biases, scales and the like."""
-    heads = tuple(f"{h}." for h in job.plan.heads)
+    """Return timm's optimizer: every parameter at its own rate, and no decay of biases, scales and the like."""
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
-            groups.setdefault((key.startswith(heads), decays), []).append(parameter)
+            groups.setdefault((job.rate(key), decays), []).append(parameter)
     return timm.optim.create_optimizer_v2(
         [
             # timm's schedules multiply what they set by the group's lr_scale
-            {"params": params, "lr_scale": 1.0 if head else job.lr_scale, "weight_decay": recipe.weight_decay * decays}
-            for (head, decays), params in groups.items()
+            {"params": params, "lr_scale": rate, "weight_decay": recipe.weight_decay * decays}
+            for (rate, decays), params in groups.items()
         ],
         job.optimizer.lower(),
         lr=job.lr0,

@@ -52,6 +52,7 @@ class Timm(Family):
         "workers": 4,
         "head": "rebuild",
     }
+    body_rate: ClassVar[float] = 0.1
 
     def claims(self, source: str) -> bool:
         return source.startswith("timm/") or timm.is_model(source)
@@ -178,7 +179,7 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
             arguments = {**arguments, **_from_file(name, str(path), options), "pretrained": "img_size" in options}
         elif arguments.setdefault("pretrained", True):
             arguments = {**arguments, **_from_hub(name, options)}
-        return timm.create_model(name, **arguments)
+        return _sized(timm.create_model(name, **arguments), options)
     except ModelError:
         raise
     except FileNotFoundError as error:
@@ -187,6 +188,14 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         text = " ".join(str(error).split())
         given = f" with {dict(options)}" if options else ""
         raise ModelError(f"timm cannot make {name}{given}: {text[:200] + '…' if len(text) > 200 else text}") from error
+
+
+def _sized(model: Any, options: Mapping[str, Any]) -> Any:
+    """Let a model that was made for an image size of its own say so."""
+    if size := options.get("img_size"):
+        height, width = (size, size) if isinstance(size, int) else size
+        model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (model.pretrained_cfg["input_size"][0], height, width)}
+    return model
 
 
 def _from_file(name: str, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +283,7 @@ def open_merged(path: Path) -> nn.Module:
         said["architecture"], num_classes=len(said["names"]), checkpoint_path=str(path), **said["model_args"]
     )
     model.names = {int(i): name for i, name in said["names"].items()}
-    return model.eval()
+    return _sized(model, said["model_args"]).eval()
 
 
 def transform(model: Any, imgsz: int | None, recipe: loop.Recipe | None = None) -> Any:

@@ -59,7 +59,7 @@ class Yolo(Family):
         "epochs": 50,
         "imgsz": 640,
         "batch": 16,
-        "lr0": 2e-3,
+        "lr0": 1e-3,
         "optimizer": "AdamW",
         "workers": 8,
         "head": "keep",

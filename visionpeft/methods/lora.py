@@ -19,8 +19,8 @@ from .base import Method, choose_layers, matches
 @METHODS.register("lora")
 @dataclass(frozen=True)
 class LoraConfig(Method):
-    r: int = 8  # rank of the update
-    lora_alpha: float = 16.0  # the update is scaled by lora_alpha / r
+    r: int = 4  # rank of the update
+    lora_alpha: float = 8.0  # the update is scaled by lora_alpha / r
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
     target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
@@ -28,14 +28,16 @@ class LoraConfig(Method):
     rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
     alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
     oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
-    oversize_ratio: float = 1.0  # what counts as such: an update of at least this share of the layer's parameters
+    small_layers: float = 0.04  # the smallest targets train themselves, up to this share of the body; 0: none
+    train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
 
+    bn: ClassVar[str] = "train"
     lr_scale: ClassVar[float] = 5.0
     own_lr_scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         self.check("r", self.r, 1)
-        self.check("oversize_ratio", self.oversize_ratio, 0.0, 1.0)
+        self.check("small_layers", self.small_layers, 0.0, 1.0)
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
@@ -43,20 +45,23 @@ class LoraConfig(Method):
             raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
-        if self.oversize == "skip":
-            return ()
-        return [f"{layer.name}.weight" for layer in self.targets(anatomy) if self.oversized(layer)]
+        edited = {edit.module for edit in self.edits(anatomy)}
+        small = self._small(anatomy)
+        whole = [x for x in self.targets(anatomy) if x.name not in edited and (x.name in small or self.oversize == "train")]
+        norms = [p.name for p in anatomy.body if p.role.startswith("norm") and self.train_norms]
+        return [*(f"{layer.name}.weight" for layer in whole), *norms]
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         targets = self.targets(anatomy)
-        edited = [layer for layer in targets if not self.oversized(layer)]
-        if not edited:
+        fitting = [layer for layer in targets if self.cost(layer) < math.prod(layer.shape)]
+        if not fitting:
             largest = max(math.ceil(math.prod(t.shape) / sum(_matrix(t))) - 1 for t in targets)
             raise ConfigError(
                 f"{self.name}: at r={self.r} the update is as large as every layer it would edit; "
                 f"r may be up to {max(largest, 1)} here, or use method='full'"
             )
-        return [self.edit(layer.name, "weight", **self._settings(layer)) for layer in edited]
+        small = self._small(anatomy)
+        return [self.edit(x.name, "weight", **self._settings(x)) for x in fitting if x.name not in small]
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
@@ -70,10 +75,6 @@ class LoraConfig(Method):
         """Return the rank for one layer."""
         return next((r for pattern, r in self.rank_pattern.items() if matches(pattern, layer.name)), self.r)
 
-    def oversized(self, layer: Layer) -> bool:
-        """Say whether the update would be so large that the layer itself trains (or is skipped)."""
-        return self.cost(layer) >= self.oversize_ratio * math.prod(layer.shape)
-
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""
         rows, columns = _matrix(layer)
@@ -81,6 +82,13 @@ class LoraConfig(Method):
         if chosen is None:
             return self.rank(layer) * (rows + columns)
         return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
+
+    def _small(self, anatomy: Anatomy) -> set[str]:
+        """Return the smallest targets, all of a size or none, that together stay within `small_layers` of the body."""
+        sizes = {layer.name: math.prod(layer.shape) for layer in self.targets(anatomy)}
+        allowed = self.small_layers * sum(p.numel for p in anatomy.body)
+        limit = max((n for n in sizes.values() if sum(m for m in sizes.values() if m <= n) <= allowed), default=0)
+        return {name for name, n in sizes.items() if n <= limit}
 
     def _rows(self, layer: Layer) -> list | None:
         """Return the rows of each chosen projection of a fused qkv, or None for the whole matrix."""
