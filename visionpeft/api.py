@@ -111,8 +111,14 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
     given["device"] = _device(given["device"])
     _check_settings(settings, given)
     family.check({**settings, **extra, "device": given["device"]})
+    if not (base.pretrained or tuning.merges):
+        raise ConfigError(
+            f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
+        )
     data = family.read_data(str(given["data"]), base)
-    fitted = family.fit(base, data.names, settings["head"])
+    with torch.random.fork_rng():
+        torch.manual_seed(given["seed"])
+        fitted = family.fit(base, data.names, settings["head"])
     made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "options": {**_changed(tuning), **extra}}
@@ -176,7 +182,7 @@ def _result(
             "total": plan.total,
             "body": plan.trained_body,
             "head": plan.trained_head,
-            "statistics": sum(r.statistics in ("moving", "mixed") for r in plan.rows),
+            "statistics": sum(r.moving for r in plan.rows),
         },
         seconds=round(seconds, 2),
         measured=saved["measured"],

@@ -78,6 +78,7 @@ class Statistics:
 
     name: str
     stage: int
+    numel: int  # values of its mean and variance
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Row:
     trained: int  # of those
     edits: int
     added: int  # parameters that the edits bring
-    statistics: str  # "still", "moving" or ""
+    statistics: str  # "still", "moving", "mixed" or ""
+    moving: int  # values of the statistics that move
 
 
 @dataclass(frozen=True)
@@ -338,7 +340,8 @@ def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[
 
     def row(index: int, label: str, kind: str) -> Row:
         params = [p for p in anatomy.params if p.stage == index]
-        moves = {s.name in still for s in anatomy.statistics if s.stage == index}
+        moving = {s.name: s.numel for s in anatomy.statistics if s.stage == index and s.name not in still}
+        count = sum(s.stage == index for s in anatomy.statistics)
         return Row(
             stage=label,
             kind=kind,
@@ -346,7 +349,8 @@ def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[
             trained=sum(p.numel for p in params if p.name in wanted),
             edits=sum(stage == index for stage, _ in added),
             added=sum(n for stage, n in added if stage == index),
-            statistics="mixed" if len(moves) == 2 else {True: "still", False: "moving"}[moves.pop()] if moves else "",
+            statistics="" if not count else {0: "still", count: "moving"}.get(len(moving), "mixed"),
+            moving=sum(moving.values()),
         )
 
     return (*(row(s.index, str(s.index), s.kind) for s in anatomy.stages), row(HEAD, "head", anatomy.head))

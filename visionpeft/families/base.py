@@ -243,7 +243,8 @@ def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> 
     for name, module in model.named_modules():
         if "running_mean" in module._buffers and module._buffers["running_mean"] is not None:
             stage = stage_of(f"{name}.running_mean")
-            found.append(Statistics(name, HEAD if stage is None else stage))
+            numel = sum(module._buffers[n].numel() for n in ("running_mean", "running_var"))  # type: ignore[union-attr]
+            found.append(Statistics(name, HEAD if stage is None else stage, numel))
     return tuple(found)
 
 

@@ -40,7 +40,8 @@ class Tuned:
         return self.job.plan
 
     def check_resume(self: Any, overrides: Any) -> None:
-        self.resume = False  # Ultralytics resumes from pickles that lack the live weights; `resume_training` does it
+        # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
+        self.resume = True  # or else its multi-GPU launcher removes the run's folder
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         model = fit(weights or self.job.base.model, self.data["names"], self.data["channels"], self.job.head)
