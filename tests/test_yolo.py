@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -254,3 +255,13 @@ def test_real_weights_before_and_after(tmp_path: Path) -> None:
         **{**SMALL, "epochs": 1, "imgsz": 320, "lr0": 1e-5, "lr_scale": 1.0},
     )  # fmt: skip
     assert run.before["mAP50"] > 0.5 and run.after["mAP50"] == pytest.approx(run.before["mAP50"], abs=0.1)
+
+
+def test_results_on_the_command_line_are_json_alone(lora: visionpeft.Run, boxes: Path) -> None:
+    environment = {**os.environ, "YOLO_VERBOSE": "True"}
+    for command in (["val", "--data", boxes, "--batch", "4"], ["predict", boxes.parent / "images" / "val" / "0.png"]):
+        given = [command[0], lora.delta, *command[1:], "--device", "cpu"]
+        line = [sys.executable, "-m", "visionpeft", *map(str, given)]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        json.loads(done.stdout)

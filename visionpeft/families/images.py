@@ -129,8 +129,8 @@ def _decodes(file: Path) -> bool:
         with Image.open(file) as image:
             image.draft("RGB", (32, 32))  # of a JPEG only an eighth is computed, but all of it is read
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
+        return False  # ImportError: where Pillow knows no format, Ultralytics has it look for a HEIF plugin
     return True
 
 
@@ -154,5 +154,5 @@ def open_image(image: Any) -> Image.Image:
     """Return the RGB of a file or an image that `sources` found."""
     try:
         return read_image(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ImportError) as error:
         raise DataError(f"{image} cannot be read as an image; give another") from error

@@ -31,7 +31,7 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
-from .yolo_trainer import METRICS, Tuned, brief, fit, images, readable
+from .yolo_trainer import METRICS, Tuned, brief, fit, images, quiet, readable
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -100,7 +100,9 @@ class Yolo(Family):
             if pretrained:
                 model, _ = load_checkpoint(source if source.endswith(".pt") else f"{source}.pt")
             else:
-                model = DetectionModel(source, verbose=False)
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)  # random weights, but always the same
+                    model = DetectionModel(source, verbose=False)
         except (FileNotFoundError, ConnectionError, OSError) as error:
             raise ModelError(
                 f"the model {source} is not here and could not be downloaded; give the path of a .pt file ({brief(error)})"
@@ -194,21 +196,23 @@ class Yolo(Family):
         args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False, **options}
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
-            with readable(data.source):
+            with readable(data.source), quiet():
                 stats = validator(model=None if source else _for_inference(model))
         return {name: round(float(stats[key]), 5) for key, name in METRICS.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
-        predictor = DetectionPredictor(overrides={"mode": "predict", "task": "detect", "save": False, **options})
-        predictor.setup_model(model=_for_inference(model), verbose=False)
-        return predictor(source)
+        with quiet():
+            predictor = DetectionPredictor(overrides={"mode": "predict", "task": "detect", "save": False, **options})
+            predictor.setup_model(model=_for_inference(model), verbose=False)
+            return predictor(source)
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
         model.pt_path = str(out.with_suffix(".pt"))  # Ultralytics names the result after this
         model.args = {**DEFAULT_CFG_DICT, "task": "detect"}
         options = {"batch": 1, **options, "mode": "export", "format": format}
-        made = Path(str(Exporter(overrides=options)(model=model)))
+        with quiet():
+            made = Path(str(Exporter(overrides=options)(model=model)))
         if made != out:
             made.replace(out)
         return out

@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_model
 
 from .. import checkpoint
@@ -251,6 +252,17 @@ def images(places: Any, part: str, source: str) -> list[str]:
     if not found:
         raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
     return sorted(found)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Ultralytics' messages and progress bars off the terminal, where only a result is wanted."""
+    level = LOGGER.level
+    LOGGER.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 @contextmanager

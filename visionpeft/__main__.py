@@ -1,0 +1,5 @@
+"""`python -m visionpeft` is the command `visionpeft`."""
+
+from .cli import main
+
+main()
