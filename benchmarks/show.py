@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 DETECT = {"epochs": 12, "imgsz": 320, "seed": 0, "device": "cpu", "plots": False}
-CLASSIFY = {"epochs": 5, "seed": 0, "device": "cpu", "workers": 0}
+CLASSIFY = {"epochs": 4, "seed": 0, "device": "cpu", "workers": 0}
 TIMM = {
-    "mobilenetv2_100": ("mobilenetv2_100.tf2_in1k_dequant.safetensors", {"pad_type": "same"}, {"imgsz": 128}),
-    "vit_tiny_patch16_224": ("vit_tiny_patch16_224.tinyimagenet200.safetensors", {"num_classes": 200}, {"imgsz": 112}),
+    "mobilenetv2_100": ("mobilenetv2_100.tf2_in1k_dequant.safetensors", {"pad_type": "same"}, {"imgsz": 96}),
+    "vit_tiny_patch16_224": ("vit_tiny_patch16_224.tinyimagenet200.safetensors", {"num_classes": 200, "img_size": 112}, {}),
 }
 
 

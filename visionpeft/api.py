@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect as introspection
 import json
@@ -286,7 +287,7 @@ def merge(delta: str | Path | Adapted, out: str | Path, *, model: str | Path | N
         ConfigError: The method cannot be merged.
     """
     adapted = _adapted(delta, model)
-    merged = attaching.merge(_copy(adapted.model))
+    merged = attaching.merge(copy.deepcopy(adapted.model))
     return adapted.family.save_merged(merged, adapted.delta.header, Path(out))
 
 
@@ -490,26 +491,3 @@ def _use(adapted: Adapted) -> dict[str, Any]:
 
 def _adapted(delta: str | Path | Adapted, model: str | Path | None) -> Adapted:
     return delta if isinstance(delta, Adapted) else load(delta, model=model)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
-
-
-__all__ = [
-    "Adapted",
-    "detach",
-    "export",
-    "inspect",
-    "list_families",
-    "list_methods",
-    "load",
-    "merge",
-    "plan",
-    "predict",
-    "train",
-    "val",
-    "verify",
-]

@@ -239,8 +239,8 @@ class _Loop:
         if not math.isfinite(loss):
             after = f"; the last good epoch can be resumed from {self.job.folder}" if self.history else ""
             raise TrainingError(
-                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale, or give "
-                f"amp=False{after}"
+                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale, or "
+                f"give amp=False{after}"
             )
 
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:

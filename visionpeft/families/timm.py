@@ -52,7 +52,7 @@ class Timm(Family):
         "workers": 4,
         "head": "rebuild",
     }
-    body_rate: ClassVar[float] = 0.1
+    body_rate: ClassVar[float] = 0.2  # a new classifier may learn faster than the pretrained body should change
 
     def claims(self, source: str) -> bool:
         return source.startswith("timm/") or timm.is_model(source)
@@ -75,7 +75,7 @@ class Timm(Family):
             raise ModelError(f"timm has no model '{name}'.{nearest(name, timm.list_models())}")
         pretrained = options.get("checkpoint_path") is not None or options.get("pretrained", True)
         model: Any = _create(name, options)
-        if not hasattr(model, "get_classifier") or input_size(model)[0] != 3:
+        if not hasattr(model, "get_classifier") or options.get("in_chans", input_size(model)[0]) != 3:
             raise ModelError(f"{source} with {options} does not classify RGB images; give a model that does")
         model = model.float().eval()
         model.names = _class_names(model, options)
@@ -249,7 +249,7 @@ def _class_names(model: Any, options: Mapping[str, Any]) -> dict[int, str]:
     labels = model.pretrained_cfg.get("label_names")
     subset = None if path or not options.get("pretrained", True) else infer_imagenet_subset(model)
     if subset and not labels:
-        labels = [ImageNetInfo(subset).index_to_label_name(i) for i in range(model.num_classes)]
+        labels = ImageNetInfo(subset).label_names()
     plainly = labels if isinstance(labels, list | tuple) and len(labels) == model.num_classes else range(model.num_classes)
     return {i: str(name) for i, name in enumerate(plainly)}
 

@@ -23,7 +23,7 @@ class AdapterConfig(Method):
     placement: str = "adaptformer"  # in transformer blocks: "adaptformer", "houlsby" or "pfeiffer"
     scaling: float = 1.0  # s, the factor of the adapter's output
 
-    lr_scale: ClassVar[float] = 2.0
+    lr_scale: ClassVar[float] = 5.0
     merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
