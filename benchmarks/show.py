@@ -174,6 +174,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         delta = row.get("delta") or {}
         parts = ", ".join(f"{delta[k] / 1e3:.0f}" for k in ("body", "head", "statistics")) if delta else "–"
         share = f"{row['share']:.1%}" if "share" in row else "–"
+        row = {**row, **row.get("plain val", {})}  # detection: what `yolo val` measures on the merged file
         numbers = [f"{row[k]:.3f}" for k in scores]
         cost = [f"{row['saved_bytes'] / 1e6:.0f}", f"{row['step_seconds']:.2f}", parts, f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join([what, *numbers, f"{row['body']:,}", share, f"{row['head']:,}", *cost]) + " |")

@@ -255,6 +255,9 @@ def test_real_weights_before_and_after(tmp_path: Path) -> None:
         **{**SMALL, "epochs": 1, "imgsz": 320, "lr0": 1e-5, "lr_scale": 1.0},
     )  # fmt: skip
     assert run.before["mAP50"] > 0.5 and run.after["mAP50"] == pytest.approx(run.before["mAP50"], abs=0.1)
+    plain = YOLO(run.merged).val(data=REAL / "coco8" / "data.yaml", imgsz=320, device="cpu", plots=False)
+    assert [plain.box.map50, plain.box.map] == pytest.approx([run.after["mAP50"], run.after["mAP50-95"]], abs=1e-3)
+
 
 
 def test_results_on_the_command_line_are_json_alone(lora: visionpeft.Run, boxes: Path) -> None:

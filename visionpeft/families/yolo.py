@@ -193,7 +193,8 @@ class Yolo(Family):
 
     def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
         source = str(model) if isinstance(model, Path) else None
-        args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False, **options}
+        args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False}
+        args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
             with readable(data.source), quiet():
