@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from ultralytics.nn.tasks import DetectionModel
 
+torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
+
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

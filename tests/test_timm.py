@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import json
 import logging
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -270,8 +273,22 @@ def test_head_learns_at_lr0_and_the_rest_at_lr_scale(squares: Path, base, tmp_pa
     arguments = {**SMALL, "lr0": 1e-3, "lr_scale": 0.5, "lrf": 0.1}
     run = visionpeft.train(squares, **base("test_vit", img_size=32), method="full", project=tmp_path, **arguments)
     groups = torch.load(run.folder / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert {(round(g["lr_scale"], 9), round(g["lr"], 9)) for g in groups} == {(1.0, 1e-4), (0.05, 5e-6)}
+    rates = {g["lr_scale"]: g["lr"] for g in groups}
+    assert rates == pytest.approx({1.0: 1e-4, 0.5 * Timm.body_rate: 0.5 * Timm.body_rate * 1e-4})
     assert {g["weight_decay"] for g in groups} == {0.0, 0.05} and len(groups) == 4
+
+
+@pytest.mark.slow
+def test_two_processes(squares: Path, base, tmp_path: Path) -> None:
+    arguments = {**base("test_resnet"), **SMALL, "method": "lora", "project": str(tmp_path), "name": "two", "exist_ok": True}
+    code = f"import visionpeft; print('HISTORY', visionpeft.train({str(squares)!r}, **{arguments!r}).history)"
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(launch, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = [line for line in done.stdout.splitlines() if line.startswith("HISTORY")]
+    assert one == two and len({loss for loss in re.findall(r"'loss': ([\d.]+)", one)}) == 2
 
 
 def test_average_leaves_the_base_alone() -> None:
@@ -279,9 +296,8 @@ def test_average_leaves_the_base_alone() -> None:
     plan = make_plan(make_method("norm"), Timm().anatomy(model, "test_resnet"), bn="train")
     average: Any = Average(attach(model, plan), 0.9)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with torch.no_grad():
-        for value in (*(p for p in model.parameters() if p.requires_grad), *model.buffers()):
-            value.add_(1)
+    for value in (*(p for p in model.parameters() if p.requires_grad), *model.buffers()):
+        value.data = value.data + 1  # new storage: among several processes, torch gives parameters other ones
     average.update(10**6)
     for key, value in average.model.state_dict().items():
         moved = model.state_dict()[key].sub(before[key]).abs().max() > 0
@@ -400,6 +416,7 @@ def test_weights_of_timm_know_their_classes(monkeypatch: pytest.MonkeyPatch) -> 
         ({"batch": -1}, "batch=-1 is not usable"),
         ({"batch": 5, "mixup": 0.2}, "mixup and cutmix .* batch=5 is odd"),
         ({"fliplr": 2.0}, "fliplr=2.0 is not usable; it must be a number from 0 to 1"),
+        ({"auto_augment": "rnd-x"}, "auto_augment='rnd-x' is not one of timm's policies"),
         ({"device": "77"}, "device='77' is not there"),
         ({"device": "0,1"}, "accelerate launch"),
         ({"imgsz": 48}, "cannot read images of imgsz=48: it was made for 32.*'img_size': 48"),

@@ -259,7 +259,6 @@ def test_real_weights_before_and_after(tmp_path: Path) -> None:
     assert [plain.box.map50, plain.box.map] == pytest.approx([run.after["mAP50"], run.after["mAP50-95"]], abs=1e-3)
 
 
-
 def test_results_on_the_command_line_are_json_alone(lora: visionpeft.Run, boxes: Path) -> None:
     environment = {**os.environ, "YOLO_VERBOSE": "True"}
     for command in (["val", "--data", boxes, "--batch", "4"], ["predict", boxes.parent / "images" / "val" / "0.png"]):

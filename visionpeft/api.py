@@ -104,14 +104,17 @@ def train(
 
 def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict | None = None, **given: Any) -> Run:
     began = time.perf_counter()
-    source = str(given["model"])
+    source = given["model"] = _lasting(given["model"])
+    given["model_args"] = {
+        k: _lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()
+    }
     family = find_family(source)
     tuning, extra = _split_options(family, given["method"], given["freeze"], options)
-    base = family.load(source, **(given["model_args"] or {}))
+    base = family.load(source, **given["model_args"])
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
     given["device"] = _device(given["device"])
     _check_settings(settings, given)
-    family.check({**settings, **extra, "device": given["device"]})
+    family.check({**settings, **extra, "device": given["device"], "amp": given["amp"]})
     if not (base.pretrained or tuning.merges):
         raise ConfigError(
             f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
@@ -266,12 +269,18 @@ def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapp
     Raises:
         DeltaError: The delta is damaged, too new, or made for another base.
     """
+    read, family, base = _checked(delta, model, model_args)
+    return Adapted(_rebuild(family, base, read), read, family, base)
+
+
+def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None) -> tuple[Delta, Family, Base]:
+    """Read a delta and its base, and check that they belong together."""
     read = deltas.read(delta)
-    family = FAMILIES[read.plan.family]()
+    family: Family = FAMILIES[read.plan.family]()
     said = read.header["base"]
     base = family.load(str(model or said["model"]), **(said["model_args"] if model_args is None else model_args))
     deltas.verify(read, base.state)
-    return Adapted(_rebuild(family, base, read), read, family, base)
+    return read, family, base
 
 
 def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
@@ -280,13 +289,19 @@ def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
     return deltas.apply(fitted, delta, base.state).eval()
 
 
-def merge(delta: str | Path | Adapted, out: str | Path, *, model: str | Path | None = None) -> Path:
+def merge(
+    delta: str | Path | Adapted,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Path:
     """Write base and delta as one plain checkpoint, which the library opens without visionpeft.
 
     Raises:
         ConfigError: The method cannot be merged.
     """
-    adapted = _adapted(delta, model)
+    adapted = _adapted(delta, model, model_args)
     merged = attaching.merge(copy.deepcopy(adapted.model))
     return adapted.family.save_merged(merged, adapted.delta.header, Path(out))
 
@@ -297,17 +312,29 @@ def detach(adapted: Adapted) -> nn.Module:
 
 
 def val(
-    delta: str | Path | Adapted, data: str | Path, *, model: str | Path | None = None, **options: Any
+    delta: str | Path | Adapted,
+    data: str | Path,
+    *,
+    model: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
-    adapted = _adapted(delta, model)
+    adapted = _adapted(delta, model, model_args)
     checked = adapted.family.read_data(str(data), adapted.base)
     return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), **options})
 
 
-def predict(delta: str | Path | Adapted, source: Any, *, model: str | Path | None = None, **options: Any) -> Any:
+def predict(
+    delta: str | Path | Adapted,
+    source: Any,
+    *,
+    model: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """Run an adapted model on images; returns the library's own results."""
-    adapted = _adapted(delta, model)
+    adapted = _adapted(delta, model, model_args)
     return adapted.family.predict(adapted.model, source, **{**_use(adapted), **options})
 
 
@@ -317,6 +344,7 @@ def export(
     out: str | Path | None = None,
     *,
     model: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """Write an adapted model for deployment, merged first where it can be.
@@ -326,12 +354,13 @@ def export(
         format: "onnx" or "torchscript".
         out: The file to write; by default beside the delta.
         model: The base; by default the one the delta names.
+        model_args: As for `load`.
         **options: The family's (imgsz, dynamic, ...).
     """
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
-    adapted = _adapted(delta, model)
+    adapted = _adapted(delta, model, model_args)
     if out is None:
         out = "model" if isinstance(delta, Adapted) else Path(delta).with_suffix("")
         out = Path(out).with_suffix(suffixes[format])
@@ -344,12 +373,9 @@ def inspect(delta: str | Path) -> dict[str, Any]:
     return deltas.read(delta).header
 
 
-def verify(delta: str | Path, model: str | Path | None = None) -> None:
+def verify(delta: str | Path, model: str | Path | None = None, *, model_args: Mapping[str, Any] | None = None) -> None:
     """Check a delta against a base without building anything; raises a DeltaError that says what is wrong."""
-    read = deltas.read(delta)
-    said = read.header["base"]
-    base = FAMILIES[read.plan.family]().load(str(model or said["model"]), **said["model_args"])
-    deltas.verify(read, base.state)
+    _checked(delta, model, model_args)
 
 
 def list_methods() -> list[str]:
@@ -445,7 +471,7 @@ def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]
         "base": {
             "model": base.source,
             "sha256": deltas.fingerprint(base.state),
-            "model_args": dict(arguments["model_args"] or {}),
+            "model_args": plain["model_args"],
         },
         "names": {str(k): v for k, v in data.names.items()},
         "head": arguments["head"],
@@ -489,5 +515,11 @@ def _use(adapted: Adapted) -> dict[str, Any]:
     return {"imgsz": args["imgsz"]}
 
 
-def _adapted(delta: str | Path | Adapted, model: str | Path | None) -> Adapted:
-    return delta if isinstance(delta, Adapted) else load(delta, model=model)
+def _adapted(delta: str | Path | Adapted, model: Any, model_args: Mapping[str, Any] | None) -> Adapted:
+    return delta if isinstance(delta, Adapted) else load(delta, model=model, model_args=model_args)
+
+
+def _lasting(source: str | Path) -> str:
+    """Return the name of a model as it is, the path of a file so that it holds in any folder."""
+    path = Path(source)
+    return str(path.resolve()) if path.parent != Path(".") and path.is_file() else str(source)

@@ -46,6 +46,7 @@ def train(
     workers: int | None = None,
     seed: int | None = None,
     amp: str | None = None,
+    model_args: str | None = None,
     delta_dtype: str | None = None,
     project: str | None = None,
     name: str | None = None,
@@ -92,6 +93,8 @@ def train(
         Of every random choice.
     amp
         true, bf16 or false.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
     delta_dtype
         fp16 or fp32: how the delta stores trained weights.
     project
@@ -149,7 +152,7 @@ def plan(
 
 
 @app.command
-def merge(delta: str, out: str, *, model: str | None = None) -> None:
+def merge(delta: str, out: str, *, model: str | None = None, model_args: str | None = None) -> None:
     """Write base and delta as one plain checkpoint.
 
     Parameters
@@ -160,12 +163,14 @@ def merge(delta: str, out: str, *, model: str | None = None) -> None:
         The checkpoint to write.
     model
         The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
-    print(api.merge(delta, out, model=model))
+    print(api.merge(delta, out, **_base(model, model_args)))
 
 
 @app.command
-def val(delta: str, *, data: str, model: str | None = None, **options: Options) -> None:
+def val(delta: str, *, data: str, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Measure an adapted model; prints JSON.
 
     Parameters
@@ -176,12 +181,14 @@ def val(delta: str, *, data: str, model: str | None = None, **options: Options) 
         As for train.
     model
         The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
-    print(json.dumps(api.val(delta, data, model=model, **_values(options)), indent=2))
+    print(json.dumps(api.val(delta, data, **_base(model, model_args), **_values(options)), indent=2))
 
 
 @app.command
-def predict(delta: str, source: str, *, model: str | None = None, **options: Options) -> None:
+def predict(delta: str, source: str, *, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Run an adapted model on images; prints one line of JSON per image.
 
     Parameters
@@ -192,14 +199,22 @@ def predict(delta: str, source: str, *, model: str | None = None, **options: Opt
         An image, or a folder of images.
     model
         The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
-    for result in api.predict(delta, source, model=model, **_values(options)):
+    for result in api.predict(delta, source, **_base(model, model_args), **_values(options)):
         print(json.dumps(result) if isinstance(result, dict) else result.to_json())
 
 
 @app.command
 def export(
-    delta: str, *, format: str = "onnx", out: str | None = None, model: str | None = None, **options: Options
+    delta: str,
+    *,
+    format: str = "onnx",
+    out: str | None = None,
+    model: str | None = None,
+    model_args: str | None = None,
+    **options: Options,
 ) -> None:
     """Write an adapted model for deployment, merged first where it can be.
 
@@ -213,8 +228,10 @@ def export(
         The file to write; by default beside the delta.
     model
         The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
-    print(api.export(delta, format, out, model=model, **_values(options)))
+    print(api.export(delta, format, out, **_base(model, model_args), **_values(options)))
 
 
 @app.command
@@ -232,7 +249,7 @@ def inspect(delta: str) -> None:
 
 
 @app.command
-def verify(delta: str, *, model: str | None = None) -> None:
+def verify(delta: str, *, model: str | None = None, model_args: str | None = None) -> None:
     """Check a delta and its base against each other; exits with 1 where they do not belong together.
 
     Parameters
@@ -241,8 +258,10 @@ def verify(delta: str, *, model: str | None = None) -> None:
         The delta file.
     model
         The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
-    api.verify(delta, model)
+    api.verify(delta, **_base(model, model_args))
     print(f"{delta}: whole, and made for this base")
 
 
@@ -305,6 +324,14 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(made.get("batch"), float) and made["batch"] >= 1:
         made["batch"] = int(made["batch"])
     return made
+
+
+def _base(model: str | None, model_args: str | None) -> dict[str, Any]:
+    """Return what a base is loaded with."""
+    made = _values({"model_args": model_args})["model_args"]
+    if made is not None and not isinstance(made, dict):
+        raise ConfigError(f"model_args='{model_args}' is not understood; write {{checkpoint_path: FILE, pad_type: same}}")
+    return {"model": model, "model_args": made}
 
 
 def _config(given: str) -> dict[str, Any]:

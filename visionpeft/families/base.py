@@ -176,6 +176,7 @@ def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, 
 
 # ------------------------------------------------------------------------------------------------------ reading anatomies
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_OTHER_NORMS = {"RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d"}  # timm's own classes
 _STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}  # timm's
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
@@ -189,7 +190,8 @@ def read_params(model: nn.Module, stage_of: Callable[[str], int | None]) -> tupl
         stage = stage_of(name)
         if stage is None or ".peft_" in f".{name}":
             continue
-        if isinstance(modules[owner], _NORMS):
+        norm = isinstance(modules[owner], _NORMS) or any(c.__name__ in _OTHER_NORMS for c in type(modules[owner]).__mro__)
+        if norm:
             role = f"norm.{leaf}"
         else:
             role = leaf if leaf in ("bias",) or (leaf == "weight" and parameter.ndim > 1) else "other"

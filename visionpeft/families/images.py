@@ -1,4 +1,4 @@
-"""Folders of images, a class each: found, checked and loaded. Registers nothing."""
+"""Folders of images, a class each: found, checked, loaded, and what a model makes of them. Registers nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
@@ -78,6 +80,26 @@ def loader(
     return DataLoader(
         images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
     )
+
+
+@torch.no_grad()
+def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Any = None) -> dict[str, float]:
+    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
+    device = next(model.parameters()).device
+    shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
+    metrics = MetricCollection(shares, compute_groups=False).to(device)
+    loss = MeanMetric().to(device)
+    model.eval()
+    for images, labels in batches:
+        with accelerator.autocast() if accelerator else nullcontext():
+            logits = model(images.to(device))
+        logits, labels = logits.float(), labels.to(device)
+        if accelerator:
+            logits, labels = accelerator.gather_for_metrics((logits, labels))
+        metrics.update(logits, labels)
+        loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
+    found = {**metrics.compute(), "loss": loss.compute()}
+    return {name: round(float(value), 5) for name, value in found.items()}
 
 
 def few(names: Iterable[str]) -> str:

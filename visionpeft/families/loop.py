@@ -1,12 +1,11 @@
 """The training loop of families that bring none: accelerate for device, AMP, accumulation and processes; timm's optimizers,
-schedules and mixing; a moving average; torchmetrics; a checkpoint after every epoch. Registers nothing."""
+schedules and mixing; a moving average; a checkpoint after every epoch. Registers nothing."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,19 +16,17 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from timm.data import Mixup
+from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter
 from .base import Family, Job, keep_best
-from .images import Images, loader
+from .images import Images, loader, score
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,12 @@ def check(settings: Mapping[str, Any]) -> Recipe:
         )
     if (recipe.mixup or recipe.cutmix) and settings["batch"] % 2:
         raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={settings['batch']} is odd; give an even one")
+    try:
+        create_transform(32, is_training=True, auto_augment=recipe.auto_augment or None)
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"auto_augment={recipe.auto_augment!r} is not one of timm's policies; give e.g. 'rand-m9-mstd0.5-inc1'"
+        ) from error
     known = [str(n) for n in timm.optim.list_optimizers()]
     if settings["optimizer"].lower() not in known:
         hint = nearest(settings["optimizer"], known)
@@ -86,29 +89,8 @@ def check(settings: Mapping[str, Any]) -> Recipe:
             f"device='{device}' names several GPUs; for timm models start as many processes with "
             "'accelerate launch --num_processes N', each with device left out"
         )
-    select_device(device)
+    _precision(settings["amp"], select_device(device).type == "cpu")
     return recipe
-
-
-# -------------------------------------------------------------------------------------------------------------- the score
-@torch.no_grad()
-def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Accelerator | None = None) -> dict[str, float]:
-    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
-    device = next(model.parameters()).device
-    shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
-    metrics = MetricCollection(shares, compute_groups=False).to(device)
-    loss = MeanMetric().to(device)
-    model.eval()
-    for images, labels in batches:
-        with accelerator.autocast() if accelerator else nullcontext():
-            logits = model(images.to(device))
-        logits, labels = logits.float(), labels.to(device)
-        if accelerator:
-            logits, labels = accelerator.gather_for_metrics((logits, labels))
-        metrics.update(logits, labels)
-        loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
-    found = {**metrics.compute(), "loss": loss.compute()}
-    return {name: round(float(value), 5) for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ the average
@@ -117,13 +99,14 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        own, live = self.model.state_dict(), checkpoint.live(model, copy=False)
-        self._pairs = [(own[key], value) for key, value in live.items()]
         self._decay = decay
-        given = dict(model.named_parameters())
-        for name, parameter in self.model.named_parameters():
-            if name not in live:  # what does not train is held once
-                parameter.data = given[name].data
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        given, live = _tensors(model), checkpoint.live(model, copy=False)
+        for name, own in _tensors(self.model).items():
+            if name in live:  # the tensors themselves, for several processes exchange what they hold
+                self._pairs.append((own, given[name]))
+            elif isinstance(own, nn.Parameter):
+                own.data = given[name].data  # what does not train is held once
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -131,6 +114,10 @@ class Average:
         decay = self._decay * (1 - math.exp(-updates / 2000))
         for own, live in self._pairs:
             own.lerp_(live, 1 - decay) if own.is_floating_point() else own.copy_(live)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
@@ -146,7 +133,7 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
         TrainingError: The loss is no number, or nothing is left to resume.
         ConfigError: An argument is not usable.
     """
-    recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device})
+    recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device, "amp": job.amp})
     ours = not AcceleratorState._shared_state
     accelerator = _accelerator(job, recipe)
     loop = None

@@ -29,7 +29,7 @@ from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
 from .base import Base, Data, Family, Job
-from .images import Images, few, loader, open_image, read_folders, sources
+from .images import Images, few, loader, open_image, read_folders, score, sources
 from .timm_anatomy import classifiers, input_size, read_anatomy
 
 LOGGER = logging.getLogger("visionpeft")
@@ -119,7 +119,7 @@ class Timm(Family):
             )
         items = [(file, index[data.names[i]]) for file, i in data.facts["val"]]
         images = Images(items, transform(own, use["imgsz"]))
-        return loop.score(own, loader(images, use["batch"], use["workers"]), len(index))
+        return score(own, loader(images, use["batch"], use["workers"]), len(index))
 
     @torch.no_grad()
     def predict(self, model: nn.Module, source: Any, **options: Any) -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ class Yolo(Family):
         if name.lower() not in map(str.lower, _OPTIMIZERS):
             raise ConfigError(f"optimizer='{name}' is not known; give {', '.join(_OPTIMIZERS)}.{nearest(name, _OPTIMIZERS)}")
         try:
-            get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT})
+            get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT and v is not None})
             select_device(settings["device"], verbose=False)
         except (ValueError, TypeError, SyntaxError) as error:
             raise ConfigError(brief(error)) from error

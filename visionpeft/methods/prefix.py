@@ -65,7 +65,7 @@ class Prefix(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, drop: float) -> Tensor:
         """q, k, v: (B, heads, N, dim); mask: added to the scores of the attention's own keys, (..., N, N)."""
-        keys, values = (p.expand(len(q), -1, -1, -1).to(q.dtype) for p in (self.keys, self.values))
+        keys, values = (p.expand(q.shape[0], -1, -1, -1).to(q.dtype) for p in (self.keys, self.values))
         if mask is not None:
             mask = F.pad(mask, (self.keys.shape[1], 0))  # every query sees the prefix
         return F.scaled_dot_product_attention(
@@ -93,7 +93,7 @@ class Prefix(nn.Module):
         q, k, v = at.qkv(x).reshape(b, n, 3, at.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = at._get_rel_pos_bias()  # (1, heads, N, N)
         if mask is not None:  # (windows, N, N)
-            bias = bias + mask.repeat(b // len(mask), 1, 1).unsqueeze(1)
+            bias = bias + mask.repeat(b // mask.shape[0], 1, 1).unsqueeze(1)
         y = self._attend(q, k, v, at.scale, bias, at.attn_drop.p if at.training else 0.0)
         return at.proj_drop(at.proj(y.transpose(1, 2).reshape(b, n, -1)))
 

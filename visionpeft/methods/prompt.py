@@ -57,4 +57,4 @@ class Prompt(nn.Module):
         own = x if self.role == "insert" else x[:, : x.shape[1] - self.tokens]
         if self.role == "strip":
             return own
-        return torch.cat([own, self.prompt.expand(len(x), -1, -1)], dim=1)
+        return torch.cat([own, self.prompt.expand(x.shape[0], -1, -1)], dim=1)

@@ -46,7 +46,7 @@ class Ladder(nn.Module):
     def __init__(self, rungs: Sequence[Sequence[Any]], width: int):
         super().__init__()
         self.names = [name for name, *_ in rungs]
-        self.rungs = nn.ModuleList(Rung(width, *facts) for _, *facts in rungs)
+        self.rungs = nn.ModuleList(Rung(width, i == 0, *facts) for i, (_, *facts) in enumerate(rungs))
 
     def forward(self, model: nn.Module, run: Callable, *args: Any, **kwargs: Any) -> Any:
         if not (args and isinstance(args[0], Tensor)):  # Ultralytics calls forward with a batch, and that with its images
@@ -67,12 +67,12 @@ class Ladder(nn.Module):
 class Rung(nn.Module):
     """One stage's step of the ladder."""
 
-    def __init__(self, width: int, channels: int, layout: str, to_head: bool):
+    def __init__(self, width: int, first: bool, channels: int, layout: str, to_head: bool):
         super().__init__()
         kernel = 1 if layout == "NLC" else 3
         self.layout = layout
         self.down = nn.Conv2d(channels, width, 1)
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = None if first else nn.Parameter(torch.zeros(()))  # the first rung has nothing to mix with
         self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
         self.out = nn.Conv2d(width, width, 1)
         self.up = nn.Conv2d(width, channels, 1) if to_head else None
@@ -83,7 +83,7 @@ class Rung(nn.Module):
     def tap(self, climb: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook: climb one step, and add the ladder to the stage's output where the head reads it."""
         state = self.down(self._to_map(output.detach()))
-        if climb:
+        if self.gate is not None:
             gate = self.gate.sigmoid()
             state = gate * state + (1 - gate) * _resize(climb[0], state.shape[2:])
         state = state + self.out(F.gelu(self.mix(state)))
