@@ -72,7 +72,7 @@ def test_every_layer_type(kind: str, config: LoraConfig) -> None:
     assert torch.allclose(y, plain(x)) and not torch.allclose(y, before)
     assert layer.state_dict().keys() > state.keys()
     if config.name == "lora":
-        update = (part.lora_B @ part.lora_A).view_as(plain.weight) * 8
+        update = (part.lora_B @ part.lora_A).view_as(plain.weight) * (config.lora_alpha / config.r)
         assert torch.allclose(plain.weight, state["weight"] + update)
     merged = merge(copy.deepcopy(layer))
     assert type(merged) is type(plain) and torch.allclose(merged(x), y) and merged.state_dict().keys() == state.keys()
@@ -94,7 +94,7 @@ def test_equals_hf_peft(kind: str, dora: bool) -> None:
     layer, shape = copy.deepcopy(LAYERS[kind][0]), LAYERS[kind][1]
     x = torch.randn(shape)
     theirs = get_peft_model(
-        nn.Sequential(copy.deepcopy(layer)), PeftConfig(r=2, lora_alpha=16, target_modules=["0"], use_dora=dora)
+        nn.Sequential(copy.deepcopy(layer)), PeftConfig(r=2, lora_alpha=8, target_modules=["0"], use_dora=dora)
     )
     config = DoraConfig(r=2) if dora else LoraConfig(r=2)
     attach(layer, bare(layer, edit(layer, config)))
@@ -118,7 +118,7 @@ def test_rows_of_a_fused_projection() -> None:
     change = (layer.weight - layer._parameters["weight"]).detach()
     assert not change[4:8].any() and change[:4].any() and change[8:].any()
     part = layer.peft_weight["lora"]
-    assert torch.allclose(change[8:], 8 * part.lora_B[4:] @ part.lora_A[2:], atol=1e-6)
+    assert torch.allclose(change[8:], 4 * part.lora_B[4:] @ part.lora_A[2:], atol=1e-6)
 
 
 def test_dropout_acts_on_the_input_of_the_update_only() -> None:
@@ -149,8 +149,9 @@ def test_attention_that_reads_the_weight_itself() -> None:
 
 @pytest.mark.parametrize(
     "write",
-    [lambda w: w.mul_(2), lambda w: nn.init.zeros_(w), lambda w: w.data.zero_(), lambda w: w.detach().add_(1)],
-    ids=["mul_", "init", "data", "detach"],
+    [lambda w: w.mul_(2), lambda w: nn.init.zeros_(w), lambda w: w.data.zero_(), lambda w: w.detach().add_(1)]
+    + [lambda w: w.view(-1).mul_(2), lambda w: w[0].zero_(), lambda w: w.__setitem__(0, 0)],
+    ids=["mul_", "init", "data", "detach", "view", "row", "setitem"],
 )
 def test_writes_in_place_are_refused(write) -> None:
     layer = nn.Linear(8, 8)

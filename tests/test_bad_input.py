@@ -106,6 +106,11 @@ ARGUMENTS = {
     "unknown device": (["--device", "17"], "17"),
     "unknown option of Ultralytics": (["--mozaic", "0"], "Did you mean 'mosaic'"),
     "bad value for Ultralytics": (["--mosaic", "7"], "mosaic"),
+    "negative seed": (["--seed", "-1"], "seed=-1"),
+    "no batch": (["--batch", "0"], "batch=0"),
+    "text for a rate": (["--lr_scale", "much"], "much"),
+    "unknown amp": (["--amp", "tru"], "amp='tru' is not known"),
+    "an argument that would undo ours": (["--single_cls", "true"], "'single_cls' is no setting"),
     "unknown config": (["--config", "nothing"], "no config 'nothing'"),
     "resume of nothing": (["--resume", "nowhere"], "no run that can be resumed"),
 }
@@ -149,7 +154,91 @@ def test_unwritable_folder(boxes: Path, checkpoint: Path, tmp_path: Path, capsys
     assert code == 2 and "cannot write to" in said
 
 
+def test_numbers_as_people_write_them(boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    """YAML 1.1 takes 1e-3 for text."""
+    (tmp_path / "mine.yaml").write_text("lr0: 1e-3\nexist_ok: true\nworkers: 0\n")
+    given = [
+        "--data",
+        boxes,
+        "--model",
+        checkpoint,
+        "--project",
+        tmp_path,
+        "--name",
+        "twice",
+        "--weight_decay",
+        "5e-4",
+        *SMALL,
+    ]
+    for _ in range(2):
+        code, said = run(capsys, "train", "--config", tmp_path / "mine.yaml", *given)
+        assert code == 0, said
+    arguments = json.loads((tmp_path / "twice" / "run.json").read_text())["arguments"]
+    assert arguments["lr0"] == 1e-3 and arguments["options"]["weight_decay"] == 5e-4 and arguments["workers"] == 0
+
+
+USES = {
+    "unknown argument": (["val", "--data", "DATA", "--bach", "4"], "'bach' is no argument.*Did you mean 'batch'"),
+    "bad value": (["val", "--data", "DATA", "--iou", "7"], "iou"),
+    "no such device": (["val", "--data", "DATA", "--device", "7"], "device=7"),
+    "no such image": (["predict", "nowhere.jpg"], "nowhere.jpg"),
+    "unknown format": (["export", "--format", "onx"], "Did you mean 'onnx'"),
+    "no folder for it": (["export", "--out", "DATA/x/model.onnx"], "cannot write to"),
+    "model_args that are none": (["verify", "--model_args", "much"], "model_args='much' is not understood"),
+}
+
+
+@pytest.mark.parametrize("kind", USES)
+def test_using_a_delta(kind: str, delta: Path, boxes: Path, capsys) -> None:
+    (command, *rest), says = USES[kind]
+    code, said = run(capsys, command, delta, *(r.replace("DATA", str(boxes)) for r in rest))
+    assert code == 2 and len(said.splitlines()) == 1 and re.search(says, said), said
+
+
+def test_classes_in_another_order_are_refused(delta: Path, data: Path, capsys) -> None:
+    _names(data, "names: [green, red]")
+    code, said = run(capsys, "val", delta, "--data", data / "data.yaml")
+    assert code == 2 and "same classes in the same order" in said
+
+
+def test_a_list_of_images(data: Path, checkpoint: Path, capsys) -> None:
+    listed = sorted((data / "images" / "train").iterdir())
+    listed[0].rename(listed[0].with_name("with space.png"))
+    (data / "labels" / "train" / "0.txt").rename(data / "labels" / "train" / "with space.txt")
+    lines = ["./images/train/with space.png", "", *map(str, listed[1:])]
+    (data / "train.txt").write_text("\n".join(lines))
+    (data / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [red, green]\n")
+    given = ["train", "--data", data / "data.yaml", "--model", checkpoint, "--project", data / "runs", *SMALL]
+    assert run(capsys, *given)[0] == 0
+    listed[1].unlink()
+    code, said = run(capsys, *given)
+    assert code == 2 and "which is not there" in said
+
+
 # ------------------------------------------------------------------------------------------------------------ the delta
+def test_a_delta_cannot_send_its_user_to_an_address(delta: Path, tmp_path: Path, capsys) -> None:
+    """Nor is its base unpickled: Ultralytics' allow-list refuses code in a checkpoint."""
+    read = deltas.read(delta)
+    for address in ("http://127.0.0.1:9/evil.pt", "HTTPS://x/y.pt"):
+        evil = {**read.header, "base": {**read.header["base"], "model": address}}
+        deltas.write(tmp_path / "evil.safetensors", deltas.Delta(read.plan, read.tensors, evil))
+        code, said = run(capsys, "verify", tmp_path / "evil.safetensors")
+        assert code == 2 and "names an address" in said
+    torch.save({"model": Payload(tmp_path / "owned")}, tmp_path / "evil.pt")
+    code, said = run(capsys, "verify", delta, "--model", tmp_path / "evil.pt")
+    assert code == 2 and "not a checkpoint" in said and not (tmp_path / "owned").exists()
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return (open, (self.path, "w"))
+
+
 def test_wrong_base_exits_with_one(delta: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
     content = torch.load(checkpoint, weights_only=False)
     content["model"].model[0].conv.weight.data[0, 0, 0, 0] += 1
@@ -242,6 +331,36 @@ def test_killed_in_mid_save_and_resumed(by: signal.Signals, boxes: Path, checkpo
     code_, said = run(capsys, "train", "--resume", folder)
     assert code_ == 0, said
     assert len(json.loads((folder / "run.json").read_text())["history"]) == 3
+
+
+def test_a_crash_after_the_last_epoch(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """Training is not repeated: resuming finishes what was left to do."""
+    small = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "plots": False, "method": "norm"}
+
+    def crash(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(visionpeft.api, "_result", crash)
+    with pytest.raises(MemoryError):
+        visionpeft.train(boxes, model=checkpoint, project=tmp_path, **small)
+    monkeypatch.undo()
+    before = (tmp_path / "train" / "delta.safetensors").read_bytes()
+    done = visionpeft.train(resume=tmp_path / "train")
+    assert done.merged and done.merged.exists() and done.delta and done.delta.read_bytes() == before
+    with pytest.raises(visionpeft.VisionpeftError, match="nothing is left to resume"):
+        visionpeft.train(resume=tmp_path / "train")
+    with pytest.raises(visionpeft.VisionpeftError, match="epochs was given; leave it out"):
+        visionpeft.train(resume=tmp_path / "train", epochs=7)
+
+
+def test_an_earlier_runs_files_are_not_taken_for_this_ones(
+    boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    given = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "plots": False, "name": "one", "exist_ok": True}
+    visionpeft.train(boxes, model=checkpoint, method="norm", project=tmp_path, **given)
+    assert (tmp_path / "one" / "merged.pt").exists()
+    visionpeft.train(boxes, model=checkpoint, method="adapter", project=tmp_path, **given)
+    assert not (tmp_path / "one" / "merged.pt").exists() and (tmp_path / "one" / "delta.safetensors").exists()
 
 
 def test_methods_share_no_name_with_other_arguments() -> None:

@@ -21,9 +21,9 @@ from . import attach as attaching
 from . import checkpoint, files
 from . import delta as deltas
 from .delta import Delta
-from .errors import ConfigError, Interrupted, ModelError, TrainingError, nearest
+from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
 from .families.base import Base, Data, Family, Job
-from .methods.base import Method, make_method
+from .methods.base import Method, make_method, restore_method
 from .plan import Plan, make_plan
 from .registry import FAMILIES, METHODS
 from .run import Run
@@ -66,7 +66,7 @@ def train(
         method: A name (see `list_methods`), several joined by "+", or a configuration such as ``LoraConfig(r=16)``. By
             default `full` where `freeze` is given (layer freezing), else `lora`.
         freeze: Where nothing trains: the first N stages, a list of stage indices, or names.
-        bn: "frozen" or "train": whether BatchNorm statistics outside the head move; by default only with `full`.
+        bn: "frozen" or "train": whether BatchNorm statistics outside the head move; by default as the method says.
         head: "keep" what of the head fits, or "rebuild" it.
         epochs: Passes over the data.
         imgsz: Image size in pixels.
@@ -95,42 +95,59 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k not in ("options", "resume", "project", "name", "exist_ok")}
     if resume:
-        return _train(**_resumed(resume, Path(project), name), resume=True)
+        saved = _resumed(resume, Path(project), name)
+        free = ("data", "model", "resume", "project", "name", "exist_ok", "options")
+        defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
+        if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
+            raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
+        return _train(**saved)
     if data is None:
         raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (timm)")
-    folder = _new_folder(Path(project), name, exist_ok)
-    return _train(folder=folder, resume=False, **given, options=options)
+    if name and not exist_ok and (Path(project) / name).exists():
+        raise ConfigError(f"{Path(project) / name} exists; give another name, or exist_ok=True to write into it")
+    return _train(project=Path(project), name=name, exist_ok=exist_ok, **given, options=options)
 
 
-def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict | None = None, **given: Any) -> Run:
+def _train(
+    *,
+    options: dict[str, Any],
+    resumed: Path | None = None,
+    project: Path = Path(),
+    name: str | None = None,
+    exist_ok: bool = False,
+    **given: Any,
+) -> Run:
     began = time.perf_counter()
     source = given["model"] = _lasting(given["model"])
     given["model_args"] = {
         k: _lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()
     }
     family = find_family(source)
-    tuning, extra = _split_options(family, given["method"], given["freeze"], options)
+    before, configured = given.pop("before", None), given.pop("method_settings", None)
+    tuning, extra = _split_options(family, given["method"], given["freeze"], options, configured)
     base = family.load(source, **given["model_args"])
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
     given["device"] = _device(given["device"])
     _check_settings(settings, given)
-    family.check({**settings, **extra, "device": given["device"], "amp": given["amp"]})
+    family.check({**settings, **extra, **{k: given[k] for k in ("device", "amp", "seed")}})
     if not (base.pretrained or tuning.merges):
         raise ConfigError(
             f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
         )
     data = family.read_data(str(given["data"]), base)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"])
-    made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
-    named = {"model": source, "data": str(given["data"]), "method": tuning.name}
-    arguments = {**given, **settings, **named, "options": {**_changed(tuning), **extra}}
-    files.writable(folder)
-    print(made)
-    use = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"]}
-    if before is None:
+        made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
         attaching.attach(fitted, made)
+    named = {"model": source, "data": str(given["data"]), "method": tuning.name}
+    arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
+    print(made)
+    folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
+    use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"]}
+    if use["batch"] < 1:  # to be found by Ultralytics for training
+        use["batch"] = family.defaults["batch"]
+    if before is None:
         before = family.evaluate(fitted, data, **use)
     files.write(folder / "train.json", json.dumps({**arguments, "before": before}, indent=2, default=str) + "\n")
     job = Job(
@@ -143,14 +160,15 @@ def _train(*, folder: Path, resume: bool, options: dict[str, Any], before: dict 
         seed=given["seed"],
         device=given["device"],
         body_rate=family.body_rate * (1.0 if given["lr_scale"] is None else given["lr_scale"]),
-        resume=resume,
+        resume=resumed is not None,
         extra=extra,
         before=before,
         delta_dtype=given["delta_dtype"],
         header=_header(family, base, data, arguments),
         **settings,
     )
-    _run(family, job)
+    if not (resumed and checkpoint.load(job.checkpoint)["done"]):
+        _run(family, job)
     saved = checkpoint.load(job.checkpoint)
     return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use)
 
@@ -161,6 +179,10 @@ def _run(family: Family, job: Job) -> None:
     except KeyboardInterrupt:
         where = f"go on with resume='{job.folder}'" if job.checkpoint.is_file() else "no epoch was complete, so start anew"
         raise Interrupted(f"interrupted; {where}") from None
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is full ({str(error).split('.')[0]}); give a smaller batch or imgsz, or freeze more stages"
+        ) from error
 
 
 def _result(
@@ -264,7 +286,7 @@ def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapp
     Args:
         delta: The delta file.
         model: The base; by default the one the delta names.
-        model_args: Further arguments for the family's model loader; by default those the delta names.
+        model_args: Further arguments for the family's model loader, beside or instead of those the delta names.
 
     Raises:
         DeltaError: The delta is damaged, too new, or made for another base.
@@ -278,7 +300,9 @@ def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None
     read = deltas.read(delta)
     family: Family = FAMILIES[read.plan.family]()
     said = read.header["base"]
-    base = family.load(str(model or said["model"]), **(said["model_args"] if model_args is None else model_args))
+    if model is None and "://" in f"{said['model']}{said['model_args']}":
+        raise DeltaError(f"this delta names an address as its base ({said['model']}); give a base you trust with model=...")
+    base = family.load(str(model or said["model"]), **{**said["model_args"], **(model_args or {})})
     deltas.verify(read, base.state)
     return read, family, base
 
@@ -308,7 +332,7 @@ def merge(
 
 def detach(adapted: Adapted) -> nn.Module:
     """Take the delta off: the base as it was, its own head included, bit for bit."""
-    return adapted.base.model
+    return copy.deepcopy(adapted.base.model)
 
 
 def val(
@@ -405,8 +429,15 @@ def find_family(source: str) -> Family:
     )
 
 
-def _split_options(family: Family, method: Any, freeze: Any, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Tell the method's fields from the family's arguments; refuse what is neither."""
+def _split_options(
+    family: Family, method: Any, freeze: Any, options: Mapping[str, Any], configured: Mapping[str, Any] | None = None
+) -> tuple[Method, dict[str, Any]]:
+    """Tell the method's fields from the family's arguments; refuse what is neither.
+
+    `configured` are all of the method's settings, as a run that is resumed wrote them down.
+    """
+    if configured is not None:
+        return restore_method(method, configured), dict(options)
     plain = make_method(method, {}, freeze)
     parts = getattr(plain, "methods", (plain,))
     fields = [f.name for part in parts for f in dataclasses.fields(part)]
@@ -424,26 +455,37 @@ def _split_options(family: Family, method: Any, freeze: Any, options: Mapping[st
 def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     if str(settings["optimizer"]).lower() == "auto":
         raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
-    if settings["head"] not in ("keep", "rebuild"):
-        raise ConfigError(f"head='{settings['head']}' is not known; it is 'keep' or 'rebuild'")
-    if given["delta_dtype"] not in ("fp16", "fp32"):
-        raise ConfigError(f"delta_dtype='{given['delta_dtype']}' is not known; it is 'fp16' or 'fp32'")
-    for name in ("epochs", "imgsz", "batch"):
-        if not isinstance(settings[name], int | float) or settings[name] < (1 if name != "batch" else -1):
-            raise ConfigError(f"{name}={settings[name]} is not usable; it must be at least 1")
+    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32")}
+    for name, allowed in choices.items():
+        if (value := {**given, **settings}[name]) not in allowed:
+            raise ConfigError(f"{name}='{value}' is not known; it is {' or '.join(map(repr, allowed))}")
+    wholes = {"epochs": (1, settings), "imgsz": (1, settings), "workers": (0, settings), "seed": (0, given)}
+    for name, (least, where) in wholes.items():
+        value = where[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+            raise ConfigError(f"{name}={value} is not usable; it must be a whole number of at least {least}")
+    batch = settings["batch"]
+    if not isinstance(batch, int | float) or not (batch == -1 or 0 < batch < 1 or (batch >= 1 and batch == int(batch))):
+        raise ConfigError(f"batch={batch} is not usable; it must be at least 1 (or -1: as much as fits on the GPU)")
     for name, value in (("lr0", settings["lr0"]), ("lr_scale", given["lr_scale"])):
-        if value is not None and not 0 < value < 1e3:
-            raise ConfigError(f"{name}={value} is not usable; it must be above 0")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < 1e3):
+            raise ConfigError(f"{name}={value} is not usable; it must be a number above 0")
 
 
-def _new_folder(project: Path, name: str | None, exist_ok: bool) -> Path:
-    """Return the folder of a new run: NAME, NAME2, NAME3, ..."""
-    first = project / (name or "train")
-    if exist_ok or not first.exists():
-        return first
-    if name:
-        raise ConfigError(f"{first} exists; give another name, or exist_ok=True to write into it")
-    return next(f for i in range(2, 100_000) if not (f := project / f"train{i}").exists())
+def _new_folder(project: Path, name: str | None, exist_ok: bool, merged: str) -> Path:
+    """Make the folder of a new run: NAME, or "train", "train2", ...; two runs never get the same one by chance."""
+    files.writable(project)
+    for i in range(1, 100_000):
+        folder = project / (name or f"train{i if i > 1 else ''}")
+        try:
+            folder.mkdir(exist_ok=exist_ok)
+            break
+        except FileExistsError:
+            if name:
+                raise ConfigError(f"{folder} exists; give another name, or exist_ok=True to write into it") from None
+    for old in ("checkpoint.pt", "delta.safetensors", "run.json", merged):  # an earlier run's would be taken for this one's
+        (folder / old).unlink(missing_ok=True)
+    return folder
 
 
 def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict[str, Any]:
@@ -454,13 +496,15 @@ def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict
             raise TrainingError(f"there is no run to resume in {project}; name its folder with resume=...")
         folder = runs[-1].parent
     else:
-        folder = Path(str(resume)) if Path(str(resume)).is_dir() else Path(str(resume)).parent
+        folder = Path(str(resume))
+        folder = folder.parent if folder.is_file() else folder
     try:
         given = json.loads((folder / "train.json").read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"{folder} is no run that can be resumed (no readable train.json); start anew") from error
-    checkpoint.load(folder / "checkpoint.pt")
-    return {**given, "folder": folder}
+    if checkpoint.load(folder / "checkpoint.pt")["done"] and (folder / "run.json").is_file():
+        raise TrainingError(f"{folder} has trained all of its epochs and is complete; nothing is left to resume")
+    return {**given, "resumed": folder}
 
 
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -487,17 +531,6 @@ def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]
 def _versions() -> dict[str, str]:
     names = ("visionpeft", "torch", "torchvision", "ultralytics", "timm")
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
-
-
-def _changed(method: Method) -> dict[str, Any]:
-    """Return the fields that differ from the defaults, those of combined methods together."""
-    parts = getattr(method, "methods", (method,))
-    return {
-        f.name: getattr(part, f.name)
-        for part in parts
-        for f in dataclasses.fields(part)
-        if getattr(part, f.name) != getattr(type(part)(), f.name)
-    }
 
 
 def _device(device: Any) -> str:

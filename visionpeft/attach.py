@@ -55,6 +55,9 @@ def attach(model: Any, plan: Plan, *, start: bool = True) -> nn.Module:
     if twice := next((p for p in places if places.count(p) > 1), None):
         raise ConfigError(f"{twice[0]} would be edited twice by '{twice[2]}'; name each method once")
     changes = [_prepare(model, edit, start) for edit in plan.edits]
+    for module, edit, part in changes:
+        if getattr(part, "dropout", 0) and sum(m is module and e.point == "weight" for m, e, _ in changes) > 1:
+            raise ConfigError(f"{edit.module} has two weight deltas, where dropout has no exact meaning; set it to 0")
     trained = {name: _parameter(model, name) for name in plan.train}
     model.peft = Attached(plan, frozenset(n for n, p in model.named_parameters() if p.requires_grad))
     for parameter in model.parameters():
@@ -182,7 +185,7 @@ class Delta:
         return y
 
     def register_parameter(self: Any, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight" and "peft_weight" in self._modules:
+        if name in ("weight", "bias") and "peft_weight" in self._modules:
             fold(self)
             type(self).register_parameter(self, name, _plain_parameter(param))  # the class is the plain one again
         else:
@@ -196,7 +199,7 @@ class Computed(Tensor):
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         name = func.__name__
         in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-        target = args[0] if args else None
+        target: Any = args[0] if args else None
         if in_place and name != "requires_grad_" and type(target) is cls and not getattr(target, "_is_param", False):
             raise ConfigError(
                 f"{name}: this weight is computed by an attached delta, so a change in place would be lost; "
@@ -204,8 +207,10 @@ class Computed(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        keeps = name in ("detach", "requires_grad_") or (name == "__get__" and isinstance(result, Tensor))
-        return result.as_subclass(cls) if keeps and type(target) is cls and isinstance(result, Tensor) else result
+        views = type(target) is cls and isinstance(result, Tensor) and result.layout == target.layout == torch.strided
+        if views and result.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
+            return result.as_subclass(cls)  # a view of it is refused to be written to as well
+        return result
 
 
 class Around:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,18 @@ app = App(
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
 )
+_TEXT = (
+    "model",
+    "data",
+    "name",
+    "project",
+    "method",
+    "device",
+    "optimizer",
+    "head",
+    "bn",
+    "target_modules",
+)  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
 
 
@@ -108,11 +121,8 @@ def train(
     config
         A YAML file of these options, or the name of one of visionpeft's; options given besides override it.
     """
-    given = {k: v for k, v in locals().items() if v is not None and k not in ("options", "config")}
-    settings = {**(_config(config) if config else {}), **given, **options}
-    if not exist_ok:
-        settings.pop("exist_ok")
-    print(api.train(**_values(settings)))
+    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in ("options", "config")}
+    print(api.train(**_values({**(_config(config) if config else {}), **given, **options})))
 
 
 @app.command
@@ -203,7 +213,7 @@ def predict(delta: str, source: str, *, model: str | None = None, model_args: st
         Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
     for result in api.predict(delta, source, **_base(model, model_args), **_values(options)):
-        print(json.dumps(result) if isinstance(result, dict) else result.to_json())
+        print(json.dumps(result if isinstance(result, dict) else {"file": result.path, "boxes": result.summary()}))
 
 
 @app.command
@@ -314,15 +324,28 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     """Turn text from the command line into values: numbers, true and false, lists; freeze's "0,1,2" too."""
-    made = {k.replace("-", "_"): yaml.safe_load(v) if isinstance(v, str) else v for k, v in options.items()}
-    for name in ("model", "data", "name", "project", "method", "device"):  # these are text, whatever they look like
-        if name in options and options[name] is not None:
-            made[name] = str(options[name])
+    made = {k.replace("-", "_"): _value(v) for k, v in options.items()}
+    for name in _TEXT:
+        if isinstance(options.get(name), str):
+            made[name] = options[name]
     freeze = made.get("freeze")
     if isinstance(freeze, str):
-        made["freeze"] = [yaml.safe_load(part) for part in freeze.split(",")]
+        made["freeze"] = [_value(part) for part in freeze.split(",")]
     if isinstance(made.get("batch"), float) and made["batch"] >= 1:
         made["batch"] = int(made["batch"])
+    return made
+
+
+def _value(given: Any) -> Any:
+    """Read a value as YAML does, and 1e-3 as a number, which YAML 1.1 does not."""
+    if not isinstance(given, str):
+        return given
+    try:
+        made = yaml.safe_load(given)
+    except yaml.YAMLError:
+        return given
+    if isinstance(made, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", made):
+        return float(made)
     return made
 
 
@@ -336,8 +359,9 @@ def _base(model: str | None, model_args: str | None) -> dict[str, Any]:
 
 def _config(given: str) -> dict[str, Any]:
     """Read a YAML of train() arguments, by path or by the name of a packaged one."""
-    own = {f.stem: f for f in sorted((Path(__file__).parent / "configs").rglob("*.yaml"))}
-    own |= {f.stem: f for f in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))}
+    packaged = Path(__file__).parent / "configs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"  # in a checkout
+    own = {f.stem: f for f in sorted(folder.rglob("*.yaml"))}
     path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(given)
     if path is None or not path.is_file():
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,9 +59,8 @@ class Meter:
         self._saved: SavedBytes | None = None
         self._began = 0.0
         self._times: list[float] = []
+        self._peak = 0
         self.saved_bytes: int | None = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
     def start(self) -> None:
         """A batch is about to go forward."""
@@ -69,15 +68,19 @@ class Meter:
             self._saved.__exit__()
         if self.saved_bytes is None:
             self._saved = SavedBytes(self._model).__enter__()
+        if self._device.type == "cuda":  # the peak of training steps: what validation takes between them does not count
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._began = time.perf_counter()
 
     def stop(self) -> None:
         """The batch has gone backward."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
         if self._saved is not None:
             self.close()
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         self._times.append(time.perf_counter() - self._began)
 
     def close(self) -> None:
@@ -87,12 +90,17 @@ class Meter:
             self.saved_bytes, self._saved = self._saved.bytes, None
             gc.collect()
 
+    def restore(self, report: Mapping[str, Any]) -> None:
+        """Go on from what an earlier part of the run reported."""
+        self.saved_bytes = report["saved_bytes"]
+        self._peak = report["peak_bytes"] or 0
+
     def report(self) -> dict[str, Any]:
         """Return saved_bytes, peak_bytes with what it measures, and step_seconds (median)."""
         cuda = self._device.type == "cuda"
         return {
             "saved_bytes": self.saved_bytes,
-            "peak_bytes": torch.cuda.max_memory_allocated(self._device) if cuda else self.saved_bytes,
+            "peak_bytes": self._peak if cuda else self.saved_bytes,
             "peak_measure": "CUDA allocator's peak" if cuda else "bytes saved for backward",
             "step_seconds": statistics.median(self._times) if self._times else None,
         }

@@ -233,8 +233,8 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
         method: How to tune.
         anatomy: The model's facts.
         freeze: Where not to: the first N stages, a list of stage indices, or names of stages or modules.
-        bn: "frozen" or "train": whether running statistics outside the head move. By default they stay still for every
-            method but `full`. In frozen stages they always stay still, in the head they always move.
+        bn: "frozen" or "train": whether running statistics outside the head move. By default as the method
+            says. In frozen stages they always stay still, in the head they always move.
 
     Raises:
         ConfigError: The method does not fit the model, `freeze` names nothing, or nothing is left to train.
@@ -282,7 +282,7 @@ def _fits(method: Method, anatomy: Anatomy) -> bool:
     try:
         for part in method.parts:
             part.edits(anatomy), part.train(anatomy)
-    except Unfit:
+    except ConfigError:
         return False
     return True
 

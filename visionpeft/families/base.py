@@ -93,6 +93,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     suffix: ClassVar[str]  # of a merged file
+    score: ClassVar[str]  # the metric by which the best epoch is chosen
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
     body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
 

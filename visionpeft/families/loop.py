@@ -189,8 +189,12 @@ class _Loop:
                 metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
                 self._check(metrics["loss"], epoch)
                 self._save(epoch, loss, metrics)
-                if epoch - self.best["epoch"] >= self.recipe.patience > 0:
+                if self._patient(epoch):
                     break
+
+    def _patient(self, epoch: int) -> bool:
+        """Say whether the score has not risen for so long that the run stops."""
+        return epoch - self.best["epoch"] >= self.recipe.patience > 0
         self.accelerator.wait_for_everyone()
 
     def _epoch(self, epoch: int, tell: Callable[[str], object]) -> float:
@@ -247,6 +251,7 @@ class _Loop:
             self.job.checkpoint,
             {
                 "epoch": epoch,
+                "done": epoch + 1 >= self.job.epochs or self._patient(epoch),
                 "model": live,
                 "ema": {k: v for k, v in self.average.model.state_dict().items() if k in live},
                 "updates": self.updates,
@@ -264,11 +269,6 @@ class _Loop:
     def _resume(self) -> int:
         """Put everything back as the last complete epoch left it; return the next epoch."""
         saved = checkpoint.load(self.job.checkpoint)
-        done = saved["epoch"] + 1 >= self.job.epochs or saved["epoch"] - saved["best"]["epoch"] >= self.recipe.patience > 0
-        if done:
-            raise TrainingError(
-                f"{self.job.folder} has trained all of its {saved['epoch'] + 1} epochs; nothing is left to resume"
-            )
         checkpoint.restore(self.own, saved["model"])
         checkpoint.restore(self.average.model, saved["ema"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -276,7 +276,7 @@ class _Loop:
         if saved["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
-        self.meter.saved_bytes = saved["measured"]["saved_bytes"]
+        self.meter.restore(saved["measured"])
         self.generator.set_state(saved["sampler"])
         checkpoint.set_random_states(saved["random"])
         return saved["epoch"] + 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
@@ -21,7 +22,7 @@ from ultralytics.engine.exporter import Exporter
 from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
-from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+from ultralytics.nn.tasks import DetectionModel, torch_safe_load
 from ultralytics.utils.torch_utils import select_device
 
 from .. import files
@@ -31,12 +32,12 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
-from .yolo_trainer import METRICS, Tuned, brief, fit, images, quiet, readable
+from .yolo_trainer import METRICS, Tuned, brief, check_hooks, fit, images, quiet, readable, usable
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
 _OURS |= {"freeze", "project", "name", "exist_ok", "save_dir", "task", "mode", "pretrained", "cfg", "distill_model"}
-_OURS |= {"save", "save_period"}
+_OURS |= {"save", "save_period", "single_cls", "quantize"}
 _OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "MuSGD")
 _REFUSED = {
     "RTDETRDetectionModel": "RT-DETR",
@@ -81,11 +82,11 @@ class Yolo(Family):
         name = settings["optimizer"]
         if name.lower() not in map(str.lower, _OPTIMIZERS):
             raise ConfigError(f"optimizer='{name}' is not known; give {', '.join(_OPTIMIZERS)}.{nearest(name, _OPTIMIZERS)}")
-        try:
+        if (amp := settings["amp"]) not in (None, True, False, "bf16", "fp32"):
+            raise ConfigError(f"amp={amp!r} is not known; it is True (fp16), 'bf16' or False")
+        with usable(settings):
             get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT and v is not None})
             select_device(settings["device"], verbose=False)
-        except (ValueError, TypeError, SyntaxError) as error:
-            raise ConfigError(brief(error)) from error
 
     def load(self, source: str, **options: Any) -> Base:
         if options:
@@ -98,7 +99,10 @@ class Yolo(Family):
         pretrained = not source.endswith((".yaml", ".yml"))
         try:
             if pretrained:
-                model, _ = load_checkpoint(source if source.endswith(".pt") else f"{source}.pt")
+                # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
+                content, _ = torch_safe_load(source if source.endswith(".pt") else f"{source}.pt", safe_only=True)
+                model = content.get("ema") or content["model"]
+                model.args = content.get("train_args") or {}
             else:
                 with torch.random.fork_rng():
                     torch.manual_seed(0)  # random weights, but always the same
@@ -110,7 +114,7 @@ class Yolo(Family):
         except (RuntimeError, TypeError, EOFError, KeyError, AttributeError, ModuleNotFoundError, ValueError) as error:
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
         _refuse_unsupported(model, source)
-        model = model.float().cpu()
+        model = model.float().eval()
         imgsz = getattr(model, "args", {}).get("imgsz") or 640
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
         return Base(source, model, "detect", dict(model.names), facts, pretrained)
@@ -128,6 +132,8 @@ class Yolo(Family):
             found = images(data.get(part), part, source)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
+                if not Path(image).is_file():
+                    raise DataError(f"{source} lists the {part} image {image}, which is not there; correct the list")
                 rows = _rows(Path(label))
                 boxes += len(rows)
                 _check_classes(rows, data["nc"], label)
@@ -185,6 +191,7 @@ class Yolo(Family):
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
+        check_hooks(DetectionTrainer)
         trainer = type("TunedDetectionTrainer", (Tuned, DetectionTrainer), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
@@ -193,37 +200,46 @@ class Yolo(Family):
 
     def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
         source = str(model) if isinstance(model, Path) else None
+        names = dict(data.names if isinstance(model, Path) else model.names)  # type: ignore[arg-type, call-overload]
+        if names != dict(data.names):
+            raise DataError(
+                f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
+                f"{brief(list(names.values()))}; give data with the same classes in the same order"
+            )
         args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
-            validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
-            with readable(data.source), quiet():
+            with readable(data.source), usable(args), quiet():
+                validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
                 stats = validator(model=None if source else _for_inference(model))
         return {name: round(float(stats[key]), 5) for key, name in METRICS.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
-        with quiet():
-            predictor = DetectionPredictor(overrides={"mode": "predict", "task": "detect", "save": False, **options})
+        args = {"mode": "predict", "task": "detect", "save": False, **options}
+        with usable(args), quiet():
+            predictor = DetectionPredictor(overrides=args)
             predictor.setup_model(model=_for_inference(model), verbose=False)
             return predictor(source)
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
-        model.pt_path = str(out.with_suffix(".pt"))  # Ultralytics names the result after this
         model.args = {**DEFAULT_CFG_DICT, "task": "detect"}
-        options = {"batch": 1, **options, "mode": "export", "format": format}
-        with quiet():
-            made = Path(str(Exporter(overrides=options)(model=model)))
-        if made != out:
-            made.replace(out)
-        return out
+        args = {"batch": 1, **options, "mode": "export", "format": format}
+
+        def write(temporary: Path) -> None:
+            with tempfile.TemporaryDirectory() as folder, usable(args), quiet():
+                model.pt_path = str(Path(folder) / "model.pt")  # Ultralytics writes beside this, under its name
+                shutil.copyfile(str(Exporter(overrides=args)(model=model)), temporary)
+
+        return files.replace(out, write)
 
     def save_merged(self, model: Any, header: Mapping[str, Any], out: Path) -> Path:
         model = copy.deepcopy(model).cpu()
         model.criterion = None
         args = {k: v for k, v in header["train_args"].items() if k in DEFAULT_CFG_DICT}
         model.args = {**DEFAULT_CFG_DICT, **args, "task": "detect", "mode": "train"}
-        for parameter in model.half().parameters():
+        # Ultralytics trains in channels_last on a GPU, and says that released versions cannot fuse such weights
+        for parameter in model.half().to(memory_format=torch.contiguous_format).parameters():
             parameter.requires_grad_(False)
         content = {
             "date": datetime.now(timezone.utc).isoformat(),

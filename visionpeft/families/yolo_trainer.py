@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.nn.tasks import DetectionModel
@@ -19,7 +20,7 @@ from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_mode
 
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
-from ..errors import DataError, TrainingError
+from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ..measure import Meter
 from ..plan import Plan
 from ..registry import FAMILIES
@@ -66,6 +67,8 @@ class Tuned:
         return optimizer
 
     def _build_train_pipeline(self: Any) -> None:
+        if self.job.batch < 1 and "nbs" not in self.job.extra:  # Ultralytics has just found the batch size
+            self.args.nbs = self.batch_size
         super()._build_train_pipeline()  # type: ignore[misc]
         # Ultralytics counts batches across epochs, so a resumed run would step elsewhere: `optimizer_step` counts instead
         self._accumulate, self.accumulate = self.accumulate, 1
@@ -97,9 +100,7 @@ class Tuned:
         self.best_fitness, self.start_epoch = saved["best_fitness"], saved["epoch"] + 1
         self.stopper.__dict__.update(saved["stopper"])
         self._history = saved["history"]
-        self._meter.saved_bytes = saved["measured"]["saved_bytes"]
-        if self.start_epoch >= self.epochs:
-            raise TrainingError(f"{self.job.folder} has trained all of its {self.epochs} epochs; nothing is left to resume")
+        self._meter.restore(saved["measured"])
         if getattr(model.model[-1], "one2one_cv2", None) is not None:
             model.criterion = model.init_criterion()
             model.criterion.updates = self.start_epoch - 1
@@ -128,9 +129,10 @@ class Tuned:
     def _handle_nan_recovery(self: Any, epoch: int) -> bool:
         if all(torch.isfinite(torch.as_tensor(v)).all() for v in self.tloss.values()):
             return False
+        after = f"; the last good epoch can be resumed from {self.job.folder}" if self._history else ""
         raise TrainingError(
             f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.args.lr0}), and look at the "
-            f"labels with extreme boxes; the last good epoch can be resumed from {self.job.folder}"
+            f"labels with extreme boxes{after}"
         )
 
     def save_model(self: Any) -> bool:
@@ -145,6 +147,7 @@ class Tuned:
             self.job.checkpoint,
             {
                 "epoch": self.epoch,
+                "done": bool(self.stop),
                 "model": live,
                 "ema": {k: v for k, v in self.ema.ema.state_dict().items() if k in live},
                 "updates": self.ema.updates,
@@ -168,6 +171,24 @@ class Tuned:
         """Stop measuring, wherever the run ended."""
         if meter := getattr(self, "_meter", None):
             meter.close()
+
+
+HOOKS = (
+    "get_model build_optimizer _build_train_pipeline resume_training _model_train optimizer_step preprocess_batch "
+    "_handle_nan_recovery save_model final_eval check_resume get_dataloader"
+).split()
+
+
+def check_hooks(trainer: type) -> None:
+    """Refuse an Ultralytics that no longer calls what `Tuned` overrides: a freeze would silently not hold.
+
+    Raises:
+        ModelError: It is too new, or too old.
+    """
+    if missing := [name for name in HOOKS if not hasattr(trainer, name)]:
+        raise ModelError(
+            f"this Ultralytics has no {trainer.__name__}.{missing[0]}, on which visionpeft builds; install another version"
+        )
 
 
 class TrainedEMA(ModelEMA):
@@ -247,7 +268,7 @@ def images(places: Any, part: str, source: str) -> list[str]:
         if place.is_dir():
             found += [str(f) for f in place.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS]
         elif place.is_file():
-            lines = place.read_text().split()
+            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
             found += [str(place.parent / x[2:]) if x.startswith("./") else x for x in lines]
     if not found:
         raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
@@ -266,6 +287,22 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
+def usable(args: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse arguments that Ultralytics does not know, and say in a sentence what it raises on values it cannot use."""
+    known = {*DEFAULT_CFG_DICT, "save_dir", "head", "delta_dtype"}
+    if strange := [k for k in args if k not in known]:
+        raise ConfigError(f"'{strange[0]}' is no argument of Ultralytics.{nearest(strange[0], known)}")
+    try:
+        yield
+    except (SyntaxError, FileNotFoundError) as error:
+        raise ConfigError(brief(error)) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, VisionpeftError) or not any(f"'{k}" in str(error) for k in args):
+            raise
+        raise ConfigError(brief(error)) from error
+
+
+@contextmanager
 def readable(source: str) -> Iterator[None]:
     """Say in a sentence what Ultralytics raises when it finds no image of a set readable."""
     try:
@@ -276,6 +313,6 @@ def readable(source: str) -> Iterator[None]:
         raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
 
 
-def brief(error: BaseException) -> str:
+def brief(error: object) -> str:
     text = " ".join(str(error).replace("❌", "").split())
     return text if len(text) < 200 else f"{text[:200]}…"

@@ -130,6 +130,14 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
     return made[0] if len(made) == 1 else Combined(tuple(made))
 
 
+def restore_method(name: str, settings: Mapping[str, Any]) -> Method:
+    """Return the method that `settings()` was called on, from its values (after JSON, too)."""
+    names = name.split("+")
+    each = {name: settings} if len(names) == 1 else settings
+    made = [METHODS[n](**{k: _typed(METHODS[n], k, v) for k, v in each[n].items()}) for n in names]
+    return made[0] if len(made) == 1 else Combined(tuple(made))
+
+
 GROUPS: dict[str, Callable[[Layer], bool]] = {
     "all": lambda layer: True,
     "attention": lambda layer: layer.attention,
