@@ -169,7 +169,7 @@ def test_fuse_of_an_attached_model_is_exact(lora: visionpeft.Run, images) -> Non
 
 def test_val_and_predict(lora: visionpeft.Run, adapter: visionpeft.Run, boxes: Path) -> None:
     for run in (lora, adapter):
-        assert visionpeft.val(run.delta, boxes, batch=4, device="cpu") == run.after
+        assert visionpeft.val(run.delta, boxes, device="cpu") == run.after
         results = visionpeft.predict(run.delta, str(boxes.parent / "images" / "val"), conf=0.001, device="cpu")
         assert len(results) == 4 and results[0].names == {0: "red", 1: "green"}
 

@@ -346,7 +346,8 @@ def val(
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     adapted = _adapted(delta, model, model_args)
     checked = adapted.family.read_data(str(data), adapted.base)
-    return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), **options})
+    batch = max(adapted.delta.header["train_args"]["batch"], 1)  # images are padded to the largest of their batch
+    return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), "batch": batch, **options})
 
 
 def predict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,9 @@ class Tuned:
         return True
 
     def final_eval(self: Any) -> None:
-        """Nothing: train() evaluates the merged file, as its user would."""
+        """Validate nothing: train() evaluates the merged file, as its user would."""
+        with suppress(OSError):
+            self.wdir.rmdir()  # Ultralytics' own folder of weights, empty
 
     def close(self: Any) -> None:
         """Stop measuring, wherever the run ended."""
