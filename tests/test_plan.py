@@ -156,7 +156,7 @@ def test_the_smallest_layers_train_themselves(name: str, anatomy) -> None:
     plan = make_plan(LoraConfig(), read)
     sizes = {f"{x.name}.weight": math.prod(x.shape) for x in read.layers}
     small = {n: s for n, s in sizes.items() if n in plan.train}
-    assert 0 < sum(small.values()) <= 0.04 * plan.body and max(small.values()) < min(sizes[n] for n in sizes.keys() - small)
+    assert 0 < sum(small.values()) <= 0.055 * plan.body and max(small.values()) < min(sizes[n] for n in sizes.keys() - small)
     assert plan.trained_body <= 0.1 * plan.body
     norms = {p.name for p in read.body if p.role.startswith("norm")}
     assert norms <= set(plan.train)

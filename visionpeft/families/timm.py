@@ -52,7 +52,7 @@ class Timm(Family):
         "workers": 4,
         "head": "rebuild",
     }
-    body_rate: ClassVar[float] = 0.2  # a new classifier may learn faster than the pretrained body should change
+    body_rate: ClassVar[float] = 0.6  # a new classifier may learn faster than the pretrained body should change
 
     def claims(self, source: str) -> bool:
         return source.startswith("timm/") or timm.is_model(source)

@@ -28,7 +28,7 @@ class LoraConfig(Method):
     rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
     alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
     oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
-    small_layers: float = 0.04  # the smallest targets train themselves, up to this share of the body; 0: none
+    small_layers: float = 0.055  # the smallest targets train themselves, up to this share of the body; 0: none
     train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
 
     bn: ClassVar[str] = "train"
