@@ -79,7 +79,9 @@ class Tuned:
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode == "train":
             loader.__class__ = ReplayableLoader
-        given = {Path(f).name for f in images(dataset_path, mode, self.job.data.source)}
+        given = (
+            {Path(f).name for f in images(dataset_path, mode, self.job.data.source)} if self.args.fraction == 1.0 else set()
+        )
         if lost := sorted(given - {Path(f).name for f in loader.dataset.im_files}):
             log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
         return loader
