@@ -90,9 +90,12 @@ def edited(config: LoraConfig, anatomy: Anatomy) -> dict[str, dict]:
 
 def test_groups_of_targets(anatomy) -> None:
     vit, cnn = anatomy("vit_tiny"), anatomy("yolo11n")
-    assert {n.rpartition(".")[2] for n in edited(LoraConfig(target_modules="attention"), vit)} == {"qkv", "proj"}
-    assert set(edited(LoraConfig(target_modules="conv"), vit)) == {"patch_embed.proj"}
-    assert all(".attn." in n for n in edited(LoraConfig(target_modules="attention"), cnn))
+    assert {n.rpartition(".")[2] for n in edited(LoraConfig(target_modules="attention", small_layers=0.0), vit)} == {
+        "qkv",
+        "proj",
+    }
+    assert set(edited(LoraConfig(target_modules="conv", small_layers=0.0), vit)) == {"patch_embed.proj"}
+    assert all(".attn." in n for n in edited(LoraConfig(target_modules="attention", small_layers=0.0), cnn))
     assert len(edited(LoraConfig(r=2, small_layers=0.0), cnn)) > 60 and not any(
         n.startswith("model.23") for n in edited(LoraConfig(), cnn)
     )
@@ -102,18 +105,20 @@ def test_names_endings_and_patterns(anatomy) -> None:
     vit = anatomy("vit_tiny")
     assert set(edited(LoraConfig(target_modules=("fc1",)), vit)) == {f"blocks.{i}.mlp.fc1" for i in range(3)}
     assert set(edited(LoraConfig(target_modules=("blocks.1.attn.qkv",)), vit)) == {"blocks.1.attn.qkv"}
-    assert set(edited(LoraConfig(target_modules=r"blocks\.[01]\.attn\.proj"), vit)) == {
+    assert set(edited(LoraConfig(target_modules=r"blocks\.[01]\.attn\.proj", small_layers=0.0), vit)) == {
         "blocks.0.attn.proj",
         "blocks.1.attn.proj",
     }
 
 
 def test_ranks_and_scalings_by_pattern(anatomy) -> None:
-    config = LoraConfig(r=4, lora_alpha=8.0, rank_pattern={r".*\.qkv": 2}, alpha_pattern={r"blocks\.0.*": 1.0})
+    config = LoraConfig(
+        r=4, lora_alpha=8.0, rank_pattern={r".*\.qkv": 2}, alpha_pattern={r"blocks\.0.*": 1.0}, small_layers=0.0
+    )
     made = edited(config, anatomy("vit_tiny"))
     assert made["blocks.1.attn.qkv"]["r"] == 2 and made["blocks.1.attn.qkv"]["scaling"] == 4.0
     assert made["blocks.0.mlp.fc1"]["r"] == 4 and made["blocks.0.mlp.fc1"]["scaling"] == 0.25
-    stabilised = edited(LoraConfig(r=4, lora_alpha=8.0, use_rslora=True), anatomy("vit_tiny"))
+    stabilised = edited(LoraConfig(r=4, lora_alpha=8.0, use_rslora=True, small_layers=0.0), anatomy("vit_tiny"))
     assert stabilised["blocks.0.mlp.fc1"]["scaling"] == 8.0 / math.sqrt(4)
 
 
@@ -122,7 +127,7 @@ def test_chosen_projections_change_alone(name: str, net, images) -> None:
     """q and v of a fused projection: the rows of k stay the base's, in timm's order and in Ultralytics' per-head order."""
     model = net(name)
     read = FAMILIES[NETS[name][0]]().anatomy(model, name)
-    plan = make_plan(LoraConfig(r=2, target_modules="attention", qkv="qv", oversize="skip"), read)
+    plan = make_plan(LoraConfig(r=2, target_modules="attention", qkv="qv", oversize="skip", small_layers=0.0), read)
     layers = {x.name: x for x in read.layers if x.slices}
     assert layers
     attach(model, plan)
