@@ -246,11 +246,12 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     open_anatomy = anatomy.without(frozen)
     rates: dict[str, float] = {}
     edits: list[Edit] = []
+    params = {p.name: p for p in anatomy.params}
     try:
         for part in method.parts:
             edits += part.edits(open_anatomy)
             for name in part.train(open_anatomy):
-                rates[name] = max(rates.get(name, 0.0), part.lr_scale if part.own_lr_scale is None else part.own_lr_scale)
+                rates[name] = max(rates.get(name, 0.0), part.rate(params[name]))
     except Unfit as reason:
         raise _refusal(method, anatomy, freeze, reason) from None
     wanted = {*rates, *(p.name for p in open_anatomy.params if p.stage == HEAD)}

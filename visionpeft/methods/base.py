@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from ..errors import ConfigError, nearest
-from ..plan import Anatomy, Edit, Layer, Unfit
+from ..plan import Anatomy, Edit, Layer, Param, Unfit
 from ..registry import METHODS
 
 
@@ -28,7 +28,6 @@ class Method:
     name: ClassVar[str]
     bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
     lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
-    own_lr_scale: ClassVar[float | None] = None  # the same for the model's own parameters, where it differs
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
     starts_unchanged: ClassVar[bool] = True  # attaching changes no output
 
@@ -40,6 +39,10 @@ class Method:
     def train(self, anatomy: Anatomy) -> Iterable[str]:
         """Return the names of the body's own parameters that train."""
         return ()
+
+    def rate(self, param: Param) -> float:
+        """Return the learning rate of one of the model's own parameters, relative to that of full fine-tuning."""
+        return self.lr_scale
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """Return what is added to the body.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan import Anatomy, Edit, Layer
+from ..plan import Anatomy, Edit, Layer, Param
 from ..registry import METHODS
 from .base import Method, choose_layers, matches
 
@@ -33,7 +33,6 @@ class LoraConfig(Method):
 
     bn: ClassVar[str] = "train"
     lr_scale: ClassVar[float] = 5.0
-    own_lr_scale: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         self.check("r", self.r, 1)
@@ -50,6 +49,9 @@ class LoraConfig(Method):
         whole = [x for x in self.targets(anatomy) if x.name not in edited and (x.name in small or self.oversize == "train")]
         norms = [p.name for p in anatomy.body if p.role.startswith("norm") and self.train_norms]
         return [*(f"{layer.name}.weight" for layer in whole), *norms]
+
+    def rate(self, param: Param) -> float:
+        return self.lr_scale if param.role.startswith("norm") else 1.0  # whole layers move as in full fine-tuning
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         targets = self.targets(anatomy)
