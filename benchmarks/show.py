@@ -60,6 +60,13 @@ def cells() -> dict[str, dict[str, Any]]:
         tokens = ("prompt", "prefix") if net.startswith("vit") else ()
         for method in ("head", "bitfit", "lora", "adapter", *tokens, "full"):
             found[f"eurosat | {net} | {method}"] = {"kind": "classify", "net": net, "method": method}
+        wide = {"r": 16, "lora_alpha": 32.0, "small_layers": 0.2}
+        found[f"eurosat | {net} | lora, r 16, small layers 20 %"] = {
+            "kind": "classify",
+            "net": net,
+            "method": "lora",
+            **wide,
+        }
     return found
 
 

@@ -59,6 +59,11 @@ def _net(name: str) -> nn.Module:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def net() -> Callable[[str], nn.Module]:
     """Returns a fresh copy of a net by name."""

@@ -91,11 +91,12 @@ def test_dora_trains_one_length_per_output() -> None:
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_equals_hf_peft(kind: str, dora: bool) -> None:
     """Same factors: outputs and gradients as Hugging Face peft's LoRA and DoRA."""
-    layer, shape = copy.deepcopy(LAYERS[kind][0]), LAYERS[kind][1]
-    x = torch.randn(shape)
+    layer, shape = copy.deepcopy(LAYERS[kind][0]).double(), LAYERS[kind][1]
+    x = torch.randn(shape, dtype=torch.double)
     theirs = get_peft_model(
         nn.Sequential(copy.deepcopy(layer)), PeftConfig(r=2, lora_alpha=8, target_modules=["0"], use_dora=dora)
     )
+    theirs = theirs.double()
     config = DoraConfig(r=2) if dora else LoraConfig(r=2)
     attach(layer, bare(layer, edit(layer, config)))
     ours = layer.peft_weight[config.name]
@@ -103,11 +104,11 @@ def test_equals_hf_peft(kind: str, dora: bool) -> None:
     torch.nn.init.normal_(b)
     ours.lora_A.data = a.detach().flatten(1).clone()
     ours.lora_B.data = b.detach().flatten(1).clone()
-    assert torch.allclose(layer(x), theirs(x), atol=1e-5)
+    assert torch.allclose(layer(x), theirs(x))
     layer(x).square().sum().backward()
     theirs(x).square().sum().backward()
     for mine, other in ((ours.lora_A, a), (ours.lora_B, b)):
-        assert torch.allclose(mine.grad, other.grad.flatten(1), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(mine.grad, other.grad.flatten(1), rtol=1e-6)
 
 
 def test_rows_of_a_fused_projection() -> None:
