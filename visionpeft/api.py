@@ -104,7 +104,7 @@ def train(
     if data is None:
         raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (timm)")
     if name and not exist_ok and (Path(project) / name).exists():
-        raise ConfigError(f"{Path(project) / name} exists; give another name, or exist_ok=True to write into it")
+        raise _taken(Path(project) / name)  # before anything is loaded; `_new_folder` makes sure of it
     return _train(project=Path(project), name=name, exist_ok=exist_ok, **given, options=options)
 
 
@@ -112,6 +112,7 @@ def _train(
     *,
     options: dict[str, Any],
     resumed: Path | None = None,
+    done: bool = False,
     project: Path = Path(),
     name: str | None = None,
     exist_ok: bool = False,
@@ -167,7 +168,7 @@ def _train(
         header=_header(family, base, data, arguments),
         **settings,
     )
-    if not (resumed and checkpoint.load(job.checkpoint)["done"]):
+    if not done:
         _run(family, job)
     saved = checkpoint.load(job.checkpoint)
     return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use)
@@ -188,16 +189,17 @@ def _run(family: Family, job: Job) -> None:
 def _result(
     family: Family, job: Job, method: Method, saved: Mapping[str, Any], arguments: dict, seconds: float, use: dict
 ) -> Run:
-    merged, delta_bytes = job.merged, {}
+    result: Any = job.merged  # a model without a base has left it already, and its method merges
+    delta_bytes = {}
     if job.base.pretrained:
         delta = deltas.read(job.delta)
         delta_bytes = {**delta.bytes, "file": job.delta.stat().st_size}
         adapted = _rebuild(family, job.base, delta)
         if method.merges:
             family.save_merged(attaching.merge(adapted), delta.header, job.merged)
-        after = family.evaluate(job.merged if method.merges else adapted, job.data, **use)
-    else:
-        after = family.evaluate(job.merged, job.data, **use)
+        else:
+            result = adapted
+    after = family.evaluate(result, job.data, **use)
     plan = job.plan
     run = Run(
         folder=job.folder,
@@ -214,7 +216,7 @@ def _result(
         measured=saved["measured"],
         delta=job.delta if job.base.pretrained else None,
         delta_bytes=delta_bytes,
-        merged=merged if method.merges or not job.base.pretrained else None,
+        merged=job.merged if method.merges else None,
         history=saved["history"],
         arguments=json.loads(json.dumps(arguments, default=str)),
         versions=_versions(),
@@ -483,10 +485,14 @@ def _new_folder(project: Path, name: str | None, exist_ok: bool, merged: str) ->
             break
         except FileExistsError:
             if name:
-                raise ConfigError(f"{folder} exists; give another name, or exist_ok=True to write into it") from None
+                raise _taken(folder) from None
     for old in ("checkpoint.pt", "delta.safetensors", "run.json", merged):  # an earlier run's would be taken for this one's
         (folder / old).unlink(missing_ok=True)
     return folder
+
+
+def _taken(folder: Path) -> ConfigError:
+    return ConfigError(f"{folder} exists; give another name, or exist_ok=True to write into it")
 
 
 def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict[str, Any]:
@@ -503,9 +509,10 @@ def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict
         given = json.loads((folder / "train.json").read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"{folder} is no run that can be resumed (no readable train.json); start anew") from error
-    if checkpoint.load(folder / "checkpoint.pt")["done"] and (folder / "run.json").is_file():
+    done = checkpoint.load(folder / "checkpoint.pt")["done"]
+    if done and (folder / "run.json").is_file():
         raise TrainingError(f"{folder} has trained all of its epochs and is complete; nothing is left to resume")
-    return {**given, "resumed": folder}
+    return {**given, "resumed": folder, "done": done}
 
 
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:

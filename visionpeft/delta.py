@@ -55,9 +55,7 @@ def fingerprint(state: State) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu()
-        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        _feed(digest, name, tensor.float() if tensor.is_floating_point() else tensor)
     return digest.hexdigest()
 
 
@@ -187,7 +185,11 @@ def _checksum(header: Mapping[str, Any], tensors: State) -> str:
     rest = json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True)
     digest = hashlib.sha256(rest.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        _feed(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _feed(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add a tensor's name, type, shape and bytes to a digest."""
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")

@@ -104,7 +104,7 @@ class Yolo(Family):
                 model = content.get("ema") or content["model"]
                 model.args = content.get("train_args") or {}
             else:
-                with torch.random.fork_rng():
+                with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # random weights, but always the same
                     model = DetectionModel(source, verbose=False)
         except (FileNotFoundError, ConnectionError, OSError) as error:
