@@ -1,4 +1,4 @@
-"""What a training step of every recipe keeps in memory, and of every method on one net: the figures in configs/ and docs/memory.md.
+"""What a step of every recipe keeps in memory, and of every method on a net: the figures in configs/ and docs/memory.md.
 
     python benchmarks/recipes.py                        # every recipe in configs/train against the card it is named for
     python benchmarks/recipes.py --methods yolo11n      # every method that fits one net, per 640-pixel image
@@ -99,7 +99,14 @@ def recipes(folder: Path) -> list[tuple[str, ...]]:
         total = one * given["batch"] + resident(plan) + ALLOWANCE
         sizes = (f"{one / 1e6:.0f} MB", str(given["batch"]), f"{total / 1e9:.1f} GB", f"{total / card:.0%}")
         rows.append((path.stem, str(given["model"]), str(given["imgsz"]), *sizes))
-        print(text("", ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card"), rows[-1:], right=range(2, 7)))
+        print(
+            text(
+                "",
+                ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card"),
+                rows[-1:],
+                right=range(2, 7),
+            )
+        )
     return rows
 
 

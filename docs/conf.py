@@ -48,7 +48,12 @@ toc_object_entries = False
 # ------------------------------------------------------------------------------------------------- what is made, not written
 def methods_page() -> str:
     """Return the table of methods, then each with its settings."""
-    lines = ["# Methods", "", "`visionpeft methods --markdown` prints this table; `visionpeft methods NAME` one method's settings.", ""]
+    lines = [
+        "# Methods",
+        "",
+        "`visionpeft methods --markdown` prints this table; `visionpeft methods NAME` one method's settings.",
+        "",
+    ]
     lines += [tables.methods_markdown(METHODS), ""]
     for name, cls in METHODS.items():
         lines += [f"## {name}", "", re.sub(r"(https://[^\s),;]+[^\s),;.])", r"<\1>", tables.first_line(cls)), ""]
@@ -69,7 +74,9 @@ def methods_page() -> str:
 
 def recipes_page() -> str:
     """Return every packaged recipe as it lies in the repository: its comments are its documentation."""
-    lines = [(ROOT / "docs" / "recipes.md.in").read_text()] if (ROOT / "docs" / "recipes.md.in").is_file() else ["# Recipes", ""]
+    lines = (
+        [(ROOT / "docs" / "recipes.md.in").read_text()] if (ROOT / "docs" / "recipes.md.in").is_file() else ["# Recipes", ""]
+    )
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         lines += [f"## {path.stem}", "", f"```yaml\n{path.read_text().rstrip()}\n```", ""]
     return "\n".join(lines)

@@ -122,7 +122,12 @@ def train(
         A YAML file of these options, or the name of one of visionpeft's; options given besides override it.
     """
     given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in ("options", "config")}
-    print(api.train(**_values({**(_config(config) if config else {}), **given, **options})))
+    said = _config(config) if config else {}
+    try:
+        run = api.train(**_values({**said, **given, **options}))
+    except ConfigError as error:
+        raise type(error)(f"{error} (options were read from {config})" if said else str(error)) from error
+    print(run)
 
 
 @app.command
@@ -369,8 +374,8 @@ def _config(given: str) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
-    return values
+    return {name.replace("-", "_"): value for name, value in values.items()}
