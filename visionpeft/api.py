@@ -138,7 +138,7 @@ def _train(
     data = family.read_data(str(given["data"]), base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
-        fitted = family.fit(base, data.names, settings["head"])
+        fitted = family.fit(base, data.names, settings["head"], **data.outputs)
         made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
@@ -254,8 +254,9 @@ def plan(
     family = find_family(str(model))
     tuning, _ = _split_options(family, method, freeze, options)
     base = family.load(str(model), **(model_args or {}))
-    names = family.read_data(str(data), base).names if data else base.names
-    fitted = family.fit(base, names, head or family.defaults_for(base)["head"])
+    checked = family.read_data(str(data), base) if data else None
+    names, outputs = (checked.names, checked.outputs) if checked else (base.names, {})
+    fitted = family.fit(base, names, head or family.defaults_for(base)["head"], **outputs)
     return make_plan(tuning, family.anatomy(fitted, str(model)), freeze, bn)
 
 
@@ -310,7 +311,7 @@ def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None
 
 
 def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
-    fitted = family.fit(base, _names(delta.header), delta.header["head"])
+    fitted = family.fit(base, _names(delta.header), delta.header["head"], **delta.header.get("outputs", {}))
     attaching.attach(fitted, delta.plan, start=False)
     return deltas.apply(fitted, delta, base.state).eval()
 
@@ -527,6 +528,7 @@ def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]
         },
         "names": {str(k): v for k, v in data.names.items()},
         "head": arguments["head"],
+        "outputs": data.outputs,
         "input": {**base.facts, "imgsz": arguments["imgsz"]},
         "train_args": plain,
         "seed": arguments["seed"],

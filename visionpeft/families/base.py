@@ -44,6 +44,7 @@ class Data:
     names: dict[int, str]
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)  # the family's own
+    outputs: dict[str, Any] = field(default_factory=dict)  # what the head must be made for beside the classes
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,6 @@ class Family(ABC):
 
     name: ClassVar[str]
     suffix: ClassVar[str]  # of a merged file
-    score: ClassVar[str]  # the metric by which the best epoch is chosen
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
     body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
 
@@ -112,6 +112,10 @@ class Family(ABC):
     def defaults_for(self, base: Base) -> dict[str, Any]:
         """Return what train() uses where the user says nothing."""
         return dict(self.defaults)
+
+    @abstractmethod
+    def score(self, task: str) -> str:
+        """Return the name of the metric that stands for the others."""
 
     @abstractmethod
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -138,8 +142,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def fit(self, base: Base, names: Mapping[int, str], head: str) -> nn.Module:
-        """Return a copy of the base whose head is made for `names`."""
+    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
+        """Return a copy of the base whose head is made for `names`, and for a data set's `outputs`."""
 
     @abstractmethod
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:

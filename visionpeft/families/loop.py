@@ -237,7 +237,7 @@ class _Loop:
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
         """Write the delta if this epoch is the best so far, then the checkpoint."""
         self.history.append({"epoch": epoch + 1, "train/loss": round(loss, 5), **metrics})
-        result, before = metrics[self.family.score], self.best  # type: ignore[attr-defined]
+        result, before = metrics[self.family.score(self.job.base.task)], self.best
         best = (result, -metrics["loss"]) > (before["score"], -before["loss"])  # small sets soon tie: then the loss decides
         if best:
             self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}

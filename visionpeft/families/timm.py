@@ -42,7 +42,6 @@ class Timm(Family):
     """Classifiers of timm: "timm/NAME", or NAME alone; a local file with model_args={"checkpoint_path": ...}."""
 
     suffix: ClassVar[str] = ".safetensors"
-    score: ClassVar[str] = "top1"
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 30,
         "imgsz": None,  # the model's own, see defaults_for
@@ -66,6 +65,9 @@ class Timm(Family):
     def defaults_for(self, base: Base) -> dict[str, Any]:
         return {**self.defaults, "imgsz": base.facts["imgsz"]}
 
+    def score(self, task: str) -> str:
+        return "top1"
+
     def check(self, settings: Mapping[str, Any]) -> None:
         loop.check(settings)
 
@@ -86,7 +88,7 @@ class Timm(Family):
         return read_folders(source, split)
 
     # --------------------------------------------------------------------------------------------------------- the model
-    def fit(self, base: Base, names: Mapping[int, str], head: str) -> nn.Module:
+    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         model: Any = copy.deepcopy(base.model)
         if head == "keep" and dict(names) == base.names:
             return model

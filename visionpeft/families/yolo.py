@@ -1,9 +1,10 @@
 """Ultralytics YOLO: a mixin over Ultralytics' own trainers, so their augmentation, losses, validation, callbacks and
-multi-GPU launch stay in force. Tasks: detect (YOLOv8, YOLO11, YOLO26)."""
+multi-GPU launch stay in force. Tasks of YOLOv8, YOLO11 and YOLO26: detect, segment, pose, obb, classify."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -19,10 +20,9 @@ from torch import nn
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.utils import check_det_dataset, img2label_paths
 from ultralytics.engine.exporter import Exporter
-from ultralytics.models.yolo.detect import DetectionPredictor, DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
-from ultralytics.nn.tasks import DetectionModel, torch_safe_load
+from ultralytics.nn.tasks import guess_model_task, torch_safe_load, yaml_model_load
 from ultralytics.utils.torch_utils import select_device
 
 from .. import files
@@ -32,7 +32,9 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
-from .yolo_trainer import METRICS, Tuned, brief, check_hooks, fit, images, quiet, readable, usable
+from .images import read_folders
+from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
+from .yolo_trainer import Tuned, brief, check_hooks, images, quiet, readable, usable
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -47,6 +49,7 @@ _REFUSED = {
     "SemanticSegmentationModel": "semantic segmentation",
     "DepthModel": "depth",
 }
+_INSTEAD = "give a YOLOv8, YOLO11 or YOLO26 model that detects, segments, classifies, or finds poses or oriented boxes"
 _OTHERS = {"rtdetr": "RT-DETR", "-world": "YOLO-World", "yoloe": "YOLOE", "-sem": "semantic segmentation", "-depth": "depth"}
 
 
@@ -55,10 +58,9 @@ class Yolo(Family):
     """Models of Ultralytics: "yolo11n.pt", a path to a checkpoint, or a YAML (random weights: no base, no delta)."""
 
     suffix: ClassVar[str] = ".pt"
-    score: ClassVar[str] = "mAP50-95"
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 50,
-        "imgsz": 640,
+        "imgsz": None,  # the task's own, see defaults_for
         "batch": 16,
         "lr0": 1e-3,
         "optimizer": "AdamW",
@@ -78,6 +80,12 @@ class Yolo(Family):
     def arguments(self) -> Iterable[str]:
         return sorted(set(DEFAULT_CFG_DICT) - _OURS)
 
+    def defaults_for(self, base: Base) -> dict[str, Any]:
+        return {**self.defaults, "imgsz": TASKS[base.task].imgsz}
+
+    def score(self, task: str) -> str:
+        return TASKS[task].score
+
     def check(self, settings: Mapping[str, Any]) -> None:
         name = settings["optimizer"]
         if name.lower() not in map(str.lower, _OPTIMIZERS):
@@ -93,9 +101,7 @@ class Yolo(Family):
             raise ConfigError(f"YOLO models take no further options, but {', '.join(options)} was given")
         stem = Path(source).stem.lower()
         if other := next((kind for mark, kind in _OTHERS.items() if mark in stem), None):
-            raise ModelError(
-                f"{source} is a {other} model, which is not supported; give a YOLOv8, YOLO11 or YOLO26 detector"
-            )
+            raise ModelError(f"{source} is a {other} model, which is not supported; {_INSTEAD}")
         pretrained = not source.endswith((".yaml", ".yml"))
         try:
             if pretrained:
@@ -106,28 +112,32 @@ class Yolo(Family):
             else:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # random weights, but always the same
-                    model = DetectionModel(source, verbose=False)
+                    model = _from_yaml(source)
         except (FileNotFoundError, ConnectionError, OSError) as error:
             raise ModelError(
                 f"the model {source} is not here and could not be downloaded; give the path of a .pt file ({brief(error)})"
             ) from error
         except (RuntimeError, TypeError, EOFError, KeyError, AttributeError, ModuleNotFoundError, ValueError) as error:
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
-        _refuse_unsupported(model, source)
+        task = _supported(model, source)
         model = model.float().eval()
-        imgsz = getattr(model, "args", {}).get("imgsz") or 640
+        imgsz = getattr(model, "args", {}).get("imgsz") or task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
-        return Base(source, model, "detect", dict(model.names), facts, pretrained)
+        return Base(source, model, task.name, dict(model.names), facts, pretrained)
 
     # ---------------------------------------------------------------------------------------------------------- the data
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
+        task = TASKS[base.task if base else "detect"]
+        if task.name == "classify":
+            found = read_folders(source, split)
+            return dataclasses.replace(found, facts={**found.facts, "task": task.name})
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         try:
             data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
-        digest = hashlib.sha256()
+        digest, outputs, facts = hashlib.sha256(), outputs_of(task, data, source), {"task": task.name}
         for part in ("train", split):
             found = images(data.get(part), part, source)
             boxes = 0
@@ -136,18 +146,19 @@ class Yolo(Family):
                     raise DataError(f"{source} lists the {part} image {image}, which is not there; correct the list")
                 rows = _rows(Path(label))
                 boxes += len(rows)
-                _check_classes(rows, data["nc"], label)
+                _check_rows(rows, data["nc"], label, task, outputs)
                 digest.update(f"{Path(image).name}|{os.path.getsize(image)}|{rows}\n".encode())
             if not boxes:
                 raise DataError(
                     f"the {len(found)} {part} images of {source} have no labels; put one .txt per image into a folder "
                     "'labels' beside 'images'"
                 )
-        return Data(str(source), dict(data["names"]), digest.hexdigest(), {"channels": data["channels"]})
+            facts[part if part == "train" else "val"] = found
+        return Data(str(source), dict(data["names"]), digest.hexdigest(), facts, outputs)
 
     # --------------------------------------------------------------------------------------------------------- the model
-    def fit(self, base: Base, names: Mapping[int, str], head: str) -> nn.Module:
-        return fit(base.model, names, base.facts["channels"], head)
+    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
+        return fit(base.model, names, base.facts["channels"], head, outputs)
 
     def anatomy(self, model: Any, name: str) -> Anatomy:
         *body, head = model.model
@@ -160,7 +171,8 @@ class Yolo(Family):
             return HEAD if index == last else index
 
         first = next(model.parameters())
-        size = int(model.stride.max()) * 2
+        size = max(int(model.stride.max()) * 2, 64)
+        to_head = head.f if isinstance(head.f, list) else [last + head.f]
         x = torch.zeros(1, model.yaml.get("channels", 3), size, size, device=first.device, dtype=first.dtype)
         shapes = observe(model, x, [f"model.{i}" for i in range(last)])
         stages, blocks = [], []
@@ -168,7 +180,7 @@ class Yolo(Family):
             kind = plain(type(module)).__name__
             shape = shapes.get(f"model.{i}", ())
             channels = shape[1] if len(shape) == 4 and any(True for _ in module.parameters()) else 0
-            stages.append(Stage(i, f"model.{i}", kind, channels, "NCHW" if channels else "", i in head.f))
+            stages.append(Stage(i, f"model.{i}", kind, channels, "NCHW" if channels else "", i in to_head))
             if channels and not isinstance(module, Conv):
                 blocks.append(Block(f"model.{i}", "conv", channels, "NCHW", i))
         attentions = {
@@ -191,8 +203,8 @@ class Yolo(Family):
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
-        check_hooks(DetectionTrainer)
-        trainer = type("TunedDetectionTrainer", (Tuned, DetectionTrainer), {"job": job})(overrides=_overrides(job))
+        check_hooks(cls := TASKS[job.base.task].trainer)
+        trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -206,24 +218,26 @@ class Yolo(Family):
                 f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
                 f"{brief(list(names.values()))}; give data with the same classes in the same order"
             )
-        args = {"data": data.source, "mode": "val", "task": "detect", "plots": False, "verbose": False}
+        task = TASKS[data.facts["task"]]
+        args = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
-                validator = DetectionValidator(args={**args, "model": source}, save_dir=Path(folder))
+                validator = task.validator(args={**args, "model": source}, save_dir=Path(folder))
                 stats = validator(model=None if source else _for_inference(model))
-        return {name: round(float(stats[key]), 5) for key, name in METRICS.items()}
+        return {name: round(float(stats[key]), 5) for key, name in task.metrics.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
-        args = {"mode": "predict", "task": "detect", "save": False, **options}
+        task = _task(model)
+        args = {"mode": "predict", "task": task.name, "save": False, **options}
         with usable(args), quiet():
-            predictor = DetectionPredictor(overrides=args)
+            predictor = task.predictor(overrides=args)
             predictor.setup_model(model=_for_inference(model), verbose=False)
             return predictor(source)
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
-        model.args = {**DEFAULT_CFG_DICT, "task": "detect"}
+        model.args = {**DEFAULT_CFG_DICT, "task": model.task}
         args = {"batch": 1, **options, "mode": "export", "format": format}
 
         def write(temporary: Path) -> None:
@@ -236,8 +250,9 @@ class Yolo(Family):
     def save_merged(self, model: Any, header: Mapping[str, Any], out: Path) -> Path:
         model = copy.deepcopy(model).cpu()
         model.criterion = None
+        task = _task(model).name
         args = {k: v for k, v in header["train_args"].items() if k in DEFAULT_CFG_DICT}
-        model.args = {**DEFAULT_CFG_DICT, **args, "task": "detect", "mode": "train"}
+        model.args = {**DEFAULT_CFG_DICT, **args, "task": task, "mode": "train"}
         # Ultralytics trains in channels_last on a GPU, and says that released versions cannot fuse such weights
         for parameter in model.half().to(memory_format=torch.contiguous_format).parameters():
             parameter.requires_grad_(False)
@@ -264,7 +279,7 @@ def _overrides(job: Job) -> dict[str, Any]:
         "warmup_bias_lr": 0.0,  # biases start at no other rate than the rest
         "nbs": batch if batch >= 1 else 64,  # a step per batch: small sets get real optimizer steps
         **job.extra,
-        "task": "detect",
+        "task": job.base.task,
         "mode": "train",
         "model": job.base.source,
         "data": job.data.source,
@@ -297,18 +312,30 @@ def _for_inference(model: Any) -> Any:
         merge(model)
     if not hasattr(model, "args") or not isinstance(model.args, dict):
         model.args = dict(DEFAULT_CFG_DICT)
-    model.task = "detect"
+    model.task = _task(model).name
     return model
 
 
-def _refuse_unsupported(model: nn.Module, source: str) -> None:
+def _from_yaml(source: str) -> nn.Module:
+    """Return a network with random weights."""
+    design = yaml_model_load(source)
+    if (name := guess_model_task(design)) not in TASKS:
+        raise ModelError(f"{source} describes a {name} model, which is not supported; {_INSTEAD}")
+    return build(TASKS[name], design, None, design.get("channels", 3))
+
+
+def _supported(model: nn.Module, source: str) -> Task:
+    """Return the task of a model that was loaded, or refuse it."""
+    if task := task_of(model):
+        return task
     kind = type(model).__name__
-    if kind in _REFUSED:
-        raise ModelError(
-            f"{source} is a {_REFUSED[kind]} model, which is not supported; give a YOLOv8, YOLO11 or YOLO26 detector"
-        )
-    if kind != "DetectionModel":
-        raise ModelError(f"{source} is a {kind}; so far visionpeft adapts YOLO detectors (and timm classifiers)")
+    raise ModelError(f"{source} is a {_REFUSED.get(kind, kind)} model, which is not supported; {_INSTEAD}")
+
+
+def _task(model: nn.Module) -> Task:
+    task = task_of(model)
+    assert task is not None, "models of no task are refused when they are loaded"
+    return task
 
 
 def _slices(attention: Any) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -326,12 +353,14 @@ def _rows(label: Path) -> list[str]:
     return [line for line in label.read_text(encoding="utf-8-sig").splitlines() if line.strip()] if label.is_file() else []
 
 
-def _check_classes(rows: list[str], count: int, label: str) -> None:
+def _check_rows(rows: list[str], count: int, label: str, task: Task, outputs: Mapping[str, Any]) -> None:
     for row in rows:
-        first = row.split()[0]
+        first, *_ = parts = row.split()
         try:
             index = float(first)
         except ValueError:
-            raise DataError(f"{label} has the row '{row[:40]}'; a row is: class x y w h, all numbers") from None
+            raise DataError(f"{label} has the row '{row[:40]}'; a row is: {task.row}, all numbers") from None
+        if wrong := task.check_row(parts, outputs):
+            raise DataError(f"{label} has a row of {wrong}")
         if not 0 <= index < count or index != int(index):
             raise DataError(f"{label} has class {first}, but the data YAML names {count} classes (0 to {count - 1})")

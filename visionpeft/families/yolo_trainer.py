@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,9 +13,8 @@ from torch import nn
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
-from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
-from ultralytics.utils.torch_utils import ModelEMA, intersect_dicts, unwrap_model
+from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
@@ -25,11 +23,9 @@ from ..measure import Meter
 from ..plan import Plan
 from ..registry import FAMILIES
 from .base import Job, keep_best
+from .yolo_tasks import TASKS, Task, fit
 
 log = logging.getLogger(__name__)
-
-METRICS = {"metrics/mAP50(B)": "mAP50", "metrics/mAP50-95(B)": "mAP50-95"}
-METRICS |= {"metrics/precision(B)": "precision", "metrics/recall(B)": "recall"}
 
 
 class Tuned:
@@ -41,12 +37,17 @@ class Tuned:
     def _plan(self) -> Plan:
         return self.job.plan
 
+    @property
+    def _task(self) -> Task:
+        return TASKS[self.job.base.task]
+
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
         self.resume = True  # or else its multi-GPU launcher removes the run's folder
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
-        model = fit(weights or self.job.base.model, self.data["names"], self.data["channels"], self.job.head)
+        source, outputs = weights or self.job.base.model, self.job.data.outputs
+        model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
         attach(model, self._plan)
         for parameter in model.parameters():  # Ultralytics warns of each that does not require a gradient; see below
             parameter.requires_grad_(True)
@@ -79,9 +80,9 @@ class Tuned:
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode == "train":
             loader.__class__ = ReplayableLoader
-        given = (
-            {Path(f).name for f in images(dataset_path, mode, self.job.data.source)} if self.args.fraction == 1.0 else set()
-        )
+        if self.args.fraction < 1.0 or not hasattr(loader.dataset, "im_files"):  # a classifier's were looked at before
+            return loader
+        given = {Path(f).name for f in images(dataset_path, mode, self.job.data.source)}
         if lost := sorted(given - {Path(f).name for f in loader.dataset.im_files}):
             log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
         return loader
@@ -140,7 +141,7 @@ class Tuned:
     def save_model(self: Any) -> bool:
         model = unwrap_model(self.model)
         live = checkpoint.live(model)
-        names = {k: self.metrics.get(key) for key, k in METRICS.items()}
+        names = {k: self.metrics.get(key) for key, k in self._task.metrics.items()}
         losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
         self._history.append({"epoch": self.epoch + 1, **losses, **names})
         if self.fitness == self.best_fitness:
@@ -161,7 +162,7 @@ class Tuned:
                 "measured": self._meter.report(),
                 "random": checkpoint.random_states(),
                 "sampler": self.train_loader.position(),
-                "buffer": list(self.train_loader.dataset.buffer),
+                "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
             },
         )
         return True
@@ -247,22 +248,6 @@ def _restore_random_states(trainer: Any) -> None:
     closing = max(trainer.epochs - trainer.args.close_mosaic, 0)
     # where mosaic closes, the uninterrupted run's loader starts anew too
     trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
-
-
-def fit(source: Any, names: Mapping[int, str], channels: int, head: str) -> nn.Module:
-    """Return a new model of `source`'s design for `names`, filled from `source`.
-
-    "keep" is Ultralytics' own `load`: the class towers keep their width and weights, only the last layer is new, and rows
-    of classes with the same name are kept. "rebuild" makes the towers anew, as narrow as the class count asks for.
-    """
-    model = DetectionModel({**copy.deepcopy(source.yaml), "nc": len(names)}, ch=channels, verbose=False)
-    model.names = dict(names)
-    if head == "keep":
-        model.load(source, verbose=False)
-    else:
-        own = intersect_dicts(source.float().state_dict(), model.state_dict())
-        model.load_state_dict(own, strict=False)
-    return model
 
 
 def images(places: Any, part: str, source: str) -> list[str]:

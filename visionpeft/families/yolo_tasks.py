@@ -1,0 +1,189 @@
+"""What differs between YOLO's tasks, one row of a table each: classes of Ultralytics, metrics, labels. Registers nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.models import yolo
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
+from ultralytics.utils.torch_utils import intersect_dicts
+
+from ..errors import DataError
+from ..twins import plain
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its network, its trainer and kin, its metrics, and what a row of its label files holds."""
+
+    name: str
+    model: type[Any]
+    trainer: type[Any]
+    validator: type[Any]
+    predictor: type[Any]
+    metrics: Mapping[str, str]  # Ultralytics' names to ours
+    score: str  # the metric, in our names, that is shown where there is room for one
+    row: str = ""  # what a label row holds, for people
+    imgsz: int = 640  # by default
+
+    def check_row(self, row: Sequence[str], outputs: Mapping[str, Any]) -> str:
+        """Return what is wrong with the length of a label row, or nothing."""
+        count = len(row)
+        polygon = count >= 7 and count % 2 == 1
+        points = outputs.get("kpt_shape", (0, 0))
+        allowed = {
+            "detect": count == 5 or polygon,
+            "segment": polygon,
+            "pose": count == 5 + points[0] * points[1],
+            "obb": count == 9,
+        }
+        return "" if allowed[self.name] else f"{count} numbers; a row of a {self.name} set is: {self.row}"
+
+
+def _metrics(*kinds: str) -> dict[str, str]:
+    """Return the metrics of boxes (B), masks (M) and keypoints (P); those of boxes go without their letter."""
+    names = ("mAP50", "mAP50-95", "precision", "recall")
+    return {f"metrics/{n}({k})": n if k == "B" else f"{n}({k})" for k in kinds for n in names}
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "detect",
+            DetectionModel,
+            yolo.detect.DetectionTrainer,
+            yolo.detect.DetectionValidator,
+            yolo.detect.DetectionPredictor,
+            _metrics("B"),
+            "mAP50-95",
+            "class x y w h",
+        ),
+        Task(
+            "segment",
+            SegmentationModel,
+            yolo.segment.SegmentationTrainer,
+            yolo.segment.SegmentationValidator,
+            yolo.segment.SegmentationPredictor,
+            _metrics("B", "M"),
+            "mAP50-95(M)",
+            "class x1 y1 x2 y2 x3 y3 ...",
+        ),
+        Task(
+            "pose",
+            PoseModel,
+            yolo.pose.PoseTrainer,
+            yolo.pose.PoseValidator,
+            yolo.pose.PosePredictor,
+            _metrics("B", "P"),
+            "mAP50-95(P)",
+            "class x y w h, then the numbers of every keypoint (kpt_shape in the data YAML)",
+        ),
+        Task(
+            "obb",
+            OBBModel,
+            yolo.obb.OBBTrainer,
+            yolo.obb.OBBValidator,
+            yolo.obb.OBBPredictor,
+            _metrics("B"),
+            "mAP50-95",
+            "class x1 y1 x2 y2 x3 y3 x4 y4",
+        ),
+        Task(
+            "classify",
+            ClassificationModel,
+            yolo.classify.ClassificationTrainer,
+            yolo.classify.ClassificationValidator,
+            yolo.classify.ClassificationPredictor,
+            {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5"},
+            "top1",
+            imgsz=224,
+        ),
+    )
+}
+
+
+def task_of(model: nn.Module) -> Task | None:
+    """Return the task of one of Ultralytics' networks, with or without a plan on it; None where it has none of these."""
+    return next((task for task in TASKS.values() if plain(type(model)) is task.model), None)
+
+
+# ----------------------------------------------------------------------------------------------------------------- models
+def build(
+    task: Task, design: str | Mapping[str, Any], names: Mapping[int, str] | None, channels: int, **outputs: Any
+) -> nn.Module:
+    """Return a new network.
+
+    Args:
+        task: Its task.
+        design: The path of a YAML, or its content.
+        names: Of the classes; None: as many as the design says.
+        channels: Of the images.
+        **outputs: What the head must be made for beside the classes: for keypoints ``kpt_shape``.
+    """
+    shape = {"data_kpt_shape": outputs["kpt_shape"]} if "kpt_shape" in outputs else {}
+    own: Any = design if isinstance(design, str) else copy.deepcopy(dict(design))
+    model = task.model(own, ch=channels, nc=names and len(names), verbose=False, **shape)
+    if names is not None:
+        model.names = dict(names)
+    for name, value in outputs.items():
+        setattr(model, name, {int(k): v for k, v in value.items()} if isinstance(value, Mapping) else value)
+    return model
+
+
+def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs: Mapping[str, Any]) -> nn.Module:
+    """Return a new model of `source`'s design for `names`, filled from `source`.
+
+    "keep" is Ultralytics' own `load`: the class towers keep their width and weights, only the last layer is new, and rows
+    of classes with the same name are kept. "rebuild" makes the towers anew, as narrow as the class count asks for.
+    """
+    task = task_of(source)
+    assert task is not None, "a base has one of the tasks"
+    model: Any = build(task, source.yaml, names, channels, **outputs)
+    own = source.float().state_dict()
+    if head == "keep" and task.name == "classify":
+        model.load_state_dict(intersect_dicts(own, model.state_dict()), strict=False)
+        _keep_rows(source, model)
+    elif head == "keep":
+        model.load(source, verbose=False)
+    else:
+        last = f"model.{len(model.model) - 1}.linear." if task.name == "classify" else "-"
+        own = {k: v for k, v in intersect_dicts(own, model.state_dict()).items() if not k.startswith(last)}
+        model.load_state_dict(own, strict=False)
+    return model
+
+
+@torch.no_grad()
+def _keep_rows(source: Any, model: Any) -> None:
+    """Copy a classifier's rows of classes with the same name, as Ultralytics' `load` does for detectors."""
+    old = {name: i for i, name in source.names.items()}
+    new, given = model.model[-1].linear, source.model[-1].linear
+    for i, name in model.names.items():
+        if name in old:
+            new.weight[i], new.bias[i] = given.weight[old[name]], given.bias[old[name]]
+
+
+# ----------------------------------------------------------------------------------------------------------------- labels
+def outputs_of(task: Task, data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return what a data YAML asks of the head beside its classes.
+
+    Raises:
+        DataError: It says nothing of keypoints where there must be some, or contradicts itself.
+    """
+    if task.name != "pose":
+        return {}
+    shape = data.get("kpt_shape")
+    if not isinstance(shape, list | tuple) or len(shape) != 2 or shape[1] not in (2, 3):
+        raise DataError(
+            f"{source} has kpt_shape={shape}; a pose set says kpt_shape: [number of keypoints, 2 or 3 numbers of each]"
+        )
+    flip = data.get("flip_idx")
+    if flip is not None and sorted(flip) != list(range(shape[0])):
+        raise DataError(f"{source} has flip_idx={flip}; it must name each of the keypoints 0 to {shape[0] - 1} once")
+    given = {k: data[k] for k in ("kpt_names", "kpt_oks_sigmas") if data.get(k)}
+    return {"kpt_shape": list(shape), **given}
