@@ -61,18 +61,17 @@ def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **giv
         if timm:
             functional.cross_entropy(fitted(x), torch.zeros(2, dtype=torch.long))
         else:
-            _loss(fitted, x)
+            _loss(fitted, x, base.task)
     return kept.bytes // 2, plan
 
 
-def _loss(model: Any, x: torch.Tensor) -> torch.Tensor:
+def _loss(model: Any, x: torch.Tensor, task: str) -> torch.Tensor:
     """Return Ultralytics' own loss for ten boxes an image."""
     from ultralytics.cfg import get_cfg
 
     model.args = get_cfg()
     count = 10 * len(x)
     boxes = torch.rand(count, 4) * 0.2 + 0.2
-    task = getattr(model, "task", "detect")
     batch = {
         "img": x,
         "batch_idx": torch.arange(len(x)).repeat_interleave(10),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,18 @@ def small(tmp_path_factory: pytest.TempPathFactory, boxes: Path) -> Any:
             torch.manual_seed(0)
             net = YOLO(f"{name}.yaml")
             torch.save({"model": net.model.half(), "train_args": {"imgsz": 64, "task": net.task}, "epoch": -1}, weights)
-        return ["--model", weights, "--data", boxes, "--plots", "false"]
+        data = boxes if YOLO(weights).task == "detect" else corners()
+        return ["--model", weights, "--data", data, "--plots", "false"]
+
+    def corners() -> Path:
+        """The set of boxes, each by its four corners: labels of oriented boxes, and of outlines."""
+        if not (folder / "corners").exists():
+            shutil.copytree(boxes.parent, folder / "corners", ignore=shutil.ignore_patterns("*.cache"))
+            for label in (folder / "corners" / "labels").rglob("*.txt"):
+                rows = [[float(x) for x in row.split()] for row in label.read_text().splitlines()]
+                ends = [(int(k), x - w / 2, y - h / 2, x + w / 2, y + h / 2) for k, x, y, w, h in rows]
+                label.write_text("".join(f"{k} {a} {b} {c} {b} {c} {d} {a} {d}\n" for k, a, b, c, d in ends))
+        return folder / "corners" / "data.yaml"
 
     def tiles() -> Path:
         random = np.random.default_rng(0)
