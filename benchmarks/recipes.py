@@ -1,12 +1,13 @@
 """What a step of every recipe keeps in memory, and of every method on a net: the figures in configs/ and docs/memory.md.
 
     python benchmarks/recipes.py                        # every recipe in configs/train against the card it is named for
-    python benchmarks/recipes.py --methods yolo11n      # every method that fits one net, per 640-pixel image
+    python benchmarks/recipes.py --methods yolo11n.pt   # every method that fits one net, per 640-pixel image
 
-Bytes saved for backward are counted, not estimated (`visionpeft.measure.SavedBytes`): one image goes forward through the net
-with random weights and on to its loss, in bf16 autocast as on a GPU, and the count times the batch is what a step keeps.
-The sum adds weights, gradients, optimizer, moving average, and an allowance for the CUDA context and passing tensors. It
-runs on a CPU; no figure of it was taken on a GPU.
+Bytes saved for backward are counted, not estimated (`visionpeft.measure.SavedBytes`): two and three images go forward
+through the net with random weights and on to its loss with ten objects each, in bf16 autocast as on a GPU; the difference
+is what every image keeps, the rest what a step keeps once (LoRA's updated weights). The sum adds weights, gradients,
+optimizer, moving average, and an allowance for the CUDA context and tensors in passing. It runs on a CPU: no figure was
+taken on a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from visionpeft.measure import SavedBytes
 from visionpeft.methods.base import make_method
 from visionpeft.plan import Plan, make_plan
 from visionpeft.registry import METHODS
-from visionpeft.tables import text
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {i: f"class {i}" for i in range(10)}
@@ -38,8 +38,8 @@ ALLOWANCE = 0.7e9  # CUDA context, cuDNN workspaces and tensors in passing; an a
 OWN = {"model", "model_args", "method", "freeze", "bn", "head", "epochs", "imgsz", "batch"}
 
 
-def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **given: Any) -> tuple[int, Plan]:
-    """Return the bytes that one image's step saves for backward, and the plan.
+def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **given: Any) -> tuple[int, int, Plan]:
+    """Return the bytes that a step saves for backward for every image, those that it saves once, and the plan.
 
     Args:
         model: As for `train`; the net is made with random weights, for they do not matter here.
@@ -56,13 +56,18 @@ def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **giv
     fitted = family.fit(base, NAMES, head)
     plan = make_plan(method, family.anatomy(fitted, model), given.get("freeze", 0), given.get("bn"))
     attach.train_mode(attach.attach(fitted, plan), plan)
-    x = torch.rand(2, 3, imgsz, imgsz)  # two, for BatchNorm wants more than one value per channel
-    with SavedBytes(fitted) as kept, torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
-        if timm:
-            functional.cross_entropy(fitted(x), torch.zeros(2, dtype=torch.long))
+    two, three = (_step(fitted, torch.rand(n, 3, imgsz, imgsz), base.task, amp) for n in (2, 3))
+    return three - two, max(3 * two - 2 * three, 0), plan
+
+
+def _step(model: Any, x: torch.Tensor, task: str, amp: bool) -> int:
+    """Return the bytes that are kept when a batch has gone forward to its loss."""
+    with SavedBytes(model) as kept, torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        if task == "classify":
+            functional.cross_entropy(model(x), torch.zeros(len(x), dtype=torch.long))
         else:
-            _loss(fitted, x, base.task)
-    return kept.bytes // 2, plan
+            _loss(model, x, task)
+    return kept.bytes
 
 
 def _loss(model: Any, x: torch.Tensor, task: str) -> torch.Tensor:
@@ -89,37 +94,33 @@ def resident(plan: Plan) -> int:
 
 
 def recipes(folder: Path) -> list[tuple[str, ...]]:
+    """Return a row of the table for every recipe."""
     rows = []
     for path in sorted(folder.rglob("*.yaml")):
         given = yaml.safe_load(path.read_text())
         fields = {f for part in make_method(given["method"]).parts for f in part.settings()}
-        one, plan = saved(**{k: v for k, v in given.items() if k in (OWN | fields) - {"epochs", "batch", "model_args"}})
+        one, once, plan = saved(
+            **{k: v for k, v in given.items() if k in (OWN | fields) - {"epochs", "batch", "model_args"}}
+        )
         card = float(re.search(r"(\d+)gb", path.stem).group(1)) * 1e9  # type: ignore[union-attr]
-        total = one * given["batch"] + resident(plan) + ALLOWANCE
+        total = one * given["batch"] + once + resident(plan) + ALLOWANCE
         sizes = (f"{one / 1e6:.0f} MB", str(given["batch"]), f"{total / 1e9:.1f} GB", f"{total / card:.0%}")
         rows.append((path.stem, str(given["model"]), str(given["imgsz"]), *sizes))
-        print(
-            text(
-                "",
-                ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card"),
-                rows[-1:],
-                right=range(2, 7),
-            )
-        )
     return rows
 
 
 def methods(net: str, imgsz: int) -> list[tuple[str, ...]]:
+    """Return a row of the table for every method that fits, and for two depths of freezing."""
     rows = []
     cases: list[tuple[str, dict]] = [(n, {"method": n}) for n in METHODS]
     cases += [(f"full, freeze {n}", {"method": "full", "freeze": n}) for n in (5, 10)]
     for name, given in cases:
         try:
-            (half, plan), (whole, _) = (saved(net, imgsz, amp=amp, **given) for amp in (True, False))
+            (whole, once, plan), (half, *_) = (saved(net, imgsz, amp=amp, **given) for amp in (False, True))
         except ConfigError:  # it does not fit this net
             continue
         trained = plan.trained_body + plan.trained_head
-        rows.append((name, f"{trained:,}", f"{whole / 1e6:.0f}", f"{half / 1e6:.0f}"))
+        rows.append((name, f"{trained:,}", f"{whole / 1e6:.0f}", f"{half / 1e6:.0f}", f"{once / 1e6:.0f}"))
     return rows
 
 
@@ -130,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.methods:
-        head: tuple[str, ...] = ("method", "trained", "MB per image, fp32", "MB per image, bf16")
+        head: tuple[str, ...] = ("method", "trained", "MB per image, fp32", "MB per image, bf16", "MB once a step, fp32")
         rows = methods(args.methods, args.imgsz)
     else:
         head = ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card")
