@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
@@ -25,6 +23,7 @@ from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter
+from ..progress import Progress
 from .base import Family, Job, keep_best
 from .images import Images, loader, score
 
@@ -181,23 +180,23 @@ class _Loop:
         """Train from where the run stands to its end."""
         set_seed(self.job.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
-        with _progress(self.accelerator.is_main_process) as progress:
-            task = progress.add_task("", total=len(self.batches), loss="")
+        shown = self.accelerator.is_main_process and not self.job.quiet
+        with Progress(self.job.epochs, self.family.score(self.job.base.task), shown) as progress:
             for epoch in range(start, self.job.epochs):
-                progress.reset(task, description=f"epoch {epoch + 1}/{self.job.epochs}")
-                loss = self._epoch(epoch, lambda text: progress.update(task, advance=1, loss=text))
+                progress.start(epoch, len(self.batches))
+                loss = self._epoch(epoch, lambda loss: progress.batch(loss, self.meter.memory))
                 metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
                 self._check(metrics["loss"], epoch)
                 self._save(epoch, loss, metrics)
+                progress.end(epoch, loss, metrics)
                 if self._patient(epoch):
                     break
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
         return epoch - self.best["epoch"] >= self.recipe.patience > 0
-        self.accelerator.wait_for_everyone()
 
-    def _epoch(self, epoch: int, tell: Callable[[str], object]) -> float:
+    def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once; return the mean loss."""
         train_mode(self.own, self.job.plan)
         total, seen = 0.0, 0
@@ -215,7 +214,7 @@ class _Loop:
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
             total, seen = total + loss * count, seen + count
-            tell(f"loss {total / seen:.4f}")
+            tell(total / seen)
         return total / seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
@@ -374,8 +373,3 @@ def _mix(recipe: Recipe, classes: int) -> Callable | None:
         return mixup(images, labels)
 
     return mix
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)
