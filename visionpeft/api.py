@@ -150,7 +150,7 @@ def _train(
     if not quiet:
         print(made)
     folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
-    use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"]}
+    use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"].split(",")[0]}
     if use["batch"] < 1:  # to be found by Ultralytics for training
         use["batch"] = family.defaults["batch"]
     if before is None:

@@ -4,6 +4,7 @@ schedules and mixing; a moving average; a checkpoint after every epoch. Register
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ from ..measure import Meter
 from ..progress import Progress
 from .base import Family, Job, keep_best
 from .images import Images, loader, score
+from .launch import devices, launch
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,8 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     if settings["optimizer"].lower() not in known:
         hint = nearest(settings["optimizer"], known)
         raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
-    if "," in (device := str(settings["device"])):
-        raise ConfigError(
-            f"device='{device}' names several GPUs; for timm models start as many processes with "
-            "'accelerate launch --num_processes N', each with device left out"
-        )
-    _precision(settings["amp"], select_device(device).type == "cpu")
+    for name in devices(settings["device"]):
+        _precision(settings["amp"], select_device(name).type == "cpu")
     return recipe
 
 
@@ -132,6 +130,9 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
         TrainingError: The loss is no number, or nothing is left to resume.
         ConfigError: An argument is not usable.
     """
+    if len(names := devices(job.device)) > 1:
+        each = dataclasses.replace(job, device="cpu" if names[0] == "cpu" else "")
+        return launch(run, family, each, transform, device=job.device, folder=job.folder)
     recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device, "amp": job.amp})
     ours = not AcceleratorState._shared_state
     accelerator = _accelerator(job, recipe)

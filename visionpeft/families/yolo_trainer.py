@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,6 +26,7 @@ from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Job, keep_best
+from .launch import failure, leave
 from .yolo_tasks import TASKS, Task, fit
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,15 @@ class Tuned:
         talkative = bool(self.job.extra.get("verbose"))
         shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or talkative)
         progress = Progress(self.epochs, self._task.score, shown)
-        with progress as self._progress, nullcontext() if talkative else quiet():
-            super().train()  # type: ignore[misc]
+        try:
+            with progress as self._progress, nullcontext() if talkative else quiet():
+                super().train()  # type: ignore[misc]
+        except subprocess.CalledProcessError:  # one of the processes that Ultralytics started for the GPUs
+            raise failure(self.job.folder) from None
+        except VisionpeftError as error:
+            if RANK == 0:
+                leave(error, self.job.folder)
+            raise
 
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
