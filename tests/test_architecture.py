@@ -19,6 +19,8 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "twins": 1,
     "measure": 1,
     "tables": 1,
+    "progress": 2,
+    "pictures": 2,
     "checkpoint": 2,
     "plan": 2,
     "methods": 3,

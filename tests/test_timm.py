@@ -6,14 +6,13 @@ import copy
 import dataclasses
 import json
 import logging
-import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import timm
@@ -27,7 +26,7 @@ from visionpeft import delta as deltas
 from visionpeft.attach import attach
 from visionpeft.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
 from visionpeft.families.loop import Average, Images, _Loop
-from visionpeft.families.timm import Timm, open_merged
+from visionpeft.families.timm import Timm, open_merged, transform
 from visionpeft.methods.base import make_method
 from visionpeft.plan import HEAD, make_plan
 from visionpeft.registry import METHODS
@@ -278,17 +277,36 @@ def test_head_learns_at_lr0_and_the_rest_at_lr_scale(squares: Path, base, tmp_pa
     assert {g["weight_decay"] for g in groups} == {0.0, 0.05} and len(groups) == 4
 
 
-@pytest.mark.slow
-def test_two_processes(squares: Path, base, tmp_path: Path) -> None:
-    arguments = {**base("test_resnet"), **SMALL, "method": "lora", "project": str(tmp_path), "name": "two", "exist_ok": True}
-    code = f"import visionpeft; print('HISTORY', visionpeft.train({str(squares)!r}, **{arguments!r}).history)"
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(launch, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    one, two = [line for line in done.stdout.splitlines() if line.startswith("HISTORY")]
-    assert one == two and len({loss for loss in re.findall(r"'loss': ([\d.]+)", one)}) == 2
+def plainly(model: Any, imgsz: int | None, recipe: Any = None) -> Any:
+    """The transform of evaluation, in training too: nothing random."""
+    return transform(model, imgsz)
+
+
+def test_two_processes_train_what_one_does(squares: Path, base, tmp_path: Path, monkeypatch) -> None:
+    """The plan reaches the processes, which share each batch; the delta is the same to rounding."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr("visionpeft.families.timm.transform", plainly)
+    arguments = {**base("test_vit", img_size=32), **SMALL, "method": "lora+bitfit", "r": 2, "delta_dtype": "fp32"}
+    one, two = (
+        visionpeft.train(squares, **{**arguments, "device": device}, optimizer="sgd", project=tmp_path, quiet=True)
+        for device in ("cpu", "cpu,cpu")
+    )
+    assert two.plan == one.plan and two.arguments["device"] == "cpu,cpu"
+    a, b = (deltas.read(run.delta).tensors for run in (one, two))
+    assert a.keys() == b.keys() and any(".peft_weight.lora." in k for k in a)
+    for key in a:
+        assert torch.allclose(a[key], b[key], atol=1e-5), key
+    assert two.after == pytest.approx(one.after, abs=1e-4)
+
+
+def test_what_goes_wrong_in_a_process_is_one_sentence(squares: Path, base, tmp_path: Path, capfd) -> None:
+    arguments = {**SMALL, "optimizer": "sgd", "lr0": 999.0, "warmup_epochs": 0, "epochs": 9, "device": "cpu,cpu"}
+    with pytest.raises(TrainingError, match="no longer a number in epoch .* lower lr0"):
+        visionpeft.train(squares, **base("test_vit", img_size=32), method="full", project=tmp_path, **arguments)
+    assert "Traceback" not in capfd.readouterr().err and not list(tmp_path.rglob("error.json"))
+    for device in ("cpu,0", "0,0"):
+        with pytest.raises(ConfigError, match="is not understood; give different GPUs"):
+            visionpeft.train(squares, **base("test_vit", img_size=32), project=tmp_path, device=device)
 
 
 def test_average_leaves_the_base_alone() -> None:

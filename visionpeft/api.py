@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files
+from . import checkpoint, files, pictures
 from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
@@ -29,6 +29,7 @@ from .registry import FAMILIES, METHODS
 from .run import Run
 
 Freeze = int | Sequence[int | str]
+_PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -51,6 +52,7 @@ def train(
     seed: int = 0,
     amp: bool | str | None = None,
     delta_dtype: str = "fp16",
+    quiet: bool = False,
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
     exist_ok: bool = False,
@@ -79,6 +81,7 @@ def train(
         seed: Of every random choice.
         amp: True (fp16), "bf16" or False; by default bf16 where the GPU has it.
         delta_dtype: How the delta stores trained weights, "fp16" or "fp32"; statistics keep their own type.
+        quiet: Print no plan, and show no progress.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
         exist_ok: Write into an existing folder of that name.
@@ -93,19 +96,19 @@ def train(
     Raises:
         VisionpeftError: Something given is not usable; the sentence says what, and what to do.
     """
-    given = {k: v for k, v in locals().items() if k not in ("options", "resume", "project", "name", "exist_ok")}
+    given = {k: v for k, v in locals().items() if k not in ("options", *_PLACES)}
     if resume:
         saved = _resumed(resume, Path(project), name)
-        free = ("data", "model", "resume", "project", "name", "exist_ok", "options")
+        free = ("data", "model", "options", *_PLACES)
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        return _train(**saved)
+        return _train(**saved, quiet=quiet)
     if data is None:
         raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (timm)")
     if name and not exist_ok and (Path(project) / name).exists():
         raise _taken(Path(project) / name)  # before anything is loaded; `_new_folder` makes sure of it
-    return _train(project=Path(project), name=name, exist_ok=exist_ok, **given, options=options)
+    return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
 
 
 def _train(
@@ -116,6 +119,7 @@ def _train(
     project: Path = Path(),
     name: str | None = None,
     exist_ok: bool = False,
+    quiet: bool = False,
     **given: Any,
 ) -> Run:
     began = time.perf_counter()
@@ -143,9 +147,10 @@ def _train(
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
-    print(made)
+    if not quiet:
+        print(made)
     folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
-    use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"]}
+    use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"].split(",")[0]}
     if use["batch"] < 1:  # to be found by Ultralytics for training
         use["batch"] = family.defaults["batch"]
     if before is None:
@@ -162,6 +167,7 @@ def _train(
         device=given["device"],
         body_rate=family.body_rate * (1.0 if given["lr_scale"] is None else given["lr_scale"]),
         resume=resumed is not None,
+        quiet=quiet,
         extra=extra,
         before=before,
         delta_dtype=given["delta_dtype"],
@@ -171,7 +177,7 @@ def _train(
     if not done:
         _run(family, job)
     saved = checkpoint.load(job.checkpoint)
-    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use)
+    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use, fitted)
 
 
 def _run(family: Family, job: Job) -> None:
@@ -187,7 +193,14 @@ def _run(family: Family, job: Job) -> None:
 
 
 def _result(
-    family: Family, job: Job, method: Method, saved: Mapping[str, Any], arguments: dict, seconds: float, use: dict
+    family: Family,
+    job: Job,
+    method: Method,
+    saved: Mapping[str, Any],
+    arguments: dict,
+    seconds: float,
+    use: dict,
+    untrained: nn.Module,
 ) -> Run:
     result: Any = job.merged  # a model without a base has left it already, and its method merges
     delta_bytes = {}
@@ -220,9 +233,27 @@ def _result(
         history=saved["history"],
         arguments=json.loads(json.dumps(arguments, default=str)),
         versions=_versions(),
+        pictures=_pictures(family, job, untrained, result, saved["history"], use),
     )
     run.save()
     return run
+
+
+def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
+    """Draw what the run did: some validation images before and after beside their labels, and the curves."""
+    title = f"{job.plan.method} on {'/'.join(Path(job.data.source).parts[-2:])}"
+    score = family.score(job.base.task)
+    shown = {"imgsz": use["imgsz"], "device": use["device"]}
+    trained = family.open_merged(result) if isinstance(result, Path) else result
+    columns = {
+        "labels": family.draw(None, job.data, 4),
+        "before training": family.draw(untrained, job.data, 4, **shown),
+        "after": family.draw(trained, job.data, 4, **shown),
+    }
+    return {
+        "before_after": pictures.sheet(columns, job.folder / "before_after.jpg", title),
+        "curves": pictures.curves(history, job.before, score, job.folder / "curves.png", title),
+    }
 
 
 def plan(

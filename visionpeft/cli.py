@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from . import __version__, api, tables
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
@@ -24,6 +25,14 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
+)
+app.register_install_completion_command()
+_TRAIN, _USE, _CHECK, _KNOW = (
+    Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"))
+)
+_ON, _WHAT, _HOW, _RUN = (  # groups of train's options
+    Parameter(group=Group(name, sort_key=i))
+    for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))
 )
 _TEXT = (
     "model",
@@ -40,32 +49,34 @@ _TEXT = (
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
 
 
-@app.command
+@app.command(group=_TRAIN)
 def train(
     *,
-    data: str | None = None,
-    model: str | None = None,
-    method: str | None = None,
-    freeze: str | None = None,
-    bn: str | None = None,
-    head: str | None = None,
-    epochs: int | None = None,
-    imgsz: int | None = None,
-    batch: float | None = None,
-    lr0: float | None = None,
-    lr_scale: float | None = None,
-    optimizer: str | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    seed: int | None = None,
-    amp: str | None = None,
-    model_args: str | None = None,
-    delta_dtype: str | None = None,
-    project: str | None = None,
-    name: str | None = None,
-    exist_ok: bool = False,
-    resume: str | None = None,
-    config: str | None = None,
+    data: Annotated[str | None, _ON] = None,
+    model: Annotated[str | None, _ON] = None,
+    method: Annotated[str | None, _WHAT] = None,
+    freeze: Annotated[str | None, _WHAT] = None,
+    bn: Annotated[str | None, _WHAT] = None,
+    head: Annotated[str | None, _WHAT] = None,
+    epochs: Annotated[int | None, _HOW] = None,
+    imgsz: Annotated[int | None, _HOW] = None,
+    batch: Annotated[float | None, _HOW] = None,
+    lr0: Annotated[float | None, _HOW] = None,
+    lr_scale: Annotated[float | None, _HOW] = None,
+    optimizer: Annotated[str | None, _HOW] = None,
+    device: Annotated[str | None, _HOW] = None,
+    workers: Annotated[int | None, _HOW] = None,
+    seed: Annotated[int | None, _HOW] = None,
+    amp: Annotated[str | None, _HOW] = None,
+    model_args: Annotated[str | None, _ON] = None,
+    delta_dtype: Annotated[str | None, _RUN] = None,
+    project: Annotated[str | None, _RUN] = None,
+    name: Annotated[str | None, _RUN] = None,
+    exist_ok: Annotated[bool, _RUN] = False,
+    resume: Annotated[str | None, _RUN] = None,
+    config: Annotated[str | None, _ON] = None,
+    quiet: Annotated[bool, _RUN] = False,
+    json_: Annotated[bool, _RUN] = False,
     **options: Options,
 ) -> None:
     """Train, and leave a delta, a merged checkpoint and run.json in the run's folder.
@@ -120,17 +131,27 @@ def train(
         A run's folder, or "true" for the newest: go on where it was.
     config
         A YAML file of these options, or the name of one of visionpeft's; options given besides override it.
+    quiet
+        Print nothing but mistakes.
+    json_
+        Print the run as JSON, and nothing else.
     """
-    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in ("options", "config")}
+    own = ("options", "config", "quiet", "json_")
+    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in own}
     said = _config(config) if config else {}
     try:
-        run = api.train(**_values({**said, **given, **options}))
+        run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
     except ConfigError as error:
-        raise type(error)(f"{error} (options were read from {config})" if said else str(error)) from error
-    print(run)
+        if not said:
+            raise
+        raise type(error)(f"{error} (options were read from {config})") from error
+    if json_:
+        print(json.dumps(run.to_dict(), indent=2))
+    elif not quiet:
+        print(run)
 
 
-@app.command
+@app.command(group=_TRAIN)
 def plan(
     *,
     model: str = "yolo11n.pt",
@@ -166,7 +187,7 @@ def plan(
     print(json.dumps(made.to_dict(), indent=2) if json_ else made)
 
 
-@app.command
+@app.command(group=_USE)
 def merge(delta: str, out: str, *, model: str | None = None, model_args: str | None = None) -> None:
     """Write base and delta as one plain checkpoint.
 
@@ -184,7 +205,7 @@ def merge(delta: str, out: str, *, model: str | None = None, model_args: str | N
     print(api.merge(delta, out, **_base(model, model_args)))
 
 
-@app.command
+@app.command(group=_USE)
 def val(delta: str, *, data: str, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Measure an adapted model; prints JSON.
 
@@ -202,7 +223,7 @@ def val(delta: str, *, data: str, model: str | None = None, model_args: str | No
     print(json.dumps(api.val(delta, data, **_base(model, model_args), **_values(options)), indent=2))
 
 
-@app.command
+@app.command(group=_USE)
 def predict(delta: str, source: str, *, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Run an adapted model on images; prints one line of JSON per image.
 
@@ -221,7 +242,7 @@ def predict(delta: str, source: str, *, model: str | None = None, model_args: st
         print(json.dumps(result if isinstance(result, dict) else {"file": result.path, "boxes": result.summary()}))
 
 
-@app.command
+@app.command(group=_USE)
 def export(
     delta: str,
     *,
@@ -249,7 +270,7 @@ def export(
     print(api.export(delta, format, out, **_base(model, model_args), **_values(options)))
 
 
-@app.command
+@app.command(group=_CHECK)
 def inspect(delta: str) -> None:
     """Print what a delta file says of itself, as JSON.
 
@@ -263,7 +284,7 @@ def inspect(delta: str) -> None:
     print(json.dumps({**header, "plan": brief}, indent=2))
 
 
-@app.command
+@app.command(group=_CHECK)
 def verify(delta: str, *, model: str | None = None, model_args: str | None = None) -> None:
     """Check a delta and its base against each other; exits with 1 where they do not belong together.
 
@@ -280,7 +301,7 @@ def verify(delta: str, *, model: str | None = None, model_args: str | None = Non
     print(f"{delta}: whole, and made for this base")
 
 
-@app.command
+@app.command(group=_KNOW)
 def methods(name: str | None = None, *, markdown: bool = False) -> None:
     """List the methods, or the settings of one.
 
@@ -301,7 +322,7 @@ def methods(name: str | None = None, *, markdown: bool = False) -> None:
         print(tables.text("", ("setting", "type", "default", "meaning"), fields) if fields else "It has no settings.")
 
 
-@app.command
+@app.command(group=_KNOW)
 def families() -> None:
     """List the families of models."""
     rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
@@ -310,6 +331,7 @@ def families() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
+    logging.basicConfig(format="visionpeft: %(message)s", level=logging.WARNING)
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
 

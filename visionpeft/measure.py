@@ -83,6 +83,11 @@ class Meter:
             return
         self._times.append(time.perf_counter() - self._began)
 
+    @property
+    def memory(self) -> int | None:
+        """Bytes that stand for what training takes: the GPU's peak, on a CPU what was saved for backward."""
+        return self._peak if self._device.type == "cuda" else self.saved_bytes
+
     def close(self) -> None:
         """Stop watching, also in the middle of a step."""
         if self._saved is not None:
@@ -100,7 +105,7 @@ class Meter:
         cuda = self._device.type == "cuda"
         return {
             "saved_bytes": self.saved_bytes,
-            "peak_bytes": self._peak if cuda else self.saved_bytes,
+            "peak_bytes": self.memory,
             "peak_measure": "CUDA allocator's peak" if cuda else "bytes saved for backward",
             "step_seconds": statistics.median(self._times) if self._times else None,
         }

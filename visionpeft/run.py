@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ class Run:
     history: list[dict[str, float]]  # one record per epoch
     arguments: dict[str, Any]  # of the run
     versions: dict[str, str]
+    pictures: dict[str, Path] = field(default_factory=dict)  # before_after, curves
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         paths = {k: str(v) if v else None for k, v in {"delta": self.delta, "merged": self.merged}.items()}
-        return {**asdict(self), "folder": str(self.folder), "plan": self.plan.to_dict(), **paths}
+        pictures = {k: str(v) for k, v in self.pictures.items()}
+        return {**asdict(self), "folder": str(self.folder), "plan": self.plan.to_dict(), "pictures": pictures, **paths}
 
     def save(self) -> Path:
         """Write ``run.json`` into the run's folder."""
@@ -51,6 +53,7 @@ class Run:
             parts = ", ".join(f"{k} {tables.size(v)}" for k, v in self.delta_bytes.items() if k != "file")
             facts.append(("delta", f"{self.delta}, {tables.size(self.delta_bytes['file'])} ({parts})"))
         facts.append(("merged", str(self.merged) if self.merged else f"{self.plan.method} cannot be merged; use the delta"))
+        facts += [(k.replace("_", ", "), str(v)) for k, v in self.pictures.items()]
         return "\n".join(
             (
                 tables.text(f"{self.plan.model}: {self.plan.method}", ("metric", "before", "after"), scores, right=(1, 2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-def plan_table(plan: Plan, width: int = 100) -> str:
+def plan_table(plan: Plan, width: int | None = None) -> str:
     """Return a plan as text: a line per stage, then the totals."""
     names = ("stage", "kind", "parameters", "trained", "edits", "added", "statistics")
     rows = [
@@ -34,7 +35,7 @@ def plan_table(plan: Plan, width: int = 100) -> str:
 
 
 def text(
-    title: str, names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 100, right: Iterable[int] = ()
+    title: str, names: Sequence[str], rows: Iterable[Sequence[Any]], width: int | None = None, right: Iterable[int] = ()
 ) -> str:
     """Return a table as plain text.
 
@@ -42,7 +43,7 @@ def text(
         title: Said above it.
         names: Of the columns.
         rows: Cells, turned into text.
-        width: Columns of the terminal.
+        width: Columns; by default those of the terminal, from 40 to 120.
         right: Indices of the columns that are aligned to the right.
     """
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
@@ -51,6 +52,7 @@ def text(
         table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
+    width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]

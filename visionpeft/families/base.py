@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import delta as deltas
 from ..attach import merge
+from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
 
@@ -68,6 +69,7 @@ class Job:
     seed: int
     amp: bool | str | None
     resume: bool
+    quiet: bool  # show nothing while it trains
     delta_dtype: str  # of trained weights in the delta: "fp16" or "fp32"
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
@@ -162,8 +164,16 @@ class Family(ABC):
         """Return the library's own results for images."""
 
     @abstractmethod
+    def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
+        """Return some validation images, always the same ones, with what the model sees; None: with their labels."""
+
+    @abstractmethod
     def export(self, model: nn.Module, format: str, out: Path, **options: Any) -> Path:
         """Write the model in a deployment format ("onnx", "torchscript")."""
+
+    @abstractmethod
+    def open_merged(self, path: Path) -> nn.Module:
+        """Open what `save_merged` wrote, in single precision."""
 
     @abstractmethod
     def save_merged(self, model: nn.Module, header: Mapping[str, Any], out: Path) -> Path:

@@ -4,6 +4,7 @@ schedules and mixing; a moving average; a checkpoint after every epoch. Register
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -14,8 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
@@ -25,8 +24,10 @@ from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter
+from ..progress import Progress
 from .base import Family, Job, keep_best
 from .images import Images, loader, score
+from .launch import devices, launch
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,8 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     if settings["optimizer"].lower() not in known:
         hint = nearest(settings["optimizer"], known)
         raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
-    if "," in (device := str(settings["device"])):
-        raise ConfigError(
-            f"device='{device}' names several GPUs; for timm models start as many processes with "
-            "'accelerate launch --num_processes N', each with device left out"
-        )
-    _precision(settings["amp"], select_device(device).type == "cpu")
+    for name in devices(settings["device"]):
+        _precision(settings["amp"], select_device(name).type == "cpu")
     return recipe
 
 
@@ -133,6 +130,9 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
         TrainingError: The loss is no number, or nothing is left to resume.
         ConfigError: An argument is not usable.
     """
+    if len(names := devices(job.device)) > 1:
+        each = dataclasses.replace(job, device="cpu" if names[0] == "cpu" else "")
+        return launch(run, family, each, transform, device=job.device, folder=job.folder)
     recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device, "amp": job.amp})
     ours = not AcceleratorState._shared_state
     accelerator = _accelerator(job, recipe)
@@ -181,23 +181,23 @@ class _Loop:
         """Train from where the run stands to its end."""
         set_seed(self.job.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
-        with _progress(self.accelerator.is_main_process) as progress:
-            task = progress.add_task("", total=len(self.batches), loss="")
+        shown = self.accelerator.is_main_process and not self.job.quiet
+        with Progress(self.job.epochs, self.family.score(self.job.base.task), shown) as progress:
             for epoch in range(start, self.job.epochs):
-                progress.reset(task, description=f"epoch {epoch + 1}/{self.job.epochs}")
-                loss = self._epoch(epoch, lambda text: progress.update(task, advance=1, loss=text))
+                progress.start(epoch, len(self.batches))
+                loss = self._epoch(epoch, lambda loss: progress.batch(loss, self.meter.memory))
                 metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
                 self._check(metrics["loss"], epoch)
                 self._save(epoch, loss, metrics)
+                progress.end(epoch, loss, metrics)
                 if self._patient(epoch):
                     break
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
         return epoch - self.best["epoch"] >= self.recipe.patience > 0
-        self.accelerator.wait_for_everyone()
 
-    def _epoch(self, epoch: int, tell: Callable[[str], object]) -> float:
+    def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once; return the mean loss."""
         train_mode(self.own, self.job.plan)
         total, seen = 0.0, 0
@@ -215,7 +215,7 @@ class _Loop:
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
             total, seen = total + loss * count, seen + count
-            tell(f"loss {total / seen:.4f}")
+            tell(total / seen)
         return total / seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
@@ -374,8 +374,3 @@ def _mix(recipe: Recipe, classes: int) -> Callable | None:
         return mixup(images, labels)
 
     return mix
-
-
-def _progress(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown)

@@ -25,11 +25,12 @@ from torch import nn
 from .. import files
 from ..attach import attached, merge, mergeable
 from ..errors import ConfigError, DataError, ModelError, nearest
+from ..pictures import Picture, guessed, spread
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
 from .base import Base, Data, Family, Job
-from .images import Images, few, loader, open_image, read_folders, score, sources
+from .images import Images, few, loader, open_image, read_folders, read_image, score, sources
 from .timm_anatomy import classifiers, input_size, read_anatomy
 
 LOGGER = logging.getLogger("visionpeft")
@@ -141,6 +142,15 @@ class Timm(Family):
                 results.append({"file": file, "class": top[0][0], "score": top[0][1], "top5": top})
         return results
 
+    def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
+        some = spread(data.facts["val"], count)
+        images, labels = [read_image(f) for f, _ in some], [data.names[i] for _, i in some]
+        return guessed(
+            images,
+            labels,
+            None if model is None else [(r["class"], r["score"]) for r in self.predict(model, images, **options)],
+        )
+
     def export(self, model: nn.Module, format: str, out: Path, **options: Any) -> Path:
         use = _use(options, imgsz=None, dynamic=True)
         own = _merged_copy(model)
@@ -159,6 +169,9 @@ class Timm(Family):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
             return files.replace(out, write)
+
+    def open_merged(self, path: Path) -> nn.Module:
+        return open_merged(path)
 
     def save_merged(self, model: Any, header: Mapping[str, Any], out: Path) -> Path:
         said = {

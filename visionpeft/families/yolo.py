@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,11 +29,13 @@ from ultralytics.utils.torch_utils import select_device
 from .. import files
 from ..attach import attached, merge, mergeable
 from ..errors import ConfigError, DataError, ModelError, nearest
+from ..pictures import Picture, guessed, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
-from .images import read_folders
+from .images import read_folders, read_image
+from .yolo_pictures import labelled, picture, read
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, quiet, readable, usable
 
@@ -129,15 +132,16 @@ class Yolo(Family):
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
-            found = read_folders(source, split)
-            return dataclasses.replace(found, facts={**found.facts, "task": task.name})
+            folders = read_folders(source, split)
+            return dataclasses.replace(folders, facts={**folders.facts, "task": task.name})
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         try:
             data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
-        digest, outputs, facts = hashlib.sha256(), outputs_of(task, data, source), {"task": task.name}
+        digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
+        facts: dict[str, Any] = {"task": task.name}
         for part in ("train", split):
             found = images(data.get(part), part, source)
             boxes = 0
@@ -204,7 +208,8 @@ class Yolo(Family):
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
-        trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
+        with nullcontext() if job.extra.get("verbose") else quiet():
+            trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -235,6 +240,21 @@ class Yolo(Family):
             predictor.setup_model(model=_for_inference(model), verbose=False)
             return predictor(source)
 
+    def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
+        task, some = TASKS[data.facts["task"]], spread(data.facts["val"], count)
+        if task.name == "classify":
+            images, labels = [read_image(f) for f, _ in some], [data.names[i] for _, i in some]
+            guesses = (
+                None
+                if model is None
+                else [(r.names[r.probs.top1], float(r.probs.top1conf)) for r in self.predict(model, images, **options)]
+            )
+            return guessed(images, labels, guesses)
+        if model is None:
+            rows = [_rows(Path(label)) for label in img2label_paths(list(some))]
+            return [labelled(f, r, task.name, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
+        return [picture(result) for result in self.predict(model, [read(f) for f in some], **options)]
+
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
         model.args = {**DEFAULT_CFG_DICT, "task": model.task}
@@ -246,6 +266,10 @@ class Yolo(Family):
                 shutil.copyfile(str(Exporter(overrides=args)(model=model)), temporary)
 
         return files.replace(out, write)
+
+    def open_merged(self, path: Path) -> nn.Module:
+        content, _ = torch_safe_load(str(path), safe_only=True)
+        return content["model"].float().eval()
 
     def save_merged(self, model: Any, header: Mapping[str, Any], out: Path) -> Path:
         model = copy.deepcopy(model).cpu()
@@ -277,6 +301,7 @@ def _overrides(job: Job) -> dict[str, Any]:
     return {
         "warmup_epochs": min(3.0, job.epochs / 10),
         "warmup_bias_lr": 0.0,  # biases start at no other rate than the rest
+        "plots": False,  # train() draws its own
         "nbs": batch if batch >= 1 else 64,  # a step per batch: small sets get real optimizer steps
         **job.extra,
         "task": job.base.task,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
 
 from .. import checkpoint
@@ -21,8 +23,10 @@ from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ..measure import Meter
 from ..plan import Plan
+from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Job, keep_best
+from .launch import failure, leave
 from .yolo_tasks import TASKS, Task, fit
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,20 @@ class Tuned:
     @property
     def _task(self) -> Task:
         return TASKS[self.job.base.task]
+
+    def train(self: Any) -> None:
+        talkative = bool(self.job.extra.get("verbose"))
+        shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or talkative)
+        progress = Progress(self.epochs, self._task.score, shown)
+        try:
+            with progress as self._progress, nullcontext() if talkative else quiet():
+                super().train()  # type: ignore[misc]
+        except subprocess.CalledProcessError:  # one of the processes that Ultralytics started for the GPUs
+            raise failure(self.job.folder) from None
+        except VisionpeftError as error:
+            if RANK == 0:
+                leave(error, self.job.folder)
+            raise
 
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
@@ -118,6 +136,7 @@ class Tuned:
         super()._model_train()  # type: ignore[misc]
         train_mode(unwrap_model(self.model), self._plan)
         self._batch = 0
+        self._progress.start(self.epoch, len(self.train_loader))
 
     def preprocess_batch(self: Any, batch: dict) -> dict:
         self._meter.start()
@@ -128,6 +147,7 @@ class Tuned:
         self._batch += 1
         if self._batch % self._accumulate == 0 or self._batch == len(self.train_loader):
             super().optimizer_step()  # type: ignore[misc]
+        self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
 
     def _handle_nan_recovery(self: Any, epoch: int) -> bool:
         if all(torch.isfinite(torch.as_tensor(v)).all() for v in self.tloss.values()):
@@ -165,6 +185,7 @@ class Tuned:
                 "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
             },
         )
+        self._progress.end(self.epoch, sum(losses.values()), names)
         return True
 
     def final_eval(self: Any) -> None:
@@ -266,13 +287,17 @@ def images(places: Any, part: str, source: str) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Ultralytics' messages and progress bars off the terminal, where only a result is wanted."""
-    level = LOGGER.level
+    """Keep Ultralytics' messages and progress bars off the terminal; its warnings go to stderr."""
+    level, streams = LOGGER.level, [(h, h.stream) for h in LOGGER.handlers if isinstance(h, logging.StreamHandler)]
     LOGGER.setLevel(max(level, logging.WARNING))
     try:
+        for handler, _ in streams:
+            handler.setStream(sys.stderr)
         yield
     finally:
         LOGGER.setLevel(level)
+        for handler, stream in streams:
+            handler.setStream(stream)
 
 
 @contextmanager

@@ -1,0 +1,66 @@
+"""Images with boxes, masks, keypoints and names on them, drawn by Ultralytics: of labels and of predictions alike.
+Registers nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from ultralytics.engine.results import Results
+from ultralytics.utils.ops import xywh2xyxy, xyxyxyxy2xywhr
+from ultralytics.utils.patches import imread
+
+from ..pictures import SIDE, Picture
+
+
+def picture(result: Results) -> Picture:
+    """Return a result as a picture."""
+    return np.ascontiguousarray(result.plot(line_width=2, font_size=13)[..., ::-1])
+
+
+def read(file: str) -> np.ndarray:
+    """Return an image as Ultralytics reads it (BGR), scaled first, so that lines and names on all of them have one size."""
+    image: Any = imread(file)
+    scale = SIDE / max(image.shape[:2])
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def labelled(file: str, rows: Sequence[str], task: str, names: Mapping[int, str], outputs: Mapping[str, Any]) -> Picture:
+    """Return an image with its labels drawn.
+
+    Args:
+        file: The image.
+        rows: Of its label file.
+        task: Their task.
+        names: Of the classes.
+        outputs: The data set's, with kpt_shape for keypoints.
+    """
+    image = read(file)
+    height, width = image.shape[:2]
+    scale = np.array([width, height], np.float32)
+    boxes: list[list[Any]] = []
+    more: list[Any] = []
+    for row in rows:
+        kind, *numbers = map(float, row.split())
+        values = np.array(numbers, np.float32)
+        if task in ("detect", "pose") and (task == "pose" or len(values) == 4):
+            x = xywh2xyxy(values[None, :4])[0].reshape(2, 2) * scale
+        else:
+            x = values.reshape(-1, 2) * scale
+        boxes.append([*x.min(0), *x.max(0), 1.0, kind])
+        if task == "obb":
+            more.append([*xyxyxyxy2xywhr(x.reshape(1, 8))[0].tolist(), 1.0, kind])
+        elif task == "segment":
+            more.append(cv2.fillPoly(np.zeros((height, width), np.uint8), [x.round().astype(np.int32)], 1))
+        elif task == "pose":
+            points = values[4:].reshape(outputs["kpt_shape"])
+            more.append(np.concatenate([points[:, :2] * scale, points[:, 2:]], 1))
+    part = {"segment": "masks", "pose": "keypoints", "obb": "obb"}.get(task)
+    given: dict[str, Any] = {} if task == "obb" else {"boxes": torch.tensor(boxes).reshape(-1, 6)}
+    if part and more:
+        given[part] = torch.from_numpy(np.array(more, np.uint8 if task == "segment" else np.float32))
+    result = Results(image, file, dict(names), **given)
+    return np.ascontiguousarray(result.plot(conf=False, line_width=2, font_size=13)[..., ::-1])
