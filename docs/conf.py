@@ -25,7 +25,6 @@ from visionpeft.registry import METHODS  # noqa: E402
 project = "visionpeft"
 release = version = visionpeft.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cyclopts.ext.sphinx"]
-exclude_patterns = ["generated/README*"]
 
 html_theme = "furo"  # brings its own style and asks for no font or script from elsewhere
 html_title = f"visionpeft {release}"
@@ -36,13 +35,27 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their results; the test suite runs them
 
+smartquotes = False  # --option keeps its two dashes
+
 default_role = "py:obj"  # `train` in a docstring is a link where there is such an object, else code
 autodoc_typehints = "none"  # signatures without types: the arguments' descriptions say what they take
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 toc_object_entries = False
+
+
+RECIPES = """A recipe is a YAML file of `train`'s arguments. visionpeft brings these; `--config` takes a name or a path, and
+what is given besides overrides it:
+
+```
+visionpeft train --config satellite-6gb --data airports.yaml --epochs 20
+```
+
+Their sizes come from counting what a step keeps (`python benchmarks/recipes.py`, see [Memory](../memory.md)), not from runs
+on such cards, and leave at least a fifth of the card free. Their other settings follow [the results](../results.md) where
+there are any.
+"""
 
 
 # ------------------------------------------------------------------------------------------------- what is made, not written
@@ -74,9 +87,7 @@ def methods_page() -> str:
 
 def recipes_page() -> str:
     """Return every packaged recipe as it lies in the repository: its comments are its documentation."""
-    lines = (
-        [(ROOT / "docs" / "recipes.md.in").read_text()] if (ROOT / "docs" / "recipes.md.in").is_file() else ["# Recipes", ""]
-    )
+    lines = ["# Recipes", "", RECIPES]
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         lines += [f"## {path.stem}", "", f"```yaml\n{path.read_text().rstrip()}\n```", ""]
     return "\n".join(lines)
@@ -92,6 +103,7 @@ def _generate(app: Any, config: Any) -> None:
     folder.mkdir()
     (folder / "methods.md").write_text(methods_page())
     (folder / "recipes.md").write_text(recipes_page())
+    (folder / "plan.txt").write_text(f"{visionpeft.plan('yolo11n.yaml', method='lora', freeze=5)}\n")
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy(notebook, folder / notebook.name)
 

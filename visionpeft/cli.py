@@ -136,8 +136,9 @@ def train(
     json_
         Print the run as JSON, and nothing else.
     """
-    own = ("options", "config", "quiet", "json_")
-    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in own}
+    given = {k: v for k, v in locals().items() if v is not None and v is not False}
+    for own in ("options", "config", "quiet", "json_"):
+        given.pop(own, None)
     said = _config(config) if config else {}
     try:
         run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
