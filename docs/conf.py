@@ -29,13 +29,14 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cyclopts.
 html_theme = "furo"  # brings its own style and asks for no font or script from elsewhere
 html_title = f"visionpeft {release}"
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their results; the test suite runs them
 
 smartquotes = False  # --option keeps its two dashes
+highlight_language = "text"  # of blocks that name none: commands and their output
 
 default_role = "py:obj"  # `train` in a docstring is a link where there is such an object, else code
 autodoc_typehints = "none"  # signatures without types: the arguments' descriptions say what they take
