@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 FINE = 2  # canvas pixels along each pixel of the picture: what smooths every edge
 _SUB = 4  # bits of a canvas pixel that OpenCV draws with
 _SEEN = 0.3  # an object of which less than this is seen goes without a label
-_LEAST = 4.0  # and one whose visible part is thinner than this many pixels
+_LEAST = 5.0  # and one whose visible part is thinner than this many pixels
 
 Colour = Sequence[float]
 Floats = NDArray[np.floating[Any]]
@@ -109,6 +109,11 @@ class Canvas:
         self._drafts: list[_Draft] = []
         self._draft: _Draft | None = None
 
+    @property
+    def owner(self) -> int:
+        """The id of the thing being drawn, 0 for none."""
+        return self._draft.id if self._draft else 0
+
     @contextmanager
     def thing(self, name: str, angle: float = 0.0, points: ArrayLike = ()) -> Iterator[None]:
         """What is drawn inside belongs to one thing, which looks along `angle` and has `points` (K, 2)."""
@@ -126,53 +131,55 @@ class Canvas:
 
     def polygon(self, points: ArrayLike, colour: Colour) -> None:
         """Fill a polygon, (N, 2)."""
-        fixed = self._claim(np.asarray(points, float))
-        cv2.fillPoly(self.pixels, [fixed], _rgb(colour), shift=_SUB)
-        cv2.fillPoly(self.ids, [fixed], float(self._draft.id if self._draft else 0), shift=_SUB)
+        fixed = [self._claim(np.asarray(points, float))]
+        cv2.fillPoly(self.pixels, fixed, _rgb(colour), shift=_SUB)
+        cv2.fillPoly(self.ids, fixed, float(self.owner), shift=_SUB)
 
     def line(self, points: ArrayLike, colour: Colour, width: float = 1.0) -> None:
         """Draw a line through (N, 2) points, never thinner than a fine pixel."""
         thick = max(1, round(width * FINE))
-        fixed = self._claim(np.asarray(points, float), thick)
-        cv2.polylines(self.pixels, [fixed], False, _rgb(colour), thick, shift=_SUB)
-        cv2.polylines(self.ids, [fixed], False, float(self._draft.id if self._draft else 0), thick, shift=_SUB)
+        fixed = [self._claim(np.asarray(points, float), thick)]
+        cv2.polylines(self.pixels, fixed, False, _rgb(colour), thick, shift=_SUB)
+        cv2.polylines(self.ids, fixed, False, float(self.owner), thick, shift=_SUB)
 
     def shade(self, points: ArrayLike, factor: Colour | float, soft: float = 0.0) -> None:
         """Multiply what is there by `factor` inside a polygon: a shadow below 1, a light above; nothing changes hands."""
-        pad = int(3 * soft * FINE) + 2
-        fixed = _fixed(np.asarray(points, float))
-        low = np.clip(fixed.min(0) // 2**_SUB - pad, 0, len(self.ids))
-        high = np.clip(fixed.max(0) // 2**_SUB + pad, 0, len(self.ids))
-        if (high <= low).any():
+        window, mask = self._inside(points, int(3 * soft * FINE) + 2)
+        if not mask.size:
             return
-        part = self.pixels[low[1] : high[1], low[0] : high[0]]
-        mask = np.zeros(part.shape[:2], np.uint8)
-        cv2.fillPoly(mask, [fixed - low.astype(np.int32) * 2**_SUB], 255, shift=_SUB)
         if soft:
             mask = cv2.GaussianBlur(mask, (0, 0), soft * FINE)
         weight = 1 + (np.asarray(factor, np.float32) - 1) * (mask.astype(np.float32) / 255)[..., None]
-        part[:] = np.minimum(part * weight, 255)
+        self.pixels[window] = np.minimum(self.pixels[window] * weight, 255)
 
-    def paint(self, texture: NDArray[np.floating[Any]], mask: NDArray[np.bool_] | None = None) -> None:
-        """Lay a picture (any size, float RGB) over all, or only where the fine `mask` holds: background."""
+    def sheet(self, points: ArrayLike, colour: Colour, texture: NDArray[np.float32]) -> None:
+        """Fill a polygon of the background with `colour` times the fine `texture`."""
+        window, mask = self._inside(points)
+        if mask.size:
+            ground = np.minimum(texture[window][..., None] * np.asarray(colour, np.float32), 255)
+            np.copyto(self.pixels[window], ground.astype(np.uint8), where=mask[..., None] > 0)
+
+    def paint(self, picture: NDArray[np.floating[Any]]) -> None:
+        """Lay a picture (any size, float RGB) over all."""
         side = len(self.ids)
-        fine = cv2.resize(np.clip(texture, 0, 255).astype(np.uint8), (side, side), interpolation=cv2.INTER_LINEAR)
-        if mask is None:
-            self.pixels[:] = fine
-        else:
-            np.copyto(self.pixels, fine, where=mask[..., None])
-
-    def inside(self, points: ArrayLike) -> NDArray[np.bool_]:
-        """Return the fine mask of a polygon."""
-        mask = np.zeros(self.ids.shape, np.uint8)
-        cv2.fillPoly(mask, [_fixed(np.asarray(points, float))], 1, shift=_SUB)
-        return mask.astype(bool)
+        fine = np.clip(picture, 0, 255).astype(np.uint8)
+        self.pixels[:] = cv2.resize(fine, (side, side), interpolation=cv2.INTER_LINEAR)
 
     def scene(self) -> Scene:
         """Return the picture, and every thing of which enough is seen."""
         image = cv2.resize(self.pixels, (self.size, self.size), interpolation=cv2.INTER_AREA)
         things = [thing for draft in self._drafts if (thing := _finish(draft, self.ids))]
         return Scene(image, self.ids, tuple(things))
+
+    def _inside(self, points: ArrayLike, pad: int = 2) -> tuple[tuple[slice, slice], NDArray[np.uint8]]:
+        """Return the window of fine pixels around a polygon, and in it 255 where the polygon is."""
+        fixed = _fixed(np.asarray(points, float))
+        low = np.clip((fixed.min(0) >> _SUB) - pad, 0, len(self.ids))
+        high = np.clip((fixed.max(0) >> _SUB) + pad, 0, len(self.ids))
+        mask = np.zeros(np.maximum(high - low, 0)[::-1], np.uint8)
+        if mask.size:
+            cv2.fillPoly(mask, [fixed - (low << _SUB).astype(np.int32)], 255, shift=_SUB)
+        return (slice(low[1], high[1]), slice(low[0], high[0])), mask
 
     def _claim(self, points: Floats, width: float = 0.0) -> NDArray[np.int32]:
         if self._draft:
@@ -184,7 +191,7 @@ class Canvas:
 
 def _fixed(points: Floats) -> NDArray[np.int32]:
     """OpenCV counts from the centre of the first pixel, in fractions of a pixel."""
-    return np.round((np.clip(points, -1e4, 1e4) * FINE - 0.5) * 2**_SUB).astype(np.int32)
+    return np.rint((np.minimum(np.maximum(points, -1e4), 1e4) * FINE - 0.5) * 2**_SUB).astype(np.int32)
 
 
 def _rgb(colour: Colour) -> tuple[float, ...]:
@@ -249,7 +256,9 @@ def blend(amount: NDArray[np.floating[Any]], first: Colour, second: Colour) -> N
 
 def near(rng: np.random.Generator, colour: Colour, spread: float = 12.0) -> tuple[float, ...]:
     """Return a colour close to another, somewhat lighter or darker, and slightly of another hue."""
-    return tuple(float(np.clip(c, 0, 255)) for c in np.asarray(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3))
+    return tuple(
+        float(np.clip(c, 0, 255)) for c in np.asarray(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3)
+    )
 
 
 def rectangle(length: float, width: float, x: float = 0.0, y: float = 0.0) -> Floats:

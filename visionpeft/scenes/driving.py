@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,15 @@ _CARS = {
     ),
     "hatch": (
         (4.0, 1.75, 1.48),
-        [(0, 0.14, 1), (0, 0.48, 0.96), (0.22, 0.6, 0.94), (0.4, 0.97, 0.72), (0.82, 1, 0.72), (0.98, 0.64, 0.94), (1, 0.16, 1)],
+        [
+            (0, 0.14, 1),
+            (0, 0.48, 0.96),
+            (0.22, 0.6, 0.94),
+            (0.4, 0.97, 0.72),
+            (0.82, 1, 0.72),
+            (0.98, 0.64, 0.94),
+            (1, 0.16, 1),
+        ],
     ),
     "suv": (
         (4.6, 1.88, 1.72),
@@ -39,7 +48,15 @@ _CARS = {
     ),
     "van": (
         (5.1, 1.95, 2.05),
-        [(0, 0.12, 1), (0, 0.42, 0.97), (0.1, 0.52, 0.96), (0.24, 0.97, 0.84), (0.97, 1, 0.86), (1, 0.55, 0.97), (1, 0.14, 1)],
+        [
+            (0, 0.12, 1),
+            (0, 0.42, 0.97),
+            (0.1, 0.52, 0.96),
+            (0.24, 0.97, 0.84),
+            (0.97, 1, 0.86),
+            (1, 0.55, 0.97),
+            (1, 0.14, 1),
+        ],
     ),
 }
 
@@ -59,11 +76,11 @@ class _View:
     def __call__(self, points: ArrayLike) -> Floats:
         """(N, 3) in space -> (N, 2) in the picture."""
         x, y, z = np.asarray(points, float).T
-        z = np.maximum(z, 0.6)
-        u = self.focal * (x + self.bend * z**2) / z + self.middle
-        v = self.horizon + self.focal * (self.height - y) / z
-        c, s, centre = np.cos(self.roll), np.sin(self.roll), self.size / 2
-        return np.stack([c * (u - centre) - s * (v - centre), s * (u - centre) + c * (v - centre)], 1) + centre
+        z, centre = np.maximum(z, 0.6), self.size / 2
+        u = self.focal * (x + self.bend * z * z) / z + self.middle - centre
+        v = self.focal * (self.height - y) / z + self.horizon - centre
+        c, s = math.cos(self.roll), math.sin(self.roll)
+        return np.array([c * u - s * v + centre, s * u + c * v + centre]).T
 
     def eye(self, z: float) -> Floats:
         """Where the camera seems to be from a thing at z: a bend moves it aside."""
@@ -115,7 +132,7 @@ class Painter:
         self.sight = rng.uniform(*{"clear": (200, 500), "rain": (70, 160), "fog": (22, 60)}[weather])
         self.edge = self.path = 0.0  # where the road ends, and how wide the pavement is
         self.paved = rng.random() < 0.6
-        self.glows: list[tuple[float, float, float, Colour]] = []
+        self.glows: list[tuple[float, float, float, Colour, int]] = []
         self.items: list[tuple[float, Callable[[], None]]] = []
 
     def pick(self, colours: Sequence[tuple[int, int, int]], spread: float = 8.0) -> Floats:
@@ -136,9 +153,13 @@ class Painter:
         """Fill a strip of the ground along the road."""
         z = np.geomspace(z0, z1, 24) if z1 / z0 > 3 else np.array([z0, z1])
         edges = [np.stack([np.full(len(z), x), 0 * z, z], 1) for x in (left, right)]
-        self.canvas.polygon(self.view(np.concatenate([edges[0], edges[1][::-1]])), self.tone(colour, (z0 * min(z1, 60)) ** 0.5))
+        self.canvas.polygon(
+            self.view(np.concatenate([edges[0], edges[1][::-1]])), self.tone(colour, (z0 * min(z1, 60)) ** 0.5)
+        )
 
-    def upright(self, x: float, z: float, points: ArrayLike, colour: ArrayLike, shine: float = 0.0, lift: float = 0.0) -> None:
+    def upright(
+        self, x: float, z: float, points: ArrayLike, colour: ArrayLike, shine: float = 0.0, lift: float = 0.0
+    ) -> None:
         """Fill a flat shape that faces the camera: (N, 2), metres to the right of and above (x, lift, z)."""
         flat = np.asarray(points, float)
         self.face(np.stack([flat[:, 0] + x, flat[:, 1] + lift, np.full(len(flat), z)], 1), colour, shine)
@@ -147,7 +168,8 @@ class Painter:
         """Note a lamp at (x, y, z), whose halo is added when all is drawn, unless something hides it by then."""
         u, v = self.view([point])[0]
         if 0 <= u < self.size and 0 <= v < self.size:
-            self.glows.append((u, v, self.view.focal * radius / float(np.asarray(point)[2]), colour))
+            radius *= self.view.focal / float(np.asarray(point)[2])
+            self.glows.append((u, v, float(np.clip(radius, 0.6, self.size / 40)), colour, self.canvas.owner))
 
     # ------------------------------------------------------------------------------------------------------------ vehicles
     def solid(
@@ -206,7 +228,9 @@ class Painter:
         t = np.linspace(0, 2 * np.pi, 14, endpoint=False)
         for a in spots:
             for r, colour in ((radius, (26, 26, 28)), (radius * 0.55, (120, 122, 126))):
-                self.face(pose(np.stack([a + r * np.cos(t), radius + r * np.sin(t), np.full(14, wide / 2 + 0.02)], 1)), colour)
+                self.face(
+                    pose(np.stack([a + r * np.cos(t), radius + r * np.sin(t), np.full(14, wide / 2 + 0.02)], 1)), colour
+                )
 
     def under(self, pose: _Pose, size: Sequence[float]) -> None:
         """The shadow on the ground."""
@@ -406,12 +430,14 @@ class Painter:
             (a, b), (c, d) = ends
             self.face([(a, 0, b), (c, 0, d), (c, high, d), (a, high, b)], wall * tint)
             across, rows = max(1, int(length / 3)), int(high / 3)
-            for i, floor in np.ndindex(across, rows):
-                lit = self.dark and rng.random() < 0.35
-                one, two, y = (i + 0.25) * length / across, (i + 0.75) * length / across, floor * 3 + 1.0
-                corners = [(x + dx * q, h, start + dz * q) for q, h in ((one, y), (two, y), (two, y + 1.4), (one, y + 1.4))]
-                glass = (236, 204, 130) if lit else np.array([86, 98, 112]) * (tint + 0.1) * rng.uniform(0.8, 1.1)
-                self.face(corners, glass, 0.8 * lit)
+            i, floor = np.divmod(np.arange(across * rows), max(rows, 1))
+            q = (i[:, None] + (0.25, 0.75, 0.75, 0.25)) * length / across
+            y = floor[:, None] * 3 + np.array([1.0, 1.0, 2.4, 2.4])
+            panes = self.view(np.stack([x + dx * q, y, start + dz * q], -1).reshape(-1, 3)).reshape(-1, 4, 2)
+            lit = rng.random(len(panes)) < 0.35 * self.dark
+            for pane, warm, bright in zip(panes, lit, rng.uniform(0.8, 1.1, len(panes)), strict=True):
+                glass = (236, 204, 130) if warm else np.array([86, 98, 112]) * (tint + 0.1) * bright
+                self.canvas.polygon(pane, self.tone(glass, start + dz * length / 2, 0.8 * warm))
 
     # ------------------------------------------------------------------------------------------------------------ the whole
     def backdrop(self) -> None:
@@ -431,7 +457,7 @@ class Painter:
             picture += (np.array([250, 248, 246] if self.light == "day" else [240, 170, 140]) - picture) * clouds
         earth = [(104, 118, 68), (130, 126, 84), (120, 112, 96), (144, 132, 108), (88, 104, 66)]
         depth = self.view.depth()
-        land = blend(noise(rng, size, 12, 4, 0.4), self.pick(earth), self.pick(earth)) * self.ambient
+        land = blend(noise(rng, size, 24, 4, 2.5), self.pick(earth), self.pick(earth)) * self.ambient
         land += (self.mist - land) * (1 - np.exp(-depth / self.sight))[..., None]
         picture[depth < 1e4] = land[depth < 1e4]
         self.canvas.paint(picture)
@@ -454,8 +480,9 @@ class Painter:
             if self.paved:
                 self.strip(side * edge, side * (edge + 0.2), (176, 174, 168))
         self.strip(-edge, edge, asphalt)
-        worn = cv2.resize(noise(rng, self.size, 26, 3, 0.5), self.canvas.ids.shape, interpolation=cv2.INTER_LINEAR)
-        self.canvas.pixels[:] = np.minimum(self.canvas.pixels * (0.9 + 0.2 * worn)[..., None], 255)
+        worn = np.where(self.view.depth() < 200, 0.92 + 0.16 * noise(rng, self.size, 36, 3, 3), 1).astype(np.float32)
+        worn = cv2.resize(worn, self.canvas.ids.shape, interpolation=cv2.INTER_LINEAR)
+        self.canvas.pixels[:] = cv2.multiply(self.canvas.pixels, cv2.merge([worn] * 3), dtype=cv2.CV_8U)
         for lane in range(lanes + 1):
             x = -edge + lane * wide
             if lane in (0, lanes):
@@ -541,8 +568,9 @@ class Painter:
             cone = np.exp(-np.maximum(depth - 6, 0) / 16) * np.clip(1.2 - off * 1.1, 0, 1) * (depth < 1e3)
             picture = picture * (1 + 1.6 * cv2.GaussianBlur(cone, (0, 0), size / 60)[..., None])
         halo = np.zeros((size, size, 3), np.float32)
-        for u, v, radius, colour in self.glows:
-            radius = float(np.clip(radius, 0.6, size / 40))
+        for u, v, radius, colour, owner in self.glows:
+            if owner and self.canvas.ids[int(v * FINE), int(u * FINE)] != owner:
+                continue
             spot = int(u * 16), int(v * 16)
             cv2.circle(halo, spot, int(radius * 16), tuple(map(float, colour)), -1, cv2.LINE_8, 4)
             if self.weather == "rain":  # a wet road mirrors what shines

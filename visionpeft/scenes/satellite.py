@@ -12,6 +12,7 @@ from .draw import FINE, Canvas, Colour, Floats, Frame, Scene, blend, develop, el
 
 NAMES = ("plane", "ship", "vehicle", "tank", "court")
 POINTS = ("nose", "left tip", "right tip", "tail")  # of a plane
+FLIPPED = (0, 2, 1, 3)  # which of them is which in a mirror
 
 _GRASS = [(96, 112, 62), (120, 122, 76), (84, 98, 60), (140, 130, 92), (110, 118, 84)]
 _SOIL = [(150, 128, 98), (168, 148, 118), (130, 112, 86), (176, 160, 132)]
@@ -36,6 +37,8 @@ class Painter:
         self.dark = rng.uniform(0.4, 0.65)
         self.frame = Frame(size * rng.uniform(0.4, 0.6), size * rng.uniform(0.4, 0.6), rng.uniform(0, 2 * np.pi), self.unit)
         self.reach = size / self.unit  # in the frame's units: further than any corner
+        side = len(self.canvas.ids)
+        self.grain = cv2.resize(0.88 + 0.2 * noise(rng, size, 24, 4), (side, side), interpolation=cv2.INTER_LINEAR)
 
     def pick(self, colours: list[tuple[int, int, int]], spread: float = 8.0) -> Colour:
         return near(self.rng, colours[self.rng.integers(len(colours))], spread)
@@ -46,10 +49,9 @@ class Painter:
         texture = blend(noise(self.rng, self.size, cells, 5), first, second)
         self.canvas.paint(texture * (1 - contrast / 2 + contrast * noise(self.rng, self.size, 60, 3))[..., None])
 
-    def sheet(self, points: Floats, colour: Colour, roughness: float = 0.16, cells: float = 30) -> None:
-        """A polygon in the picture with some texture of its own."""
-        texture = blend(noise(self.rng, self.size, cells, 3), np.asarray(colour) * (1 - roughness), np.asarray(colour))
-        self.canvas.paint(texture, self.canvas.inside(points))
+    def sheet(self, points: Floats, colour: Colour) -> None:
+        """A polygon of the ground in the picture."""
+        self.canvas.sheet(points, colour, self.grain)
 
     def fall(self, points: Floats, height: float) -> None:
         """The shadow of a flat thing whose edge is `points`, at a height in the frame's units."""
@@ -107,7 +109,9 @@ class Painter:
         if not self.free(at, 0.3):
             return
         rng, draw = self.rng, self.canvas.polygon
-        kind = rng.choice(["cargo", "tanker", "boat", "yacht"]) if at.scale > 34 * self.unit else rng.choice(["boat", "yacht"])
+        kind = (
+            rng.choice(["cargo", "tanker", "boat", "yacht"]) if at.scale > 34 * self.unit else rng.choice(["boat", "yacht"])
+        )
         half = {"cargo": 0.085, "tanker": 0.09, "boat": 0.16, "yacht": 0.14}[kind] * rng.uniform(0.9, 1.15)
         bow = rng.uniform(0.2, 0.34)
         stern = rng.uniform(0.6, 1.0) * half
@@ -115,7 +119,12 @@ class Painter:
         hull = np.array(hull + [(x, -y) for x, y in hull[:0:-1]])
         if wake:
             for side in (-1, 1):
-                trail = [(0.35, side * half), (-2.2, side * half * 4.5), (-2.4, side * half * 3.2), (-0.5, side * half * 0.5)]
+                trail = [
+                    (0.35, side * half),
+                    (-2.2, side * half * 4.5),
+                    (-2.4, side * half * 3.2),
+                    (-0.5, side * half * 0.5),
+                ]
                 self.canvas.shade(at(trail), 1.32, 0.7)
             self.canvas.shade(at([(-0.45, -half), (-2.6, -half * 1.2), (-2.6, half * 1.2), (-0.45, half)]), 1.7, 1.0)
         self.canvas.shade(at(hull) + self.sun * 0.05 * at.scale, self.dark)
@@ -192,7 +201,10 @@ class Painter:
                 for i in range(12):
                     a, b = 2 * np.pi * i / 12, 2 * np.pi * (i + 1) / 12
                     bright = 0.96 + 0.1 * np.cos((a + b) / 2 - light)
-                    draw(at([(0, 0), (0.45 * np.cos(a), 0.45 * np.sin(a)), (0.45 * np.cos(b), 0.45 * np.sin(b))]), paint * bright)
+                    draw(
+                        at([(0, 0), (0.45 * np.cos(a), 0.45 * np.sin(a)), (0.45 * np.cos(b), 0.45 * np.sin(b))]),
+                        paint * bright,
+                    )
                 draw(at(ellipse(0.1, 0.1, count=10)), paint * 0.7)
             draw(at(rectangle(0.05, 0.14, 0.48)), paint * 0.55)
 
@@ -323,7 +335,7 @@ def _airport(p: Painter) -> None:
     p.canvas.line(f([(-far, taxi), (far, taxi)]), (206, 170, 60), 0.6)
     near_edge, deep = taxi + rng.uniform(12, 22), rng.uniform(90, 150)
     apron = p.pick(_PAVED)
-    p.sheet(f(rectangle(2 * far, deep, 0, near_edge + deep / 2)), apron, 0.1)
+    p.sheet(f(rectangle(2 * far, deep, 0, near_edge + deep / 2)), apron)
     for x in np.arange(-far, far, 22):
         p.canvas.line(f([(x, near_edge), (x, near_edge + deep)]), np.asarray(apron) * 0.9, 0.5)
     for y in np.arange(near_edge, near_edge + deep, 22):
@@ -374,7 +386,7 @@ def _harbour(p: Painter) -> None:
             p.sheet(f(edge), colour)
         p.trees(120)
         return
-    p.sheet(f(rectangle(2 * far, 2 * far, 0, shore + far)), p.pick(_PAVED), 0.2)
+    p.sheet(f(rectangle(2 * far, 2 * far, 0, shore + far)), p.pick(_PAVED))
     draw(f(rectangle(2 * far, 3, 0, shore)), near(rng, (190, 186, 176)))
     marina = rng.random() < 0.5
     gap = rng.uniform(60, 80) if marina else rng.uniform(95, 130)
@@ -394,7 +406,11 @@ def _harbour(p: Painter) -> None:
             elif rng.random() < 0.7:
                 size = rng.uniform(60, 100)
                 turn = np.pi / 2 * rng.choice([-1, 1]) + rng.normal(0, 0.02)
-                p.ship(f.at(x + side * (width / 2 + size * 0.1 + 2), shore - length * rng.uniform(0.4, 0.7), turn, p.unit * size))
+                p.ship(
+                    f.at(
+                        x + side * (width / 2 + size * 0.1 + 2), shore - length * rng.uniform(0.4, 0.7), turn, p.unit * size
+                    )
+                )
     for x in np.arange(-far, far, 46):  # the yard behind: stacks of containers, sheds, lorries
         y = shore + 34
         if rng.random() < 0.45:
@@ -421,7 +437,9 @@ def _industry(p: Painter) -> None:
             at = f.at(j * pitch, i * pitch)
             if kind == "tanks":
                 draw(at(rectangle(pitch - 12, pitch - 14)), p.pick(_SOIL))
-                p.canvas.line(at([*rectangle(pitch - 12, pitch - 14), rectangle(pitch - 12, pitch - 14)[0]]), (176, 170, 158), 1)
+                p.canvas.line(
+                    at([*rectangle(pitch - 12, pitch - 14), rectangle(pitch - 12, pitch - 14)[0]]), (176, 170, 158), 1
+                )
                 if rng.random() < 0.62:
                     p.tank(at.at(*rng.normal(0, 2, 2), rng.uniform(0, 6.3), p.unit * rng.uniform(26, pitch - 20)))
                 elif rng.random() < 0.7:
@@ -430,7 +448,9 @@ def _industry(p: Painter) -> None:
                         if rng.random() < 0.85:
                             p.tank(at.at(x, y, rng.uniform(0, 6.3), p.unit * small))
                 for y in (-3, 0, 3):
-                    p.canvas.line(at([(-pitch / 2, pitch / 2 - 9 + y / 2), (pitch / 2, pitch / 2 - 9 + y / 2)]), (196, 192, 184), 0.6)
+                    p.canvas.line(
+                        at([(-pitch / 2, pitch / 2 - 9 + y / 2), (pitch / 2, pitch / 2 - 9 + y / 2)]), (196, 192, 184), 0.6
+                    )
             elif kind == "halls":
                 p.hall(at, pitch * rng.uniform(0.6, 0.82), pitch * rng.uniform(0.5, 0.7), 9)
             else:
@@ -458,7 +478,9 @@ def _housing(p: Painter) -> None:
             if abs(x - cross) < 34:
                 continue
             for side in (-1, 1):
-                at = f.at(x + rng.normal(0, 2), i * block + side * block * 0.2, rng.normal(0, 0.04) + rng.choice([0, np.pi / 2]))
+                at = f.at(
+                    x + rng.normal(0, 2), i * block + side * block * 0.2, rng.normal(0, 0.04) + rng.choice([0, np.pi / 2])
+                )
                 if rng.random() < 0.07:
                     p.court(f.at(x, i * block + side * block * 0.2, 0, p.unit * 36))
                     continue
@@ -482,7 +504,7 @@ def _parking(p: Painter) -> None:
     bay, deep = 8.2, 17.0
     y = -0.55 * far
     while y < 0.55 * far:
-        kind = rng.choice(["cars", "cars", "cars", "hall", "courts"])
+        kind = rng.choice(["cars", "hall", "courts"], p=[0.5, 0.28, 0.22])
         if kind == "hall":
             width = rng.uniform(60, 90)
             for x in np.arange(-0.6 * far, 0.6 * far, 150):
@@ -495,7 +517,7 @@ def _parking(p: Painter) -> None:
                     p.court(f.at(x, y + 23, np.pi / 2, p.unit * rng.uniform(36, 42)))
             y += 54
         else:
-            full = rng.uniform(0.25, 0.8)
+            full = rng.uniform(0.05, 0.55)
             for x in np.arange(-0.65 * far, 0.65 * far, bay):
                 for side, turn in ((0, -np.pi / 2), (1, np.pi / 2)):
                     middle = y + deep * (side + 0.5)
@@ -520,7 +542,7 @@ def _fields(p: Painter) -> None:
         while x < far:
             wide = rng.uniform(70, 200)
             colour = np.asarray(p.pick([*_GRASS, *_SOIL, (170, 156, 92), (92, 124, 58), (188, 170, 110)]))
-            p.sheet(f(rectangle(wide - 3, deep - 3, x + wide / 2, y + deep / 2)), colour, 0.12)
+            p.sheet(f(rectangle(wide - 3, deep - 3, x + wide / 2, y + deep / 2)), colour)
             if rng.random() < 0.75:
                 for row in np.arange(3, deep - 3, rng.uniform(3.5, 8)):
                     p.canvas.line(f([(x + 3, y + row), (x + wide - 4, y + row)]), colour * rng.uniform(0.86, 0.94), 0.6)
@@ -557,8 +579,8 @@ _LAYOUTS: dict[str, tuple[Callable[[Painter], None], float]] = {  # and how ofte
     "harbour": (_harbour, 0.27),
     "industry": (_industry, 0.17),
     "residential": (_housing, 0.1),
-    "parking": (_parking, 0.1),
-    "farmland": (_fields, 0.06),
+    "parking": (_parking, 0.08),
+    "farmland": (_fields, 0.08),
     "forest": (_forest, 0.0),
 }
 KINDS = tuple(name for name in _LAYOUTS if name != "parking")  # as classes of whole pictures
