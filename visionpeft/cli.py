@@ -13,6 +13,7 @@ import yaml
 from cyclopts import App, CycloptsError, Parameter
 
 from . import __version__, api, tables
+from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
@@ -25,6 +26,7 @@ app = App(
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
 )
+app.command(data_app)
 _TEXT = (
     "model",
     "data",

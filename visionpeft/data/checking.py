@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
 from .layout import TASKS, Layout, class_of, is_image, label_of, read_layout
 from .pictures import Picture, copies, look_all
-from .report import Finding, Report, Split
+from .report import Finding, Report, Split, Tally
 from .rows import Fault, Row, guess_task, known_task, lengths, make_row, read_lines, sticks_out
 from .sheet import Tile, draw_sheet, pick
 
 _TINY = 8  # pixels: the stride of the finest map that YOLO's heads look at
-_EXAMPLES = 3
 KINDS = {  # kind: (is a problem, title, advice)
     "unreadable": (True, "image that cannot be used", "It is left out of training; replace or remove it."),
     "malformed": (True, "row that is not understood", "Ultralytics leaves out the whole image."),
@@ -44,27 +43,6 @@ KINDS = {  # kind: (is a problem, title, advice)
 }
 
 
-class Notes:
-    """Findings while they are collected: per kind, a count and the first few."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._examples: defaultdict[str, list[str]] = defaultdict(list)
-
-    def add(self, kind: str, example: str) -> None:
-        self._counts[kind] += 1
-        if len(self._examples[kind]) < _EXAMPLES:
-            self._examples[kind].append(example)
-
-    def findings(self) -> tuple[Finding, ...]:
-        """Return them in the order of `KINDS`: problems first."""
-        return tuple(
-            Finding(kind, title, problem, self._counts[kind], advice, tuple(self._examples[kind]))
-            for kind, (problem, title, advice) in KINDS.items()
-            if self._counts[kind]
-        )
-
-
 def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet: str | Path | None = None) -> Report:
     """Check a data set for what spoils training or measuring.
 
@@ -86,7 +64,7 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     layout = read_layout(path)
     known_task(task, ("classify",) if layout.classify else TASKS[:-1])
     pictures = look_all(f for images in layout.splits.values() for f in images)
-    notes = Notes()
+    notes = Tally()
     for file, picture in pictures.items():
         if picture.fault:
             notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
@@ -101,7 +79,12 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     _compare_classes(layout.names, splits, notes)
     _compare_pictures(layout, pictures, notes)
     drawn = str(draw_sheet(sheet, pick(tiles), layout.names)) if sheet else None
-    return Report(layout.source, task, layout.names, splits, notes.findings(), imgsz, _TINY, drawn)
+    findings = tuple(
+        Finding(kind, title, problem, notes.counts[kind], advice, tuple(notes.examples[kind]))
+        for kind, (problem, title, advice) in KINDS.items()  # problems first
+        if notes.counts[kind]
+    )
+    return Report(layout.source, task, layout.names, splits, findings, imgsz, _TINY, drawn)
 
 
 Tiles = dict[str, list[Tile]]
@@ -119,7 +102,7 @@ def _count_folders(layout: Layout, pictures: Mapping[Path, Picture]) -> tuple[di
 
 
 def _count_rows(
-    layout: Layout, pictures: Mapping[Path, Picture], task: str | None, imgsz: int, notes: Notes
+    layout: Layout, pictures: Mapping[Path, Picture], task: str | None, imgsz: int, notes: Tally
 ) -> tuple[dict[str, Split], str, Tiles]:
     files = {f: label_of(f) for f in pictures}
     read = {label: read_lines(label) for label in files.values() if label.is_file()}
@@ -173,10 +156,12 @@ def _split(
     sides = []
     for file, rows in labelled.items():
         size = pictures[file].size
-        for row in rows or () if size else ():
+        if size is None:
+            continue
+        for row in rows or ():
             classes[layout.names[row.cls]] += 1
-            (width, height), scale = row.side, imgsz / max(size)
-            sides.append(math.sqrt(width * size[0] * height * size[1]) * scale)
+            width, height = row.side
+            sides.append(math.sqrt(width * size[0] * height * size[1]) * imgsz / max(size))
     return Split(
         images=len(labelled),
         objects=len(sides),
@@ -195,21 +180,21 @@ def _sizes(pictures: Mapping[Path, Picture], files: Mapping[Path, object] | list
     return (sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else ()
 
 
-def _orphans(layout: Layout, notes: Notes) -> None:
+def _orphans(layout: Layout, notes: Tally) -> None:
     """Find label files that no image belongs to: also none that another split, or none, would use."""
     folders: dict[Path, Path] = {}
     for images in layout.splits.values():
         folders.update((label_of(f).parent, f.parent) for f in images)
-    for labels, images in sorted(folders.items()):
-        if not labels.is_dir() or not images.is_dir():
+    for labels, folder in sorted(folders.items()):
+        if labels == folder or not labels.is_dir() or not folder.is_dir():
             continue
-        stems = {f.stem for f in images.iterdir() if is_image(f)}
+        stems = {f.stem for f in folder.iterdir() if is_image(f)}
         for file in sorted(labels.glob("*.txt")):
-            if file.stem not in stems and file.name != "classes.txt" and labels != images:  # labelImg writes classes.txt
+            if file.stem not in stems and file.name != "classes.txt":  # which labelImg writes
                 notes.add("orphan", layout.short(file))
 
 
-def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], notes: Notes) -> None:
+def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], notes: Tally) -> None:
     train = splits.get("train", Split())
     for name in names.values():
         for part, split in splits.items():
@@ -219,7 +204,7 @@ def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], note
                 notes.add("no train", f"{name}: {split.classes[name]} in {part}")
 
 
-def _compare_pictures(layout: Layout, pictures: Mapping[Path, Picture], notes: Notes) -> None:
+def _compare_pictures(layout: Layout, pictures: Mapping[Path, Picture], notes: Tally) -> None:
     files = [(f, i) for i, images in enumerate(layout.splits.values()) for f in images]
     seen = [pictures[f] for f, _ in files]
     within, across = copies(seen, [i for _, i in files])

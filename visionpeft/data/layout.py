@@ -13,7 +13,7 @@ import yaml
 from ..errors import DataError, nearest
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
-FORMATS = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
+SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
 
@@ -58,7 +58,9 @@ def read_layout(source: str | Path) -> Layout:
         chosen = next((f for f in yamls if f.stem == "data"), yamls[0] if len(yamls) == 1 else None)
         return _read_yaml(chosen, str(source)) if chosen else _read_folders(path, str(source))
     if path.suffix not in (".yaml", ".yml"):
-        raise DataError(f"{source} is neither a data YAML nor a folder of images; give a .yaml, or a folder with train/CLASS")
+        raise DataError(
+            f"{source} is neither a data YAML nor a folder; give a .yaml, or a folder with train/CLASS and val/CLASS"
+        )
     return _read_yaml(path if path.is_file() else _shipped(path), str(source))
 
 
@@ -70,7 +72,7 @@ def label_of(image: Path) -> Path:
 
 def is_image(file: Path) -> bool:
     """Return whether Ultralytics would read a file of this name."""
-    return file.suffix[1:].lower() in FORMATS and not file.name.startswith(".")
+    return file.suffix[1:].lower() in SUFFIXES and not file.name.startswith(".")
 
 
 def _shipped(path: Path) -> Path:
@@ -87,11 +89,8 @@ def _shipped(path: Path) -> Path:
 
 
 def _read_yaml(path: Path, source: str) -> Layout:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (yaml.YAMLError, OSError) as error:
-        raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or not {"train", "val"} & set(values):
+    values = _load(path)
+    if not {"train", "val"} & set(values):
         raise DataError(f"{path} is no data YAML; it must hold train, val and names (Ultralytics' format)")
     root = _root(path, values)
     splits = {}
@@ -99,6 +98,23 @@ def _read_yaml(path: Path, source: str) -> Layout:
         if place := next((values[k] for k in keys if values.get(k)), None):
             splits[part] = _images(root, place if isinstance(place, list) else [place], part, source)
     return Layout(source, root, _names(values, path), splits, _kpt_shape(values, path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except (yaml.YAMLError, OSError) as error:
+        raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
+    return values if isinstance(values, dict) else {}
+
+
+def read_names(path: Path) -> dict[int, str]:
+    """Return the classes that a data YAML names, by index.
+
+    Raises:
+        DataError: It is missing, or names none.
+    """
+    return _names(_load(path), path)
 
 
 def _root(path: Path, values: dict[str, Any]) -> Path:

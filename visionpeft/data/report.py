@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .. import tables
 
-_WIDTH, _CLASSES = 80, 25
+_WIDTH, _CLASSES, _EXAMPLES = 80, 25, 3
+
+
+class Tally:
+    """What was found, counted by kind, with the first few examples of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: defaultdict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, example: str = "", count: int = 1) -> None:
+        """Count one more of a kind. Names of files that are no UTF-8 are made printable."""
+        self.counts[kind] += count
+        if example and len(self.examples[kind]) < _EXAMPLES:
+            self.examples[kind].append(example.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclass(frozen=True)
@@ -112,12 +126,12 @@ class Report:
             rows = [(n, f"{s.images:,}", *_sizes(s)) for n, s in self.splits.items()]
             return tables.text("", ("split", "images", "smallest", "median", "largest"), rows, _WIDTH, range(1, 5))
         names = ("split", "images", "objects", "empty", "no labels", "image sizes", "object", f"<{self.tiny}px")
-        rows = [
+        counts = [
             (n, f"{s.images:,}", f"{s.objects:,}", s.background, s.unlabelled, _range(s), _side(s), f"{s.tiny:.0%}")
             for n, s in self.splits.items()
         ]
         return (
-            tables.text("", names, rows, _WIDTH, (1, 2, 3, 4, 6, 7))
+            tables.text("", names, counts, _WIDTH, (1, 2, 3, 4, 6, 7))
             + f"\nobject: median of sqrt(width x height) at imgsz={self.imgsz}; <{self.tiny}px: share that is smaller"
         )
 
@@ -138,11 +152,14 @@ _SECTIONS = (("problems", True), ("notes", False))
 def _listed(title: str, findings: Sequence[Finding]) -> str:
     lines = [f"{title}:"] if findings else []
     for f in findings:
-        lines.append(f"  {f.count:,} x {f.title}. {f.advice}")
-        lines += [f"      {e}" for e in f.examples]
-        if f.examples and f.count > len(f.examples):
-            lines.append(f"      ... and {f.count - len(f.examples):,} more")
+        lines += listed(f"{f.title}. {f.advice}", f.count, f.examples)
     return "\n".join(lines)
+
+
+def listed(what: str, count: int, examples: Sequence[str]) -> list[str]:
+    """Return lines that say how often something is there, and where first."""
+    lines = [f"  {count:,} x {what}", *(f"      {e}" for e in examples)]
+    return lines + [f"      ... and {count - len(examples):,} more"] * bool(examples and count > len(examples))
 
 
 def _sizes(split: Split) -> tuple[str, ...]:

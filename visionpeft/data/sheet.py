@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from .rows import Row
 
 _COLUMNS, _ROWS, _TILE, _CAPTION, _LINE = 4, 4, 360, 18, 20
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -39,9 +40,10 @@ def pick(tiles: Mapping[str, Sequence[Tile]]) -> list[Tile]:
     chosen: list[Tile] = []
     for part in shown:
         pool = list(tiles[part])
-        random.Random(0).shuffle(pool)
+        random.Random(part).shuffle(pool)  # where train is val, they show different images
         counts = Counter(c for tile in pool for c in tile.classes)
-        missing, mine = set(counts), []
+        missing = set(counts)
+        mine: list[Tile] = []
         room = _COLUMNS * _ROWS // len(shown)
         for cls in sorted(counts, key=lambda c: counts[c]):
             if cls in missing and len(mine) < room:
@@ -87,7 +89,7 @@ def draw_sheet(path: str | Path, tiles: Sequence[Tile], names: Mapping[int, str]
     return files.replace(path, lambda temporary: sheet.save(temporary, form))
 
 
-def _legend(classes: Sequence[int], names: Mapping[int, str], font: ImageFont.ImageFont) -> list[list[tuple[int, int]]]:
+def _legend(classes: Sequence[int], names: Mapping[int, str], font: Font) -> list[list[tuple[int, int]]]:
     """Return lines of (class, width)."""
     lines: list[list[tuple[int, int]]] = [[]]
     for cls in classes:
@@ -98,7 +100,7 @@ def _legend(classes: Sequence[int], names: Mapping[int, str], font: ImageFont.Im
     return lines
 
 
-def _draw(tile: Tile, names: Mapping[int, str], font: ImageFont.ImageFont) -> Image.Image:
+def _draw(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
     """Return an image of a tile's size with its objects."""
     with Image.open(tile.file) as opened:
         opened.draft("RGB", (_TILE, _TILE))
@@ -136,7 +138,7 @@ def _tag(
     y: float,
     text: str,
     colour: tuple[int, int, int],
-    font: ImageFont.ImageFont,
+    font: Font,
     size: tuple[int, int],
 ) -> None:
     """Write a name on its colour, above a point and inside the image."""
