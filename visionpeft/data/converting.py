@@ -365,11 +365,13 @@ def _mirror(keypoint: str) -> str:
 
 
 def _refuse_taken(out: Path, root: Path, exist_ok: bool) -> None:
-    if out.resolve() == root.resolve() or root.resolve().is_relative_to(out.resolve()):
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; give a folder that is not there yet")
+    if root.resolve().is_relative_to(out.resolve()):
         raise ConfigError(f"out={out} holds the source {root}; give another folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or not any(out.iterdir()):
         return
-    ours = out.is_dir() and (out / "data.yaml").is_file() and (out / "data.yaml").read_bytes().startswith(_MARK.encode())
+    ours = (out / "data.yaml").is_file() and (out / "data.yaml").read_bytes().startswith(_MARK.encode())
     if not ours:
         raise ConfigError(f"out={out} is there already, and no conversion made it; give another folder")
     if not exist_ok:

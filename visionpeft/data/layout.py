@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import DataError, nearest
+from ..errors import DataError
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
@@ -81,10 +82,9 @@ def _shipped(path: Path) -> Path:
 
     shipped = {f.name: f for f in (ROOT / "cfg" / "datasets").glob("*.yaml")}
     if path.name != str(path) or path.name not in shipped:
-        raise DataError(
-            f"there is no {path}; give a data YAML (Ultralytics' format), or a folder with train/CLASS and val/CLASS"
-            f".{nearest(str(path), shipped)}"
-        )
+        close = difflib.get_close_matches(path.name, shipped, n=1)
+        hint = f" Did you mean '{close[0]}', which Ultralytics ships?" if close else ""
+        raise DataError(f"there is no {path}; give a data YAML, or a folder with train/CLASS and val/CLASS.{hint}")
     return shipped[path.name]
 
 

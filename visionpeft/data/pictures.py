@@ -99,8 +99,9 @@ def copies(pictures: Sequence[Picture], groups: Sequence[int]) -> tuple[dict[int
     flat = flat.reshape(len(flat), -1)
     flat -= flat.mean(1, keepdims=True)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    for start in range(0, len(index), 1024):
-        rows = slice(start, start + 1024)
+    step = max(1, 20_000_000 // len(index))  # rows at once: each takes some numbers per image
+    for start in range(0, len(index), step):
+        rows = slice(start, start + step)
         distance = (_BITS - signs[rows] @ signs.T) / 2  # bits that differ
         own = group[rows, None] == group[None]
         earlier = np.arange(len(index))[None] < np.arange(len(index))[rows, None]

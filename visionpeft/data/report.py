@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -158,7 +159,8 @@ def _listed(title: str, findings: Sequence[Finding]) -> str:
 
 def listed(what: str, count: int, examples: Sequence[str]) -> list[str]:
     """Return lines that say how often something is there, and where first."""
-    lines = [f"  {count:,} x {what}", *(f"      {e}" for e in examples)]
+    lines = textwrap.wrap(f"{count:,} x {what}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    lines += [f"      {e}" for e in examples]
     return lines + [f"      ... and {count - len(examples):,} more"] * bool(examples and count > len(examples))
 
 

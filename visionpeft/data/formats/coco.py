@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -170,7 +171,10 @@ def _outlines(segmentation: Any, image: str, left: Tally) -> tuple[np.ndarray, .
         return tuple(np.array(p, float).reshape(-1, 2) for p in segmentation if len(p) >= 6)
     height, width = segmentation["size"]
     coded = rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
-    borders, levels = cv2.findContours(rle.decode(coded), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools 2.0.11 under NumPy 2
+        mask = rle.decode(coded)
+    borders, levels = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     outer = [b for b, level in zip(borders, levels[0] if borders else (), strict=True) if level[3] < 0]
     if len(outer) < len(borders):
         left.add("hole in a mask that was filled, as YOLO's polygons have none", image, len(borders) - len(outer))
