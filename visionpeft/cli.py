@@ -14,6 +14,7 @@ import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from . import __version__, api, tables
+from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
@@ -34,6 +35,7 @@ _ON, _WHAT, _HOW, _RUN = (  # groups of train's options
     Parameter(group=Group(name, sort_key=i))
     for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))
 )
+app.command(data_app)
 _TEXT = (
     "model",
     "data",
