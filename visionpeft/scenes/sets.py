@@ -1,0 +1,234 @@
+"""Data sets of generated scenes in Ultralytics' formats, drawn on first use and kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import yaml
+
+from ..errors import ConfigError, nearest
+from ..files import writable
+from . import driving, satellite
+from .draw import Floats, Scene, Thing
+
+WEIGHTS = Path(__file__).with_name("driving.pt")  # made by benchmarks/embedded.py
+PREFIX = "scenes/"
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """What a name under "scenes/" stands for.
+
+    Attributes:
+        task: Ultralytics' name of it.
+        names: Classes; other things are not labelled.
+        draw: Draws a scene from random numbers, and a size in pixels.
+        kinds: The pictures' own classes, for classification; `draw` takes one as `kind`.
+        train: Pictures to train on (of each kind).
+        val: Pictures to measure on (of each kind).
+        size: Pixels along each side.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    draw: Callable[..., Scene]
+    kinds: tuple[str, ...] = ()
+    train: int = 160
+    val: int = 64
+    size: int = 320
+
+
+SETS = {
+    "satellite": SceneSet("detect", satellite.NAMES, satellite.scene),
+    "satellite-seg": SceneSet("segment", satellite.NAMES, satellite.scene),
+    "satellite-obb": SceneSet("obb", satellite.NAMES, satellite.scene),
+    "satellite-pose": SceneSet("pose", ("plane",), partial(satellite.scene, kind="airport")),
+    "satellite-cls": SceneSet("classify", (), satellite.scene, satellite.KINDS, train=40, val=16, size=128),
+    "driving": SceneSet("detect", driving.NAMES, driving.scene),
+    "driving-seg": SceneSet("segment", driving.NAMES, driving.scene),
+    "night": SceneSet("detect", driving.NAMES, partial(driving.scene, night=True)),
+}
+
+
+def find(source: str | Path) -> str:
+    """Return the path that a name under "scenes/" stands for, and anything else as it is.
+
+    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for; "scenes/driving.pt" is
+    the packaged detector. A file or folder of that name in the working directory goes before.
+
+    Raises:
+        ConfigError: There is no such name, or no place to draw at.
+    """
+    name = Path(source).as_posix()
+    if not name.startswith(PREFIX) or Path(source).exists():
+        return str(source)
+    name = name.removeprefix(PREFIX)
+    if name == WEIGHTS.name:
+        return str(WEIGHTS)
+    _check(name)
+    folder = cache() / f"{name}-{_version()}"
+    if not folder.is_dir():
+        print(f"drawing {PREFIX}{name} into {folder}", file=sys.stderr)
+        write(name, folder)
+    return str(_entry(name, folder))
+
+
+def write(
+    name: str, root: str | Path, *, train: int | None = None, val: int | None = None, size: int | None = None, seed: int = 0
+) -> Path:
+    """Draw a set into a new folder, which is there when it is complete and not before.
+
+    Args:
+        name: One of `SETS`.
+        root: The folder.
+        train: Pictures to train on; for classification of each kind.
+        val: Pictures to measure on; for classification of each kind.
+        size: Pixels along each side.
+        seed: The same one draws the same pictures.
+
+    Returns:
+        The data YAML; for classification the folder.
+
+    Raises:
+        ConfigError: The name is not known, a number is not usable, or the folder exists or cannot be written.
+    """
+    made, root = SETS[_check(name)], Path(root)
+    counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
+    side = made.size if size is None else size
+    if min(counts.values()) < 1 or not 32 <= side <= 4096:
+        raise ConfigError(
+            f"train={counts['train']}, val={counts['val']}, size={side}: at least 1, 1 and 32 (to 4096) are needed"
+        )
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConfigError(f"{root} exists; give a new folder to draw {PREFIX}{name} into")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=writable(root.resolve().parent)))
+    try:
+        _fill(made, temporary, counts, side, seed)
+        temporary.chmod(0o755)
+        try:
+            os.replace(temporary, root)
+        except OSError:
+            if not _entry(name, root).exists():
+                raise
+            # another process has drawn the same meanwhile
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _entry(name, root)
+
+
+def cache() -> Path:
+    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder, or the temporary one where that is read-only.
+
+    Raises:
+        ConfigError: $VISIONPEFT_CACHE is set, and cannot be written.
+    """
+    if chosen := os.environ.get("VISIONPEFT_CACHE"):
+        try:
+            return writable(chosen)
+        except ConfigError as error:
+            raise ConfigError(
+                f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder that can be written"
+            ) from error
+    user = str(os.getuid()) if hasattr(os, "getuid") else ""  # the temporary folder may be everybody's
+    for folder in (_home() / "visionpeft", Path(tempfile.gettempdir()) / f"visionpeft{user}"):
+        try:
+            return writable(folder)
+        except ConfigError:
+            continue
+    raise ConfigError("no folder to draw scenes into can be written; set VISIONPEFT_CACHE to one")
+
+
+def _home() -> Path:
+    """The platform's folder for what can be made again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _check(name: str) -> str:
+    if name not in SETS:
+        known = [PREFIX + n for n in (*SETS, WEIGHTS.name)]
+        raise ConfigError(f"'{PREFIX}{name}' is not known; there is {', '.join(known)}.{nearest(PREFIX + name, known)}")
+    return name
+
+
+def _version() -> str:
+    """What of this room decides how the sets look."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def _entry(name: str, root: Path) -> Path:
+    return root if SETS[name].kinds else root / "data.yaml"
+
+
+# --------------------------------------------------------------------------------------------------------------- on disk
+def _fill(made: SceneSet, root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+    for number, (part, count) in enumerate(counts.items()):
+        for k, kind in enumerate(made.kinds):
+            folder = root / part / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                scene = made.draw(np.random.default_rng([seed, number, k, i]), size, kind=kind)
+                _save(scene, folder / f"{i:04d}.jpg")
+        if made.kinds:
+            continue
+        for folder in (root / "images" / part, root / "labels" / part):
+            folder.mkdir(parents=True)
+        for i in range(count):
+            scene = made.draw(np.random.default_rng([seed, number, i]), size)
+            _save(scene, root / "images" / part / f"{i:04d}.jpg")
+            rows = [f"{made.names.index(t.name)} {_row(t, made.task, size)}\n" for t in scene.things if t.name in made.names]
+            (root / "labels" / part / f"{i:04d}.txt").write_text("".join(rows))
+    if not made.kinds:
+        facts: dict[str, Any] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(made.names))}
+        if made.task == "pose":
+            facts |= {"kpt_shape": [len(satellite.POINTS), 3], "flip_idx": list(satellite.FLIPPED)}
+            facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(made.names))}}
+        (root / "data.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
+
+
+def _save(scene: Scene, path: Path) -> None:
+    """JPEG, not through OpenCV's own files, which know no paths beyond ASCII on Windows."""
+    good, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+    if not good:
+        raise OSError(f"{path} could not be encoded")
+    path.write_bytes(data.tobytes())
+
+
+def _row(thing: Thing, task: str, size: int) -> str:
+    """A label without its class, in fractions of the picture."""
+    if task == "segment":
+        return _numbers(_simple(thing.outline) / size)
+    if task == "obb":  # Ultralytics refuses corners outside the picture
+        return _numbers(thing.corners / size)
+    x0, y0, x1, y1 = thing.box
+    box = _numbers(np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]) / size)
+    if task != "pose":
+        return box
+    return " ".join([box, *(f"{_numbers(np.array([x, y]) / size)} {int(seen)}" for x, y, seen in thing.points)])
+
+
+def _simple(outline: Floats) -> Floats:
+    """The same outline to a third of a pixel with fewer points."""
+    short = cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True)[:, 0]
+    return short if len(short) > 2 else outline
+
+
+def _numbers(values: Floats | Sequence[float]) -> str:
+    return " ".join(f"{v:.5f}" for v in np.clip(np.ravel(values), 0, 1))
