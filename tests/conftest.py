@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,19 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import guess_model_task, yaml_model_load
+
+from visionpeft.families.yolo_tasks import TASKS, build
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-def yolo(name: str) -> DetectionModel:
-    model = DetectionModel(f"{name}.yaml", nc=80, verbose=False)
-    model.names = {i: f"class {i}" for i in range(80)}
-    return model
+def yolo(name: str, classes: int = 80) -> nn.Module:
+    design = yaml_model_load(f"{name}.yaml")
+    names = {i: f"class {i}" for i in range(classes)}
+    return build(TASKS[guess_model_task(design)], design, names, 3)
 
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
@@ -37,6 +39,11 @@ NETS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "yolo11n": ("yolo", lambda: yolo("yolo11n")),
     "yolov8n": ("yolo", lambda: yolo("yolov8n")),
     "yolo26n": ("yolo", lambda: yolo("yolo26n")),
+    **{
+        f"yolo{version}n-{task}": ("yolo", partial(yolo, f"yolo{version}n-{task}"))
+        for task in ("seg", "pose", "obb", "cls")
+        for version in ("v8", "11", "26")
+    },
     "resnet18": ("timm", lambda: timm.create_model("resnet18", num_classes=5)),
     "vit_tiny": ("timm", lambda: timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=3)),
     "swin": ("timm", lambda: timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **SWIN)),
@@ -89,7 +96,8 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_boxes(tmp_path_factory.mktemp("boxes"))
 
 
-def make_boxes(root: Path) -> Path:
+def make_boxes(root: Path, task: str = "detect") -> Path:
+    """Write such a set with the labels of a task (keypoints: two corners); returns its YAML."""
     random = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 4)):
         for folder in ("images", "labels"):
@@ -99,12 +107,34 @@ def make_boxes(root: Path) -> Path:
             for kind in (0, 1):
                 x, y, side = *random.integers(0, 40, 2), random.integers(12, 24)
                 image[y : y + side, x : x + side, kind] = 250
-                rows.append(f"{kind} {(x + side / 2) / 64:.4f} {(y + side / 2) / 64:.4f} {side / 64:.4f} {side / 64:.4f}")
+                rows.append(f"{kind} {_label(task, x / 64, y / 64, (x + side) / 64, (y + side) / 64)}")
             Image.fromarray(image).save(root / "images" / part / f"{i}.png")
             (root / "labels" / part / f"{i}.txt").write_text("\n".join(rows) + "\n")
     yaml = root / "data.yaml"
-    yaml.write_text("train: images/train\nval: images/val\nnames: {0: red, 1: green}\n")
+    points = "kpt_shape: [2, 3]\nflip_idx: [0, 1]\n" if task == "pose" else ""
+    yaml.write_text(f"train: images/train\nval: images/val\nnames: {{0: red, 1: green}}\n{points}")
     return yaml
+
+
+def _label(task: str, left: float, top: float, right: float, bottom: float) -> str:
+    box = ((left + right) / 2, (top + bottom) / 2, right - left, bottom - top)
+    corners = (left, top, right, top, right, bottom, left, bottom)
+    points = (left, top, 2, right, bottom, 2)
+    numbers = {"detect": box, "segment": corners, "obb": corners, "pose": (*box, *points)}[task]
+    return " ".join(f"{n:.4f}" for n in numbers)
+
+
+def make_squares(root: Path, train: int = 8, val: int = 3, size: int = 32) -> Path:
+    """Write squares of two colours as a classification set; returns its folder."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for channel, name in ((2, "blue"), (0, "red")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 60, (size, size, 3), dtype=np.uint8)
+                pixels[4:-4, 4:-4, channel] = 250
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import make_squares
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import group_parameters
@@ -52,22 +53,9 @@ NETS: dict[str, tuple[dict, str, int, int, int, int]] = {  # arguments, stage 1,
 }
 
 
-def make_images(root: Path, train: int = 8, val: int = 3, size: int = 32) -> Path:
-    """Write squares of two colours; returns the folder."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val)):
-        for channel, name in ((2, "blue"), (0, "red")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 60, (size, size, 3), dtype=np.uint8)
-                pixels[4:-4, 4:-4, channel] = 250
-                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_images(tmp_path_factory.mktemp("squares"))
+    return make_squares(tmp_path_factory.mktemp("squares"))
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +243,7 @@ def test_patience_ends_a_run(squares: Path, base, tmp_path: Path) -> None:
 
 def test_a_last_batch_of_one_image(base, tmp_path: Path) -> None:
     """BatchNorm cannot train on one value for each channel, which is what test_resnet ends in at 32 pixels."""
-    data = make_images(tmp_path / "data", train=4)
+    data = make_squares(tmp_path / "data", train=4)
     Image.new("RGB", (32, 32), "red").save(data / "train" / "red" / "one_more.png")
     arguments = {**SMALL, "epochs": 1, "batch": 4}
     run = visionpeft.train(data, **base("test_resnet"), method="full", project=tmp_path, **arguments)
@@ -384,7 +372,7 @@ def test_classes_of_a_merged_file_keep_their_rows(lora: visionpeft.Run) -> None:
 
 
 def test_other_data_must_have_known_classes(lora: visionpeft.Run, squares: Path, tmp_path: Path) -> None:
-    data = make_images(tmp_path / "data")
+    data = make_squares(tmp_path / "data")
     for part in ("train", "val"):
         (data / part / "red").rename(data / part / "green")
     with pytest.raises(DataError, match="has the class 'green', which this model does not know"):
@@ -475,13 +463,13 @@ def spoil(pattern: str, content: bytes = b"no image") -> Callable[[Path], None]:
         (remove("val/red", "val/blue"), "has no images .its class folders hold none"),
         (remove("train/red"), "train/red holds no images"),
         (lambda root: (root / "val" / "red").rename(root / "val" / "green"), "has red in train, but not in val"),
-        (lambda root: make_images(root / "val" / "third"), "has third in val, but not in train"),
+        (lambda root: make_squares(root / "val" / "third"), "has third in val, but not in train"),
         (spoil("val/*/*.png"), "none of the 6 images in .*val can be read"),
         (spoil("**/*.png"), "can be read"),
     ],
 )
 def test_folders_that_cannot_be_used(change: Callable, sentence: str, tmp_path: Path) -> None:
-    change(make_images(tmp_path / "data"))
+    change(make_squares(tmp_path / "data"))
     with pytest.raises(DataError, match=sentence):
         Timm().read_data(str(tmp_path / "data"))
 
@@ -492,7 +480,7 @@ def test_a_source_that_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_one_class_only(tmp_path: Path) -> None:
-    data = make_images(tmp_path / "data")
+    data = make_squares(tmp_path / "data")
     for part in ("train", "val"):
         remove(f"{part}/red")(data)
         (data / part / "red").rmdir()
@@ -501,7 +489,7 @@ def test_one_class_only(tmp_path: Path) -> None:
 
 
 def test_unreadable_images_are_left_out_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = make_images(tmp_path / "data")
+    data = make_squares(tmp_path / "data")
     whole = Timm().read_data(str(data))
     photo = data / "train" / "red" / "cut.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(photo)
@@ -515,7 +503,7 @@ def test_unreadable_images_are_left_out_with_one_warning(tmp_path: Path, caplog:
 
 
 def test_fingerprint_sees_names_and_sizes(tmp_path: Path) -> None:
-    data = make_images(tmp_path / "data")
+    data = make_squares(tmp_path / "data")
     seen = {Timm().read_data(str(data)).fingerprint}
     (data / "val").rename(data / "valid")
     seen.add(Timm().read_data(str(data)).fingerprint)

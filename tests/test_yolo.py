@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import REAL
 from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
+from ultralytics.utils import dist
 
 import visionpeft
 from visionpeft import delta as deltas
 from visionpeft import twins
+from visionpeft.attach import is_added
 from visionpeft.errors import Interrupted, ModelError, TrainingError
 from visionpeft.families.yolo import Tuned
 from visionpeft.methods.lora import LoraConfig
@@ -90,6 +93,52 @@ def test_resumed_equals_uninterrupted(
     assert deltas.read(whole.delta).header["checksum"] and whole.after == rest.after
     a, b = (deltas.read(r.delta).tensors for r in (whole, rest))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+WORKER = """
+import sys
+sys.path[:0] = {path!r}
+import torch.distributed as dist
+from torch.nn import parallel
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.patches import torch_load
+
+plain = parallel.DistributedDataParallel
+parallel.DistributedDataParallel = lambda model, device_ids, **more: plain(model, **more)
+state = torch_load({state!r}, map_location="cpu")
+trainer = state["trainer"](cfg={{**DEFAULT_CFG_DICT, "save_dir": ""}}, overrides=state["args"])
+trainer._setup_ddp = lambda: dist.init_process_group("gloo")
+trainer.world_size = 2
+trainer.train()
+"""
+
+
+def test_two_processes(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """Ultralytics starts several processes for GPUs only. Here its own file for them is run by two on the CPU instead, so
+    all but the choice of device is as there: the plan travels, each process holds it, the first leaves the delta."""
+
+    def on_cpu(trainer: BaseTrainer) -> None:
+        script = Path(dist.generate_ddp_file(trainer))
+        script.write_text(WORKER.format(path=sys.path, state=str(script.with_suffix(".pt"))))
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+        try:
+            subprocess.run([sys.executable, "-m", *launch], check=True)
+        finally:
+            script.unlink(), script.with_suffix(".pt").unlink()
+
+    args = {**SMALL, "method": "lora+bitfit", "r": 2, "freeze": 2, "quiet": True}
+    one = visionpeft.train(boxes, model=checkpoint, project=tmp_path, **args)
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseTrainer, "train", on_cpu)
+        two = visionpeft.train(boxes, model=checkpoint, project=tmp_path, **args)
+        assert "Traceback" not in capfd.readouterr().err
+        with pytest.raises(TrainingError, match="no longer a number"):
+            visionpeft.train(boxes, model=checkpoint, project=tmp_path, **{**args, "box": 1e38})
+    a, b = (deltas.read(run.delta) for run in (one, two))
+    assert a.plan == b.plan and len(two.history) == 2
+    assert {k for k in a.tensors if is_added(k)} == {k for k in b.tensors if is_added(k)} != set()
+    assert not any(int(k.split(".")[1]) < 2 for k in b.tensors)
+    assert visionpeft.val(two.delta, boxes, device="cpu") == two.after
 
 
 def test_interrupted_before_the_first_epoch_ends(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files, pictures
+from . import checkpoint, files, pictures, scenes
 from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
@@ -36,7 +36,7 @@ _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's argum
 def train(
     data: str | Path | None = None,
     *,
-    model: str | Path = "yolo11n.pt",
+    model: str | Path | None = None,
     method: str | Method | None = None,
     freeze: Freeze = 0,
     bn: str | None = None,
@@ -63,8 +63,10 @@ def train(
     """Adapt a pretrained model to your images.
 
     Args:
-        data: What to train on: for YOLO a data YAML, for timm a folder with ``train/CLASS`` and ``val/CLASS``.
-        model: A YOLO checkpoint ("yolo11n.pt", a path), or "timm/NAME".
+        data: What to train on: for YOLO a data YAML, for classifiers a folder with ``train/CLASS`` and ``val/CLASS``, or a
+            set that visionpeft draws ("scenes/satellite", see ``visionpeft data``).
+        model: A YOLO checkpoint (a path, or "yolo11n.pt", the default), or "timm/NAME". With neither data nor model, the
+            small detector that ships with visionpeft is adapted to generated satellite scenes.
         method: A name (see `list_methods`), several joined by "+", or a configuration such as ``LoraConfig(r=16)``. By
             default `full` where `freeze` is given (layer freezing), else `lora`.
         freeze: Where nothing trains: the first N stages, a list of stage indices, or names.
@@ -104,10 +106,20 @@ def train(
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
         return _train(**saved, quiet=quiet)
-    if data is None:
-        raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (timm)")
+    if data is None and model is None:
+        given |= {k: v for k, v in scenes.EMBEDDED.items() if given[k] is None}
+    elif data is None:
+        raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (classifiers)")
+    elif model is None:
+        given["model"] = "yolo11n.pt"
     if name and not exist_ok and (Path(project) / name).exists():
         raise _taken(Path(project) / name)  # before anything is loaded; `_new_folder` makes sure of it
+    if data is None and not quiet:
+        print(
+            f"Neither data nor model was given: {given['model']}, a small detector of vehicles on the road that ships with "
+            f"visionpeft, is adapted to {given['data']}, pictures that it draws. Your own: visionpeft train --data "
+            "YOUR.yaml --model yolo11n.pt\n"
+        )
     return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
 
 
@@ -139,7 +151,7 @@ def _train(
         raise ConfigError(
             f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
         )
-    data = family.read_data(str(given["data"]), base)
+    data = family.read_data(scenes.find(given["data"]), base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
@@ -241,7 +253,7 @@ def _result(
 
 def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
     """Draw what the run did: some validation images before and after beside their labels, and the curves."""
-    title = f"{job.plan.method} on {'/'.join(Path(job.data.source).parts[-2:])}"
+    title = f"{job.plan.method} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
     score = family.score(job.base.task)
     shown = {"imgsz": use["imgsz"], "device": use["device"]}
     trained = family.open_merged(result) if isinstance(result, Path) else result
@@ -285,7 +297,7 @@ def plan(
     family = find_family(str(model))
     tuning, _ = _split_options(family, method, freeze, options)
     base = family.load(str(model), **(model_args or {}))
-    checked = family.read_data(str(data), base) if data else None
+    checked = family.read_data(scenes.find(data), base) if data else None
     names, outputs = (checked.names, checked.outputs) if checked else (base.names, {})
     fitted = family.fit(base, names, head or family.defaults_for(base)["head"], **outputs)
     return make_plan(tuning, family.anatomy(fitted, str(model)), freeze, bn)
@@ -379,7 +391,7 @@ def val(
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     adapted = _adapted(delta, model, model_args)
-    checked = adapted.family.read_data(str(data), adapted.base)
+    checked = adapted.family.read_data(scenes.find(data), adapted.base)
     batch = max(adapted.delta.header["train_args"]["batch"], 1)  # images are padded to the largest of their batch
     return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), "batch": batch, **options})
 
@@ -563,7 +575,7 @@ def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]
         "input": {**base.facts, "imgsz": arguments["imgsz"]},
         "train_args": plain,
         "seed": arguments["seed"],
-        "data": {"source": data.source, "sha256": data.fingerprint},
+        "data": {"source": arguments["data"], "sha256": data.fingerprint},
         "parent": None,
         "versions": _versions(),
     }

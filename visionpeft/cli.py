@@ -88,9 +88,10 @@ def train(
     Parameters
     ----------
     data
-        YOLO: a data YAML. timm: a folder with train/CLASS and val/CLASS.
+        A data YAML; for classifiers a folder with train/CLASS and val/CLASS; or scenes/satellite and the like.
     model
-        A YOLO checkpoint (yolo11n.pt, a path), or timm/NAME.
+        A YOLO checkpoint (a path, or yolo11n.pt, the default), or timm/NAME. With neither data nor model: a small detector
+        that ships with visionpeft, adapted to satellite scenes that it draws.
     method
         A name, or several joined by +; full where --freeze is given, else lora.
     freeze

@@ -46,7 +46,7 @@ def text(
         width: Columns; by default those of the terminal, from 40 to 120.
         right: Indices of the columns that are aligned to the right.
     """
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)
+    table = Table(box=box.SIMPLE, pad_edge=False)
     numbers = set(right)
     for i, name in enumerate(names):
         table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
@@ -54,6 +54,8 @@ def text(
         table.add_row(*map(str, row))
     width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
     console = Console(file=io.StringIO(), width=width, color_system=None)
+    if title:
+        console.print(title)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
 

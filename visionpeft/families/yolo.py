@@ -32,6 +32,7 @@ from ..errors import ConfigError, DataError, ModelError, nearest
 from ..pictures import Picture, guessed, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
+from ..scenes import find
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
 from .images import read_folders, read_image
@@ -109,7 +110,7 @@ class Yolo(Family):
         try:
             if pretrained:
                 # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
-                content, _ = torch_safe_load(source if source.endswith(".pt") else f"{source}.pt", safe_only=True)
+                content, _ = torch_safe_load(find(source if source.endswith(".pt") else f"{source}.pt"), safe_only=True)
                 model = content.get("ema") or content["model"]
                 model.args = content.get("train_args") or {}
             else:
@@ -306,7 +307,7 @@ def _overrides(job: Job) -> dict[str, Any]:
         **job.extra,
         "task": job.base.task,
         "mode": "train",
-        "model": job.base.source,
+        "model": find(job.base.source),
         "data": job.data.source,
         "epochs": job.epochs,
         "imgsz": job.imgsz,
