@@ -34,6 +34,7 @@ _ON, _WHAT, _HOW, _RUN = (  # groups of train's options
     Parameter(group=Group(name, sort_key=i))
     for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))
 )
+_OWN = ("options", "config", "quiet", "json_")  # arguments of the command line alone
 _TEXT = (
     "model",
     "data",
@@ -137,8 +138,7 @@ def train(
     json_
         Print the run as JSON, and nothing else.
     """
-    own = ("options", "config", "quiet", "json_")
-    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in own}
+    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in _OWN}
     run = api.train(**_values({**(_config(config) if config else {}), **given, **options}), quiet=quiet or json_)
     if json_:
         print(json.dumps(run.to_dict(), indent=2))
@@ -326,7 +326,9 @@ def families() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
-    logging.basicConfig(format="visionpeft: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
+    logging.getLogger("visionpeft").addHandler(handler)
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
 
