@@ -79,7 +79,8 @@ def convert(
     val
         Share of images for val, where the source has no val; by default 0.2. Chosen by a hash of the file name.
     names
-        Classes in the order wanted: car,bus,... or a data YAML. Others are left out.
+        Classes in the order wanted: car,bus,... or a data YAML, or a packaged one's name: dior, dota-v2, ai-tod, ...
+        Others are left out.
     without
         Classes to leave out: Misc,Tram,...
     difficult
