@@ -1,5 +1,6 @@
 """visionpeft: adapt a pretrained YOLO or timm model to your own images on the GPU you already have."""
 
+from . import data
 from .api import (
     Adapted,
     detach,
@@ -23,6 +24,7 @@ __all__ = [
     "Adapted",
     "Run",
     "VisionpeftError",
+    "data",
     "detach",
     "export",
     "inspect",

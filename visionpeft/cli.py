@@ -14,6 +14,7 @@ import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from . import __version__, api, tables
+from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
@@ -25,11 +26,13 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
+    group_commands=Group("Options", sort_key=9),
 )
 app.register_install_completion_command()
 _TRAIN, _USE, _CHECK, _KNOW = (
-    Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"))
+    Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"), 1)
 )
+app.command(data_app)
 _ON, _WHAT, _HOW, _RUN = (  # groups of train's options
     Parameter(group=Group(name, sort_key=i))
     for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))

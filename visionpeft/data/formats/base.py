@@ -1,0 +1,181 @@
+"""What a format's reader hands over: images with objects in pixels, and what it left out. Registers nothing."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from ...registry import Registry
+from ..layout import SPLITS, is_image
+from ..report import Tally
+
+FORMATS = Registry("visionpeft.data.formats", "format")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An annotated object, in pixels of the image as it was annotated.
+
+    Attributes:
+        name: Its class.
+        box: (left, top, right, bottom), or None.
+        outlines: Polygons, each (N, 2); the parts of one object. Four corners of an oriented box.
+        keypoints: (K, 3): x, y, visibility.
+    """
+
+    name: str
+    box: tuple[float, float, float, float] | None = None
+    outlines: tuple[np.ndarray, ...] = ()
+    keypoints: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image and its annotations.
+
+    Attributes:
+        file: The image.
+        name: Its name in the source, which may hold folders.
+        split: train, val or test, or "" where the source does not say.
+        size: Width and height that the source states, or None.
+        things: Returns its objects for a task; called once, when they are written.
+    """
+
+    file: Path
+    name: str
+    split: str
+    size: tuple[int, int] | None
+    things: Callable[[str], Iterable[Thing]]
+
+
+@dataclass
+class Source:
+    """A data set as it was read.
+
+    Attributes:
+        names: Classes in order.
+        tasks: The tasks its annotations can be written for, the likeliest first.
+        entries: Its images.
+        left: What was left out, and why.
+        keypoints: Names of the keypoints, of a pose set.
+    """
+
+    names: list[str]
+    tasks: tuple[str, ...]
+    entries: list[Entry]
+    left: Tally = field(default_factory=Tally)
+    keypoints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be read.
+
+    Attributes:
+        root: The file or folder given.
+        images: A folder to find images in, or None to look where the format keeps them.
+        annotations: A file or folder of annotations in it, where the format's usual place is not meant.
+        task: The task asked for, or None.
+        difficult: Whether objects that VOC and DOTA mark as difficult are kept.
+    """
+
+    root: Path
+    images: Path | None = None
+    annotations: Path | None = None
+    task: str | None = None
+    difficult: bool = False
+
+
+class Format(ABC):
+    """A format of annotations. Its module's docstring says where it is specified."""
+
+    name: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def fits(root: Path) -> bool:
+        """Return whether a file or folder looks like this format."""
+
+    @staticmethod
+    @abstractmethod
+    def read(request: Request) -> Source:
+        """Read it.
+
+        Raises:
+            DataError: It is not this format, or nothing in it can be used.
+        """
+
+
+def split_of(words: str) -> str:
+    """Return the split that a file's or folder's name says, or "": instances_train2017 is train, trainval is neither."""
+    found = re.findall(r"[a-z]+", words.lower())
+    return next((part for part, names in SPLITS.items() if any(n in found for n in names)), "")
+
+
+def plain(name: str) -> str:
+    """Return a class's name without case, spaces and marks: 'Expressway-toll-station' is 'expressway toll station'."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def always(things: list[Thing]) -> Callable[[str], list[Thing]]:
+    """Return `Entry.things` for objects that are the same for every task."""
+    return lambda task: things
+
+
+class Images:
+    """The image files below some folders, found by the name or the stem that annotations give them."""
+
+    def __init__(self, folders: Iterable[Path]):
+        self.folders = list(dict.fromkeys(f for f in folders if f.is_dir()))
+
+    def named(self, name: str) -> Path | None:
+        """Return the file of a name, which may hold folders; composed and decomposed accents are the same."""
+        for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
+            for i, folder in enumerate(self.folders):
+                if (folder / form).is_file():
+                    self.folders.insert(0, self.folders.pop(i))  # the next is likely to lie there too
+                    return folder / form
+        return None
+
+    def stemmed(self, stem: str, beside: str = "") -> Path | None:
+        """Return the file of a stem, one in a folder called `beside` before others."""
+        found = self._by_stem.get(stem, [])
+        return next((f for f in found if f.parent.name == beside), found[0] if found else None)
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[Path]]:
+        stems: dict[str, list[Path]] = {}
+        for file in dict.fromkeys(f for folder in self.folders for f in sorted(folder.rglob("*")) if is_image(f)):
+            stems.setdefault(file.stem, []).append(file)
+        return stems
+
+
+def image_folders(root: Path, start: Path) -> Iterator[Path]:
+    """Yield where images may lie that folder `start` annotates: there, and in images/, JPEGImages/, ... up to the root."""
+    yield start
+    for folder in (start, *start.parents):
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and re.match(r"(jpeg|png|tiff?)?(images?|img)", child.name.lower()):
+                yield child
+        if folder == root:
+            return
+
+
+def listed_splits(root: Path) -> dict[str, str]:
+    """Return the split of each stem that root/ImageSets lists; "" for those of trainval only."""
+    folders = [root / "ImageSets" / "Main", root / "ImageSets", root / "Main"]
+    splits: dict[str, str] = {}
+    for part in ("trainval", "train", "val", "test"):  # train and val say more than trainval
+        file = next((f / f"{part}.txt" for f in folders if (f / f"{part}.txt").is_file()), None)
+        if file:
+            stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.split()]
+            splits.update(dict.fromkeys(stems, part if part in SPLITS else ""))
+    return splits
