@@ -14,6 +14,7 @@ from .converting import convert as convert_data
 app = App(
     name="data",
     group=Group("Data", sort_key=0),
+    group_commands=Group("Commands"),
     help="Check a data set, convert one to Ultralytics' format, or draw one.",
     default_parameter=Parameter(negative=(), show_default=False),
     help_format="plaintext",
