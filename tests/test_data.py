@@ -20,6 +20,8 @@ from pycocotools import mask as rle
 
 from visionpeft import cli
 from visionpeft.data import Report, check, convert
+from visionpeft.data.converting import packaged
+from visionpeft.data.formats.base import FORMATS, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
 from visionpeft.data.pictures import copies, look
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
@@ -509,7 +511,7 @@ def test_images_are_linked_or_copied_and_keep_apart(tmp_path: Path) -> None:
     (root / "images" / "a").mkdir(parents=True)
     images = []
     for i, name in enumerate(("a/x.png", "x.png", "x.jpg", "a\\y.png", "../../in/images/z.png")):
-        picture(i).save((root / "images" / name.replace("\\", "/")))
+        picture(i).save(root / "images" / name.replace("\\", "/"))
         images.append({"id": i, "file_name": name})
     things = [{"id": i, "image_id": i, "category_id": 5, "bbox": [24, 16, 48, 32]} for i in range(5)]
     content = {"images": images, "annotations": things, "categories": [{"id": 5, "name": "é"}]}
@@ -583,7 +585,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "convert: captions": (lambda d: ["convert", _json(d, '{"images": [], "annotations": []}'), d / "out"], "'categories'"),
     "convert: images elsewhere": (lambda d: ["convert", _lost(d), d / "out"], "was found; give their folder with --images"),
     "convert: no images there": (lambda d: ["convert", _lost(d), d / "out", "--images", d / "no"], "images=.*is not there"),
-    "convert: nothing usable": (lambda d: ["convert", one_image(d, [{"bbox": [0, 0, 0, 0]}]), d / "out"], "no object that can"),
+    "convert: nothing usable": (lambda d: ["convert", one_image(d, [{"bbox": [0] * 4}]), d / "out"], "no object that can"),
     "convert: one image": (lambda d: ["convert", _single(d), d / "out"], "no usable image for"),
     "convert: task not held": (lambda d: ["convert", _good(d), d / "out", "--task", "pose"], "task=pose cannot be made"),
     "convert: bad val": (lambda d: ["convert", _good(d), d / "out", "--val", "20"], "val=20.0 is no share"),
@@ -598,9 +600,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "convert: no VOC": (lambda d: ["convert", d, d / "out", "--format", "voc"], "holds no XML files"),
     "convert: no KITTI": (lambda d: ["convert", d, d / "out", "--format", "kitti"], "holds no KITTI labels"),
     "convert: no DOTA": (lambda d: ["convert", d, d / "out", "--format", "dota"], "no usable DOTA labels"),
-    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "none of the 1 XML files.*not readable"),
+    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "of the 1 XML files.*not readable"),
     "convert: other XML": (lambda d: ["convert", _xml(d, "<kml/>"), d / "out"], "none of the 1 XML files.*not Pascal VOC"),
-    "convert: VOC size at odds": (lambda d: ["convert", _odd(d), d / "out"], "no object that can be used: 2 x image that is not of"),
+    "convert: VOC size at odds": (lambda d: ["convert", _odd(d), d / "out"], "2 x image that is not of the shape"),
 }  # fmt: skip
 
 
@@ -713,3 +715,56 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch, capsys) ->
 
 def test_rows_are_counted_by_length() -> None:
     assert lengths([{1: [0.0] * 5, 2: [0.0] * 9}, {1: [0.0] * 5}]) == {5: 2, 9: 1}
+
+
+# ------------------------------------------------------------------------------------------------------ packaged YAMLs
+README = (packaged()["dior"].parent / "README.md").read_text(encoding="utf-8")
+LISTED = [[c.strip() for c in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
+HEADER = ["set", "YAML", "task", "images", "classes", "licence", "size", "how to get and convert it"]
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_a_packaged_yaml_is_whole_and_listed(name: str) -> None:
+    content = yaml.safe_load(packaged()[name].read_text(encoding="utf-8"))
+    assert content["train"] == "images/train" and content["val"] == "images/val"
+    assert list(content["names"]) == list(range(len(content["names"])))
+    assert len({plain(n) for n in content["names"].values()}) == len(content["names"])
+    rows = [row for row in LISTED if f"`{name}.yaml`" in row[1]]
+    assert rows and all(row[5] for row in rows), "the README has it, with a licence"
+    assert all(str(len(content["names"])) in row[4] for row in rows)
+
+
+def test_the_readme_names_what_there_is() -> None:
+    from ultralytics.utils import ROOT
+
+    shipped = {f.name: f for f in (ROOT / "cfg" / "datasets").glob("*.yaml")}
+    rows = [row for row in LISTED if row != HEADER and set(row[0]) != {"-"}]
+    assert len(rows) > 20 and all(len(row) == len(HEADER) and all(row) for row in rows)
+    for row in rows:
+        for yaml_name in re.findall(r"`([\w.-]+\.yaml)`", row[1]):
+            if "Ultralytics" in row[1]:
+                assert yaml_name in shipped
+            else:
+                assert yaml_name.removesuffix(".yaml") in packaged() and yaml_name not in shipped
+    for row in rows:
+        for option, value in re.findall(r"--(format|names|without) ([\w-]+)", row[7]):
+            assert option != "format" or value in FORMATS
+            assert option != "names" or value in packaged()
+
+
+def test_the_order_of_dota_is_ultralytics_own() -> None:
+    from ultralytics.utils import ROOT
+
+    ours = yaml.safe_load(packaged()["dota-v2"].read_text())["names"]
+    for name, count in (("DOTAv1", 15), ("DOTAv1.5", 16)):
+        theirs = yaml.safe_load((ROOT / "cfg" / "datasets" / f"{name}.yaml").read_text())["names"]
+        assert theirs == {i: ours[i] for i in range(count)}
+
+
+def test_a_packaged_name_gives_the_order(tmp_path: Path) -> None:
+    for stem, name in (("a", "windmill"), ("b", "Expressway-toll-station"), ("c", "golffield")):
+        voc(tmp_path / "in", stem, thing(name, 24, 16, 72, 48))
+    made = convert(tmp_path / "in", tmp_path / "out", names="dior")
+    found = labels(tmp_path / "out/labels/train") | labels(tmp_path / "out/labels/val")
+    assert len(made.names) == 20 and not made.left
+    assert {stem: rows[0][0] for stem, rows in found.items()} == {"a": 19, "b": 8, "c": 9}

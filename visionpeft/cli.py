@@ -26,16 +26,18 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
+    group_commands=Group("Options", sort_key=9),
 )
 app.register_install_completion_command()
 _TRAIN, _USE, _CHECK, _KNOW = (
-    Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"))
+    Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"), 1)
 )
+app.command(data_app)
 _ON, _WHAT, _HOW, _RUN = (  # groups of train's options
     Parameter(group=Group(name, sort_key=i))
     for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))
 )
-app.command(data_app)
+_OWN = ("options", "config", "quiet", "json_")  # arguments of the command line alone
 _TEXT = (
     "model",
     "data",
@@ -139,9 +141,7 @@ def train(
     json_
         Print the run as JSON, and nothing else.
     """
-    given = {k: v for k, v in locals().items() if v is not None and v is not False}
-    for own in ("options", "config", "quiet", "json_"):
-        given.pop(own, None)
+    given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in _OWN}
     said = _config(config) if config else {}
     try:
         run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
@@ -335,7 +335,9 @@ def families() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
-    logging.basicConfig(format="visionpeft: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
+    logging.getLogger("visionpeft").addHandler(handler)
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
 

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 def plan_table(plan: Plan, width: int | None = None) -> str:
     """Return a plan as text: a line per stage, then the totals."""
-    names = ("stage", "kind", "parameters", "trained", "edits", "added", "statistics")
-    rows = [
+    names: tuple[str, ...] = ("stage", "kind", "parameters", "trained", "edits", "added", "statistics")
+    rows: list[tuple[str, ...]] = [
         (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
         for r in plan.rows
     ]
+    if (width := width or columns()) < 72:  # what a narrow terminal has no room for
+        names, rows = names[:2] + names[3::2], [r[:2] + r[3::2] for r in rows]
     settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))
     title = f"{plan.model}: {plan.method}" + (f" ({settings})" if settings else "")
     trained = plan.trained_body + plan.trained_head
@@ -31,7 +33,9 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         f"freeze={plan.freeze}, bn={plan.bn}: {trained:,} parameters train, {trained / plan.total:.2%} of {plan.total:,}",
         f"body {plan.trained_body:,} ({_share(plan.trained_body, plan.body)} of {plan.body:,}), head {plan.trained_head:,}",
     )
-    return "\n".join((text(title, names, rows, width=width, right=range(2, 6)), *lines))
+    return "\n".join(
+        (text(title, names, rows, width=width, right=_indices(names, "parameters", "trained", "edits", "added")), *lines)
+    )
 
 
 def text(
@@ -52,12 +56,16 @@ def text(
         table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    width = width or min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width or columns(), color_system=None, force_jupyter=False)
     if title:
         console.print(title)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
+
+
+def columns() -> int:
+    """Return how many columns text may take: the terminal's, from 40 to 120."""
+    return min(max(shutil.get_terminal_size((100, 24)).columns, 40), 120)
 
 
 def first_line(cls: type) -> str:
@@ -87,6 +95,10 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def _indices(names: Sequence[str], *wanted: str) -> list[int]:
+    return [i for i, name in enumerate(names) if name in wanted]
 
 
 def _count(n: int) -> str:

@@ -95,7 +95,8 @@ def _count_folders(layout: Layout, pictures: Mapping[Path, Picture]) -> tuple[di
     numbers = {name: i for i, name in layout.names.items()}
     for part, images in layout.splits.items():
         good = [f for f in images if not pictures[f].fault]
-        classes = Counter(class_of(layout.root, f) for f in good)
+        found = Counter(class_of(layout.root, f) for f in good)
+        classes = {name: found[name] for name in layout.names.values()}
         splits[part] = Split(len(images), len(good), sizes=_sizes(pictures, good), classes=classes)
         tiles[part] = [Tile(f, part, (), numbers[class_of(layout.root, f)]) for f in good]
     return splits, tiles
@@ -152,7 +153,7 @@ def _split(
     read: Mapping[Path, tuple],
     imgsz: int,
 ) -> Split:
-    classes: Counter[str] = Counter()
+    classes = dict.fromkeys(layout.names.values(), 0)
     sides = []
     for file, rows in labelled.items():
         size = pictures[file].size
@@ -195,7 +196,7 @@ def _orphans(layout: Layout, notes: Tally) -> None:
 
 
 def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], notes: Tally) -> None:
-    train = splits.get("train", Split())
+    train = splits.get("train", Split())  # without it there are no objects to compare with
     for name in names.values():
         for part, split in splits.items():
             if not split.classes[name] and split.objects:

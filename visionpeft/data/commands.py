@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, Group, Parameter
 
+from .. import scenes
 from .checking import check as check_data
 from .converting import convert as convert_data
 
 app = App(
     name="data",
-    help="Check a data set, or convert one to Ultralytics' format.",
+    group=Group("Data", sort_key=0),
+    group_commands=Group("Commands"),
+    help="Check a data set, convert one to Ultralytics' format, or draw one.",
     default_parameter=Parameter(negative=(), show_default=False),
     help_format="plaintext",
 )
@@ -79,7 +82,8 @@ def convert(
     val
         Share of images for val, where the source has no val; by default 0.2. Chosen by a hash of the file name.
     names
-        Classes in the order wanted: car,bus,... or a data YAML. Others are left out.
+        Classes in the order wanted: car,bus,... or a data YAML, or a packaged one's name: dior, dota-v2, ai-tod, ...
+        Others are left out.
     without
         Classes to leave out: Misc,Tram,...
     difficult
@@ -106,3 +110,33 @@ def convert(
         exist_ok=exist_ok,
     )
     print(json.dumps(made.to_dict(), indent=2) if json_ else made)
+
+
+@app.command
+def draw(
+    name: str,
+    out: str,
+    *,
+    train: int | None = None,
+    val: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw a set of generated scenes; prints what `train --data` takes.
+
+    Parameters
+    ----------
+    name
+        scenes/satellite, scenes/driving, scenes/night, with -seg, -obb, -pose or -cls: a wrong one lists those there are.
+    out
+        The folder to make.
+    train
+        Pictures to train on; for classification of each kind.
+    val
+        Pictures to measure on; for classification of each kind.
+    size
+        Pixels along each side.
+    seed
+        The same one draws the same pictures.
+    """
+    print(scenes.write(name.removeprefix("scenes/"), out, train=train, val=val, size=size, seed=seed))

@@ -95,7 +95,8 @@ def convert(
         task: detect, segment, pose or obb; by default what the annotations hold.
         val: Share of images that goes to val where the source has no val split. It is chosen by a hash of each image's
             name, so it is the same every time, and stays when images are added.
-        names: Classes in the order wanted, or a data YAML that names them; others are left out. By default the source's.
+        names: Classes in the order wanted, or a data YAML that names them, or the name of a packaged one (dior, ...).
+            Others are left out; case, spaces and marks do not count. By default the source's.
         without: Classes to leave out.
         difficult: Keep objects that VOC or DOTA marks as difficult.
         copy: Copy images; by default they are hard links, which take no space.
@@ -319,7 +320,9 @@ def _order(
 
 
 def _named(names: Sequence[str] | str | Path) -> list[str]:
-    """Return class names from a list, from text with commas, or from a data YAML."""
+    """Return class names from a list, from text with commas, from a data YAML, or from a packaged one by its name."""
+    if isinstance(names, str) and (own := packaged()).get(names):
+        names = own[names]
     if isinstance(names, str | Path) and Path(names).suffix in (".yaml", ".yml"):
         return list(read_names(Path(names)).values())
     words = names.split(",") if isinstance(names, str) else [str(n) for n in names] if not isinstance(names, Path) else []
@@ -327,6 +330,13 @@ def _named(names: Sequence[str] | str | Path) -> list[str]:
     if not kept:
         raise ConfigError(f"names={names} names no classes; give car,bus,..., or a data YAML")
     return kept
+
+
+def packaged() -> dict[str, Path]:
+    """Return the data YAMLs that come with visionpeft, by name."""
+    here = Path(__file__).parents[1] / "datasets"
+    folder = here if here.is_dir() else Path(__file__).parents[2] / "datasets"  # in a checkout
+    return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
 
 
 def _joined(outlines: list[np.ndarray]) -> np.ndarray:

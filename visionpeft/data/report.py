@@ -58,7 +58,7 @@ class Split:
         background: Images whose label file is empty.
         unlabelled: Images without a label file.
         sizes: Smallest, median and largest image, (width, height) by area.
-        classes: Objects per class.
+        classes: Objects per class; zero where there are none.
         side: Median of sqrt(width x height) of the objects, in pixels at `Report.imgsz`; None without boxes.
         tiny: Share of objects below `Report.tiny` pixels.
     """
@@ -68,7 +68,7 @@ class Split:
     background: int = 0
     unlabelled: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
-    classes: Counter[str] = field(default_factory=Counter)
+    classes: dict[str, int] = field(default_factory=dict)
     side: float | None = None
     tiny: float = 0.0
 
@@ -137,8 +137,7 @@ class Report:
         )
 
     def _classes(self) -> str:
-        total: Counter[str] = sum((s.classes for s in self.splits.values()), Counter())
-        order = sorted(self.names.values(), key=lambda n: -total[n])
+        order = sorted(self.names.values(), key=lambda n: -sum(s.classes[n] for s in self.splits.values()))
         rows = [(n, *(f"{s.classes[n]:,}" for s in self.splits.values())) for n in order[:_CLASSES]]
         if rest := order[_CLASSES:]:
             sums = (f"{sum(s.classes[n] for n in rest):,}" for s in self.splits.values())

@@ -1,1 +1,14 @@
-"""One file per family of models: how to load one, read its anatomy, train, check, use and export it."""
+"""The families of models, a file each; the registry finds them."""
+
+import sys
+from contextlib import redirect_stdout
+from logging import StreamHandler
+
+with redirect_stdout(
+    sys.stderr
+):  # where Ultralytics makes its settings at its first import, it says so; stdout is for results
+    from ultralytics.utils import LOGGER
+
+for handler in LOGGER.handlers:
+    if isinstance(handler, StreamHandler):
+        handler.setStream(sys.stdout)  # its own place

@@ -115,20 +115,21 @@ def task_of(model: nn.Module) -> Task | None:
 
 # ----------------------------------------------------------------------------------------------------------------- models
 def build(
-    task: Task, design: str | Mapping[str, Any], names: Mapping[int, str] | None, channels: int, **outputs: Any
+    task: Task, design: Mapping[str, Any], names: Mapping[int, str] | None, channels: int, **outputs: Any
 ) -> nn.Module:
     """Return a new network.
 
     Args:
         task: Its task.
-        design: The path of a YAML, or its content.
+        design: The content of its YAML.
         names: Of the classes; None: as many as the design says.
         channels: Of the images.
         **outputs: What the head must be made for beside the classes: for keypoints ``kpt_shape``.
     """
     shape = {"data_kpt_shape": outputs["kpt_shape"]} if "kpt_shape" in outputs else {}
-    own: Any = design if isinstance(design, str) else copy.deepcopy(dict(design))
-    model = task.model(own, ch=channels, nc=names and len(names), verbose=False, **shape)
+    own: dict[str, Any] = copy.deepcopy(dict(design))
+    own["nc"] = own["nc"] if names is None else len(names)
+    model = task.model(own, ch=channels, nc=own["nc"], verbose=False, **shape)
     if names is not None:
         model.names = dict(names)
     for name, value in outputs.items():

@@ -42,6 +42,9 @@ class Coco(Format):
         if not files:
             raise DataError(f"{place} holds no COCO JSON; give one, or a folder with annotations/*.json")
         parts = {f: split_of(f.stem) or (split_of(f.parent.name) if f.parent != request.root else "") for f in files}
+        if "train" in parts.values():  # what trainval holds is there already
+            parts = {f: part for f, part in parts.items() if "trainval" not in f.stem}
+        files = list(parts)
         for file, part in parts.items():
             if twin := next((f for f in files if f != file and parts[f] == part), None):
                 raise DataError(f"{file} and {twin} are both of split '{part}'; give one with --annotations")
@@ -116,9 +119,9 @@ def _tasks(annotations: list[Any], keypoints: tuple[str, ...]) -> tuple[str, ...
 
 def _entries(file: Path, part: str, content: dict[str, Any], request: Request, left: Tally) -> Iterable[Entry]:
     token, here = file.stem.rpartition("_")[2], file.parent  # train2017
-    roots = (here, request.root, here.parent)
-    places = ("", f"images/{token}", token, "images", f"images/{part}", part)
-    images = Images([request.images] if request.images else [root / place for root in roots for place in places])
+    roots = (request.images,) if request.images else (here, request.root, here.parent)
+    places = ("", f"images/{token}", token, "images", f"images/{part}", part, f"{part}/images")
+    images = Images(root / place for root in roots for place in places)
     names = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
     of_image: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
