@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_boxes, make_squares
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -48,30 +49,68 @@ def delta(boxes: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     return made
 
 
-SPOILED = {
-    "no such file": (lambda d: (d / "data.yaml").unlink(), "cannot be used"),
-    "no images": (lambda d: [f.unlink() for f in (d / "images" / "train").iterdir()], "no train images"),
-    "no folder": (lambda d: shutil.rmtree(d / "images" / "val"), "cannot be used: .*val"),
-    "no labels": (lambda d: shutil.rmtree(d / "labels"), "no labels.*put one .txt per image"),
-    "class outside": (lambda d: (d / "labels/train/0.txt").write_text("2 .5 .5 .1 .1\n"), "class 2, but .* names 2 classes"),
-    "text for a class": (lambda d: (d / "labels/train/0.txt").write_text("red .5 .5 .1 .1\n"), "row 'red .5"),
-    "class-count mismatch": (lambda d: _names(d, "nc: 3\nnames: [red, green]"), "'names' length 2 and 'nc: 3'"),
-    "no names": (lambda d: _names(d, ""), "'names' or 'nc' are required"),
-    "all images corrupt": (lambda d: [f.write_bytes(b"x") for f in (d / "images/train").iterdir()], "cannot be used"),
+ROWS = {  # the numbers behind the class, by task
+    "detect": ".5 .5 .1 .1",
+    "segment": ".1 .1 .5 .1 .5 .5",
+    "pose": ".5 .5 .1 .1 .5 .5 2 .4 .4 2",
+    "obb": ".1 .1 .5 .1 .5 .5 .1 .5",
 }
+SPOILED = {
+    "no such file": (lambda d, row: (d / "data.yaml").unlink(), "cannot be used"),
+    "no images": (lambda d, row: [f.unlink() for f in (d / "images" / "train").iterdir()], "no train images"),
+    "no folder": (lambda d, row: shutil.rmtree(d / "images" / "val"), "cannot be used: .*val"),
+    "no labels": (lambda d, row: shutil.rmtree(d / "labels"), "no labels.*put one .txt per image"),
+    "class outside": (lambda d, row: _label(d, f"2 {row}"), "class 2, but .* names 2 classes"),
+    "text for a class": (lambda d, row: _label(d, f"red {row}"), "row 'red .*; a row is: class x.*, all numbers"),
+    "numbers missing": (
+        lambda d, row: _label(d, "0 .5 .5 .5"),
+        "row of 4 numbers; a row of an? [a-z]* set is: class",
+    ),
+    "class-count mismatch": (lambda d, row: _names(d, "nc: 3\nnames: [red, green]"), "'names' length 2 and 'nc: 3'"),
+    "no names": (lambda d, row: _names(d, ""), "'names' or 'nc' are required"),
+    "all images corrupt": (lambda d, row: [f.write_bytes(b"x") for f in (d / "images/train").iterdir()], "cannot be used"),
+}
+
+
+def _label(folder: Path, row: str) -> None:
+    (folder / "labels" / "train" / "0.txt").write_text(row + "\n")
 
 
 def _names(folder: Path, text: str) -> None:
     (folder / "data.yaml").write_text(f"train: images/train\nval: images/val\n{text}\n")
 
 
+@pytest.mark.parametrize("task", ROWS)
 @pytest.mark.parametrize("kind", SPOILED)
-def test_data(kind: str, data: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
+def test_data(kind: str, task: str, checkpoint: Path, tmp_path: Path, capsys) -> None:
+    data = make_boxes(tmp_path / "data", task)
     spoil, says = SPOILED[kind]
+    spoil(data.parent, ROWS[task])
+    suffix = {"segment": "-seg", "pose": "-pose", "obb": "-obb"}.get(task)
+    model = ["--model", f"yolo11n{suffix}.yaml", "--method", "full"] if suffix else ["--model", checkpoint]
+    code, said = run(capsys, "train", "--data", data, *model, "--project", tmp_path / "runs", *SMALL)
+    assert code == 2 and len(said.splitlines()) == 1
+    assert re.search(says, said), said
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("merged*"))
+
+
+FOLDERS = {
+    "no such folder": (lambda d: shutil.rmtree(d), "is no folder; give one that holds train/CLASS"),
+    "no val": (lambda d: shutil.rmtree(d / "val"), "has no folder val"),
+    "a class in one part only": (lambda d: shutil.rmtree(d / "val" / "red"), "has red in train, but not in val"),
+    "one class": (lambda d: [shutil.rmtree(d / part / "red") for part in ("train", "val")], "has one class only"),
+    "an empty class": (lambda d: [f.unlink() for f in (d / "train" / "red").iterdir()], "red holds no images"),
+    "all images corrupt": (lambda d: [f.write_bytes(b"x") for f in (d / "train").rglob("*.png")], "can be read"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders(kind: str, tmp_path: Path, capsys) -> None:
+    data = make_squares(tmp_path / "data")
+    spoil, says = FOLDERS[kind]
     spoil(data)
-    code, said = run(
-        capsys, "train", "--data", data / "data.yaml", "--model", checkpoint, "--project", tmp_path / "runs", *SMALL
-    )
+    given = ["--data", data, "--model", "yolo11n-cls.yaml", "--method", "full", "--project", tmp_path / "runs"]
+    code, said = run(capsys, "train", *given, *SMALL)
     assert code == 2 and len(said.splitlines()) == 1
     assert re.search(says, said), said
     assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("merged*"))
@@ -133,7 +172,8 @@ def test_arguments(kind: str, boxes: Path, checkpoint: Path, tmp_path: Path, mon
 
 
 def test_no_data_and_unknown_command(capsys) -> None:
-    assert run(capsys, "train")[0] == 2
+    code, said = run(capsys, "train", "--model", "yolo11n.pt")
+    assert code == 2 and "data is missing: give a data YAML" in said
     code, said = run(capsys, "trian")
     assert code == 2 and "train" in said
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,24 +142,6 @@ def test_a_classifiers_rows_are_kept(head: str) -> None:
     new: Any = fit(base, {0: "other", 1: "class 5"}, 3, head, {})
     same = torch.equal(new.model[-1].linear.weight[1], base.model[-1].linear.weight[5])
     assert same == (head == "keep") and torch.equal(new.model[-1].conv.conv.weight, base.model[-1].conv.conv.weight)
-
-
-ROWS = {
-    "detect": ("0 0.5 0.5 0.2", "4 numbers; a row of a detect set is: class x y w h"),
-    "segment": ("0 0.5 0.5 0.2 0.2", "5 numbers; a row of a segment set is: class x1 y1"),
-    "pose": ("0 0.5 0.5 0.2 0.2 0.1 0.1", "7 numbers; a row of a pose set is: class x y w h, then"),
-    "obb": ("0 0.5 0.5 0.2 0.2", "5 numbers; a row of a obb set is: class x1 y1"),
-}
-
-
-@pytest.mark.parametrize("task", ROWS)
-def test_labels_of_another_task(task: str, sets: dict, tmp_path: Path) -> None:
-    shutil.copytree(sets[task].parent, tmp_path / "data")
-    row, said = ROWS[task]
-    (tmp_path / "data" / "labels" / "train" / "3.txt").write_text(row + "\n")
-    suffix = MODELS.get(task, "")
-    with pytest.raises(DataError, match=f"3.txt has a row of {said}"):
-        visionpeft.plan(f"yolo11n{suffix}.yaml", data=tmp_path / "data" / "data.yaml")
 
 
 @pytest.mark.parametrize(

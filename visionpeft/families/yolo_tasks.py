@@ -42,7 +42,11 @@ class Task:
             "pose": count == 5 + points[0] * points[1],
             "obb": count == 9,
         }
-        return "" if allowed[self.name] else f"{count} numbers; a row of a {self.name} set is: {self.row}"
+        return (
+            ""
+            if allowed[self.name]
+            else f"{count} numbers; a row of {'an' if self.name == 'obb' else 'a'} {self.name} set is: {self.row}"
+        )
 
 
 def _metrics(*kinds: str) -> dict[str, str]:
