@@ -31,7 +31,7 @@ html_title = f"visionpeft {release}"
 html_copy_source = False
 html_show_sphinx = html_show_copyright = False
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "html_image"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their results; the test suite runs them
 
@@ -46,6 +46,12 @@ napoleon_use_ivar = True
 toc_object_entries = False
 
 
+LINKS = {  # of the README, and what they are here
+    "CONTRIBUTING.md": "extending.md",
+    "configs/train": "generated/recipes.md",
+    "datasets/README.md": "datasets.md",
+    "notebooks": "generated/satellite.ipynb",
+}
 RECIPES = """A recipe is a YAML file of `train`'s arguments. visionpeft brings these; `--config` takes a name or a path, and
 what is given besides overrides it:
 
@@ -60,6 +66,13 @@ there are any.
 
 
 # ------------------------------------------------------------------------------------------------- what is made, not written
+def first_page() -> str:
+    """Return the README's beginning, its links turned to pages of the site."""
+    text = (ROOT / "README.md").read_text().partition("\n## Methods")[0]
+    text = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({LINKS.get(m[1], m[1].removeprefix('docs/'))})", text)
+    return text.replace('src="docs/', 'src="')
+
+
 def methods_page() -> str:
     """Return the table of methods, then each with its settings."""
     lines = [
@@ -102,6 +115,7 @@ def _generate(app: Any, config: Any) -> None:
     folder = ROOT / "docs" / "generated"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    (folder / "readme.txt").write_text(first_page())
     (folder / "methods.md").write_text(methods_page())
     (folder / "recipes.md").write_text(recipes_page())
     (folder / "plan.txt").write_text(f"{visionpeft.plan('yolo11n.yaml', method='lora', freeze=5)}\n")
