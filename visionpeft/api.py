@@ -93,7 +93,7 @@ def train(
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
     Returns:
-        The run: plan, metrics before and after, memory, time, the delta and the merged file.
+        The run, with plan, metrics before and after, memory, time, the delta and the merged file.
 
     Raises:
         VisionpeftError: Something given is not usable; the sentence says what, and what to do.
