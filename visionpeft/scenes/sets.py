@@ -64,8 +64,8 @@ SETS = {
 def find(source: str | Path) -> str:
     """Return the path that a name under "scenes/" stands for, and anything else as it is.
 
-    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for; "scenes/driving.pt" is
-    the packaged detector. A file or folder of that name in the working directory goes before.
+    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for;
+    "scenes/driving.pt" is the packaged detector. A file or folder of that name in the working directory goes before.
 
     Raises:
         ConfigError: There is no such name, or no place to draw at.
@@ -128,7 +128,7 @@ def write(
 
 
 def cache() -> Path:
-    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder, or the temporary one where that is read-only.
+    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder; the temporary one where that is read-only.
 
     Raises:
         ConfigError: $VISIONPEFT_CACHE is set, and cannot be written.
@@ -226,7 +226,7 @@ def _row(thing: Thing, task: str, size: int) -> str:
 
 def _simple(outline: Floats) -> Floats:
     """The same outline to a third of a pixel with fewer points."""
-    short = cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True)[:, 0]
+    short = np.asarray(cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True), float)[:, 0]
     return short if len(short) > 2 else outline
 
 
