@@ -20,6 +20,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "measure": 1,
     "tables": 1,
     "checkpoint": 2,
+    "scenes": 2,
     "plan": 2,
     "methods": 3,
     "attach": 3,

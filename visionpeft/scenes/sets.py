@@ -24,6 +24,15 @@ from .draw import Floats, Scene, Thing
 
 WEIGHTS = Path(__file__).with_name("driving.pt")  # made by benchmarks/embedded.py
 PREFIX = "scenes/"
+EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user names neither data nor model
+    "model": "scenes/driving.pt",
+    "data": "scenes/satellite",
+    "epochs": 12,
+    "imgsz": 320,
+    "batch": 8,
+    "lr0": 2e-3,
+    "workers": 0,
+}
 
 
 @dataclass(frozen=True)
