@@ -67,6 +67,9 @@ class Painter:
 
     # ------------------------------------------------------------------------------------------------------------- objects
     def plane(self, at: Frame) -> None:
+        """One of length 1; none where another stands."""
+        if not self.free(at, 0.7):
+            return
         rng, draw = self.rng, self.canvas.polygon
         kind = rng.choice(["airliner", "wide", "prop", "jet"], p=[0.5, 0.2, 0.18, 0.12])
         sweep = {"airliner": 0.2, "wide": 0.24, "prop": 0.02, "jet": 0.34}[kind] * rng.uniform(0.85, 1.15)
@@ -109,9 +112,7 @@ class Painter:
         if not self.free(at, 0.3):
             return
         rng, draw = self.rng, self.canvas.polygon
-        kind = (
-            rng.choice(["cargo", "tanker", "boat", "yacht"]) if at.scale > 34 * self.unit else rng.choice(["boat", "yacht"])
-        )
+        kind = rng.choice(["cargo", "tanker", "boat"] if at.scale > 34 * self.unit else ["boat", "yacht"])
         half = {"cargo": 0.085, "tanker": 0.09, "boat": 0.16, "yacht": 0.14}[kind] * rng.uniform(0.9, 1.15)
         bow = rng.uniform(0.2, 0.34)
         stern = rng.uniform(0.6, 1.0) * half
@@ -292,10 +293,10 @@ class Painter:
     def clouds(self) -> None:
         """Now and then thin clouds, each with its shadow."""
         rng = self.rng
-        if rng.random() > 0.3:
+        if rng.random() > 0.25:
             return
         reach = int(60 * self.unit)
-        alpha = np.clip((noise(rng, self.size + 2 * reach, 4, 4) - rng.uniform(0.58, 0.72)) * 3, 0, 0.7)
+        alpha = np.clip((noise(rng, self.size + 2 * reach, 4, 4) - rng.uniform(0.6, 0.74)) * 2.5, 0, 0.6)
         side = len(self.canvas.ids)
         layers = []
         for x, y in ((reach, reach), (reach - self.sun * reach).astype(int)):  # the shadow is what lies towards the sun
