@@ -168,9 +168,9 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     (tmp_path / "mine/notes.txt").write_text("keep")
     with pytest.raises(ConfigError, match="mine exists; give a new folder"):
         scenes.write("driving", tmp_path / "mine")
-    with pytest.raises(ConfigError, match="train=0, .* must be at least 1"):
+    with pytest.raises(ConfigError, match="train=0, .* is not usable; train and val must be at least 1"):
         scenes.write("driving", tmp_path / "new", train=0)
-    with pytest.raises(ConfigError, match="size=8 is not usable"):
+    with pytest.raises(ConfigError, match="size=8 is not usable; train and val must"):
         scenes.write("driving", tmp_path / "new", size=8)
     with pytest.raises(ConfigError, match="'scenes/drivin' is not known.*Did you mean 'scenes/driving'"):
         scenes.write("drivin", tmp_path / "new")

@@ -116,9 +116,8 @@ def write(
     counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
     side = made.size if size is None else size
     if min(counts.values()) < 1 or not 32 <= side <= 4096:
-        raise ConfigError(
-            f"train={counts['train']}, val={counts['val']}, size={side}: at least 1, 1 and 32 (to 4096) are needed"
-        )
+        given = f"train={counts['train']}, val={counts['val']}, size={side}"
+        raise ConfigError(f"{given} is not usable; train and val must be at least 1, size 32 to 4096")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"{root} exists; give a new folder to draw {PREFIX}{name} into")
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=writable(root.resolve().parent)))
@@ -128,9 +127,8 @@ def write(
         try:
             os.replace(temporary, root)
         except OSError:
-            if not _entry(name, root).exists():
+            if not _entry(name, root).exists():  # it does where another process has drawn the same meanwhile
                 raise
-            # another process has drawn the same meanwhile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _entry(name, root)
@@ -146,9 +144,7 @@ def cache() -> Path:
         try:
             return writable(chosen)
         except ConfigError as error:
-            raise ConfigError(
-                f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder that can be written"
-            ) from error
+            raise ConfigError(f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder you may write to") from error
     user = str(os.getuid()) if hasattr(os, "getuid") else ""  # the temporary folder may be everybody's
     for folder in (_home() / "visionpeft", Path(tempfile.gettempdir()) / f"visionpeft{user}"):
         try:
