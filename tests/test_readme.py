@@ -1,4 +1,4 @@
-"""What the README and CONTRIBUTING say is what the code does, and every recipe runs."""
+"""What the README and CONTRIBUTING say is what the code does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from visionpeft.methods import bitfit
 from visionpeft.registry import FAMILIES, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def test_table_of_methods_is_generated() -> None:
@@ -28,18 +27,6 @@ def test_the_shown_method_is_the_real_one() -> None:
     assert shown == "".join(
         f"+{line}\n" for line in ["++ b/visionpeft/methods/bitfit.py", *inspect.getsource(bitfit).splitlines()]
     )
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_runs_in_small(path: Path, boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
-    small = {"data": boxes, "model": checkpoint, "project": tmp_path, "epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu"}
-    flags = [str(x) for k, v in small.items() for x in (f"--{k}", v)]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "--config", path.stem, "--plots", "false", *flags])
-    assert not stopped.value.code, capsys.readouterr().err
-    said = yaml.safe_load(path.read_text())
-    run = yaml.safe_load((tmp_path / "train" / "run.json").read_text())
-    assert run["plan"]["method"] == said["method"] and run["plan"]["freeze"] == said.get("freeze", 0)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda p: p.stem)

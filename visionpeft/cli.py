@@ -142,7 +142,13 @@ def train(
         Print the run as JSON, and nothing else.
     """
     given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in _OWN}
-    run = api.train(**_values({**(_config(config) if config else {}), **given, **options}), quiet=quiet or json_)
+    said = _config(config) if config else {}
+    try:
+        run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
+    except ConfigError as error:
+        if not said:
+            raise
+        raise type(error)(f"{error} (options were read from {config})") from error
     if json_:
         print(json.dumps(run.to_dict(), indent=2))
     elif not quiet:
@@ -396,8 +402,8 @@ def _config(given: str) -> dict[str, Any]:
         )
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
-    return values
+    return {name.replace("-", "_"): value for name, value in values.items()}

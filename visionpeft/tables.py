@@ -56,7 +56,7 @@ def text(
         table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    console = Console(file=io.StringIO(), width=width or columns(), color_system=None)
+    console = Console(file=io.StringIO(), width=width or columns(), color_system=None, force_jupyter=False)
     if title:
         console.print(title)
     console.print(table)

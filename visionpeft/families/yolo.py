@@ -163,7 +163,8 @@ class Yolo(Family):
 
     # --------------------------------------------------------------------------------------------------------- the model
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
-        return fit(base.model, names, base.facts["channels"], head, outputs)
+        with quiet():  # Ultralytics says whenever a class count is not its design's
+            return fit(base.model, names, base.facts["channels"], head, outputs)
 
     def anatomy(self, model: Any, name: str) -> Anatomy:
         *body, head = model.model

@@ -65,7 +65,8 @@ class Tuned:
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         source, outputs = weights or self.job.base.model, self.job.data.outputs
-        model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
+        with quiet():
+            model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
         attach(model, self._plan)
         for parameter in model.parameters():  # Ultralytics warns of each that does not require a gradient; see below
             parameter.requires_grad_(True)
