@@ -20,7 +20,6 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "measure": 1,
     "tables": 1,
     "progress": 2,
-    "scenes": 2,
     "pictures": 2,
     "checkpoint": 2,
     "scenes": 2,
