@@ -145,6 +145,9 @@ REJECTED = (  # label files, as Ultralytics judges them
     "0 1.02 .5 .1 .1",
     "0 -.02 .5 .1 .1",
     "0 .5 .5 .1 .1\n0 .1 .1 .2 .1 .2 .2",
+    "0 -.05 .1 .2 .1 .2 .2",
+    "0 1.1 .1 1.2 .1 1.2 .2",
+    "0 96 10 200 10 200 20",
     "0.5 .5 .5 .1 .1",
     "red .5 .5 .1 .1",
     "0 .5 .5 .1 .1\n0 .5 .5 .1 .1",
@@ -152,16 +155,21 @@ REJECTED = (  # label files, as Ultralytics judges them
 )
 
 
-@pytest.mark.parametrize("text", REJECTED)
+REJECTED_POSES = ("0 .5 .5 .1 .1 .4 .4 2", "0 .5 .5 .1 .1 1.4 .4 2", "0 .5 .5 .1 .1 1.4 .4 0", "0 .5 .5 .1 .1 -.4 .4 0")
+
+
+@pytest.mark.parametrize("text", REJECTED + REJECTED_POSES)
 def test_an_image_is_faulted_where_ultralytics_leaves_it_out(text: str, tmp_path: Path) -> None:
     from ultralytics.data.utils import verify_image_label
 
-    data = make(tmp_path)
+    pose = text in REJECTED_POSES
+    data = make(tmp_path, more="kpt_shape: [1, 3]\n" * pose)
     _rows(tmp_path, text)
     image, label = tmp_path / "images/train/0.png", tmp_path / "labels/train/0.txt"
-    theirs = verify_image_label((str(image), str(label), "", False, 2, 0, 0, False))
+    theirs = verify_image_label((str(image), str(label), "", pose, 2, int(pose), 3 * pose, False))
     left_out = {"malformed", "mixed", "class", "outside"}
-    assert bool(theirs[-2]) == bool(left_out & set(kinds(check(data, "detect")))), theirs[-1]
+    ours = [f for f in check(data, "pose" if pose else "detect").findings if f.kind in left_out]
+    assert bool(theirs[-2]) == any("labels/train/0.txt" in e for f in ours for e in f.examples), theirs[-1]
 
 
 def test_the_names_of_images_are_ultralytics_own() -> None:
@@ -195,10 +203,10 @@ def test_every_task_is_told_and_drawn(task: str, tmp_path: Path) -> None:
 def test_pose_rows_are_checked(tmp_path: Path) -> None:
     report = check(make(tmp_path, ["0 .5 .5 .5 .5 .4 .4 2"], "kpt_shape: [2, 3]\n"))
     assert kinds(report)["malformed"] == 6
-    row = make_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, -1, -1], 1, "pose", 1, (2, 2))
-    assert not isinstance(row, Fault) and row.keypoints is not None and list(row.keypoints[:, 2]) == [1, 0]
-    outside = make_row([0, 0.5, 0.5, 0.5, 0.5, 1.4, 0.4, 2], 1, "pose", 1, (1, 3))
-    assert isinstance(outside, Fault) and outside.kind == "outside"
+    row = make_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, 0.6, 0.6], 1, "pose", 1, (2, 2))
+    assert (
+        not isinstance(row, Fault) and row.keypoints is not None and row.keypoints.tolist() == [[0.4, 0.4, 1], [0.6, 0.6, 1]]
+    )
 
 
 def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None:
@@ -566,6 +574,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: a name nearly known": (lambda d: ["check", "DOTAv2.yaml"], "Did you mean 'DOTAv1.yaml'"),
     "check: no such folder": (lambda d: ["check", d / "nowhere"], "neither a data YAML nor a folder"),
     "check: empty folder": (lambda d: ["check", _empty(d)], "neither a data YAML nor images in train/CLASS"),
+    "check: YOLO folders without YAML": (lambda d: ["check", _bare(d)], "has train/images, but no data YAML"),
     "check: broken YAML": (lambda d: ["check", _yaml(d, "a: [")], "not readable YAML"),
     "check: another YAML": (lambda d: ["check", _yaml(d, "a: 1")], "no data YAML"),
     "check: no names": (lambda d: ["check", _yaml(d, "train: x")], "not at .*; correct 'train:'"),
@@ -575,6 +584,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: pose without kpt_shape": (lambda d: ["check", make(d), "--task", "pose"], "needs 'kpt_shape"),
     "check: bad kpt_shape": (lambda d: ["check", make(d, more="kpt_shape: 17")], "kpt_shape: 17"),
     "check: bad imgsz": (lambda d: ["check", make(d), "--imgsz", "0"], "imgsz=0 is no image size"),
+    "check: sheet that cannot be": (lambda d: ["check", make(d), "--sheet", d / "data.yaml/x.png"], "contact sheet .*yaml"),
     "check: bad sheet": (lambda d: ["check", make(d), "--sheet", d / "x.txt"], "no image file; end it in"),
     "convert: no such source": (lambda d: ["convert", d / "no", d / "out"], "source=.*no is not there"),
     "convert: empty folder": (lambda d: ["convert", _empty(d), d / "out"], "looks like none of coco, dota, kitti, voc"),
@@ -600,10 +610,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "convert: no VOC": (lambda d: ["convert", d, d / "out", "--format", "voc"], "holds no XML files"),
     "convert: no KITTI": (lambda d: ["convert", d, d / "out", "--format", "kitti"], "holds no KITTI labels"),
     "convert: no DOTA": (lambda d: ["convert", d, d / "out", "--format", "dota"], "no usable DOTA labels"),
-    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "of the 1 XML files.*not readable"),
+    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "of the 1 XML files.* not read"),
     "convert: other XML": (lambda d: ["convert", _xml(d, "<kml/>"), d / "out"], "none of the 1 XML files.*not Pascal VOC"),
     "convert: VOC size at odds": (lambda d: ["convert", _odd(d), d / "out"], "2 x image that is not of the shape"),
 }  # fmt: skip
+
+
+def _bare(root: Path) -> Path:
+    (root / "set/train/images").mkdir(parents=True)
+    picture(0).save(root / "set/train/images/0.png")
+    return root / "set"
 
 
 def _yaml(root: Path, text: str, images: bool = False) -> Path:

@@ -25,7 +25,7 @@ from ..errors import ConfigError, DataError, nearest
 from .formats.base import FORMATS, Entry, Request, Source, Thing, plain
 from .layout import SPLITS, SUFFIXES, read_names
 from .pictures import turned
-from .report import Tally, listed
+from .report import Tally, listed, printable
 
 _MARK = "# Made by visionpeft data convert"  # what may be replaced
 _LEAST = 1e-3  # pixels: what is thinner has no width
@@ -66,7 +66,7 @@ class Conversion:
         for heading, found in (("left out:", self.left), ("changed:", self.changed)):
             lines = [line for what, (n, examples) in found.items() for line in listed(what, n, examples)]
             parts += ["\n".join([heading, *lines])] if lines else []
-        return "\n\n".join([*parts, f"{self.data}"])
+        return "\n\n".join([*parts, f"data: {printable(self.data)}"])
 
 
 def convert(
@@ -364,7 +364,7 @@ def _yaml(root: Path, format: str, parts: list[str], order: list[str], task: str
                 values["flip_idx"] = [points.index(m) for m in mirrored]
         values["kpt_names"] = {i: points for i in range(len(order))}
     values["names"] = dict(enumerate(order))
-    origin = f"{_MARK} --format {format} from {root.resolve()}".encode("utf-8", "backslashreplace").decode()
+    origin = printable(f"{_MARK} --format {format} from {root.resolve()}")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"{origin.splitlines()[0]}\n{text}"
 
