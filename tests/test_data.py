@@ -501,6 +501,33 @@ def test_kitti(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out/images/val")) == sorted(os.listdir(tmp_path / "again/images/val"))
 
 
+def test_oriented_boxes_are_not_bent_at_the_edge(tmp_path: Path) -> None:
+    """Corners outside stay where they are, as cutting them off would turn the box, and Ultralytics takes such boxes."""
+    from ultralytics.data.utils import verify_image_label
+
+    for part, seed in (("train", 0), ("val", 1)):
+        for folder in ("images", "labelTxt"):
+            (tmp_path / "in" / part / folder).mkdir(parents=True)
+        picture(seed).save(tmp_path / "in" / part / "images/P0.png")
+        rows = "-6 20 20 -6 40 14 14 40 ship 0\n-40 -40 -20 -40 -20 -20 -40 -20 ship 0\n"
+        (tmp_path / "in" / part / "labelTxt/P0.txt").write_text(rows)
+    made = convert(tmp_path / "in", tmp_path / "out")
+    assert {k: n for k, (n, _) in made.left.items()} == {"object without area": 2}
+    label = tmp_path / "out/labels/train/P0.txt"
+    expected = np.array([-6, 20, 20, -6, 40, 14, 14, 40]).reshape(4, 2) / SIZE
+    np.testing.assert_allclose(labels(label.parent)["P0"][:, 1:], expected.reshape(1, 8), atol=1e-7)
+    assert not verify_image_label((str(tmp_path / "out/images/train/P0.png"), str(label), "", False, 1, 0, 0, False))[-2]
+
+
+def test_classes_that_differ_in_marks_only(tmp_path: Path) -> None:
+    names = [{"id": i, "name": n} for i, n in enumerate(("+", "-", "Car", "car"), 1)]
+    things = [{"bbox": [8 * i, 8, 8, 8], "category_id": i} for i in (1, 2, 3, 4)]
+    made = convert(one_image(tmp_path / "in", things, names), tmp_path / "out")
+    assert list(made.names.values()) == ["+", "-", "Car", "car"] and [r[0] for r in row_of(tmp_path / "out")] == [0, 1, 2, 3]
+    made = convert(tmp_path / "in/set.json", tmp_path / "b", names=["car", "bus"], without=["-"])
+    assert [r[0] for r in row_of(tmp_path / "b")] == [0, 0] and made.left["object of class -"][0] == 1
+
+
 def test_dota(tmp_path: Path) -> None:
     for part, seed in (("train", 0), ("val", 1)):
         for folder in ("images", "labelTxt-v2.0"):

@@ -68,7 +68,7 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     for file, picture in pictures.items():
         if picture.fault:
             notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
-    for part in {"train", "val"} - set(layout.splits):
+    for part in sorted({"train", "val"} - set(layout.splits)):
         notes.add("split", part)
     if layout.classify:
         task = "classify"

@@ -25,7 +25,7 @@ from ..errors import ConfigError, DataError, nearest
 from .formats.base import FORMATS, Entry, Request, Source, Thing, plain
 from .layout import SPLITS, SUFFIXES, read_names
 from .pictures import turned
-from .report import Tally, listed, printable
+from .report import Tally, listed, printable, watched
 
 _MARK = "# Made by visionpeft data convert"  # what may be replaced
 _LEAST = 1e-3  # pixels: what is thinner has no width
@@ -121,12 +121,12 @@ def convert(
     if task is not None and task not in read.tasks:
         raise ConfigError(f"task={task} cannot be made of this {name} set; it holds {', '.join(read.tasks)}")
     task = task or read.tasks[0]
-    order, dropped = _order(read.names, names, without)
-    job = _Job(task, {plain(n): i for i, n in enumerate(order)}, dropped, read.left, Tally(), copy)
+    order, numbers, dropped = _order(read.names, names, without)
+    job = _Job(task, numbers, dropped, read.left, Tally(), copy)
     counts: dict[str, Counter[str]] = {}
     written: Counter[str] = Counter()
-    with _staged(out, exist_ok) as folder:
-        for entry in with_splits(read.entries, val, job.changed):
+    with _staged(out) as folder:
+        for entry in watched(with_splits(read.entries, val, job.changed), "converting", len(read.entries)):
             if (objects := job.write(entry, folder)) is not None:
                 counts.setdefault(entry.split, Counter()).update(order[i] for i in objects)
                 written[entry.split] += 1
@@ -153,8 +153,8 @@ class _Job:
     """How entries are written."""
 
     task: str
-    numbers: Mapping[str, int]  # of a plain class name
-    dropped: frozenset[str]  # plain names of classes that are left out on request
+    numbers: Mapping[str, int]  # of the source's classes
+    dropped: frozenset[str]  # classes that are left out on request
     left: Tally
     changed: Tally
     copy: bool
@@ -194,9 +194,9 @@ class _Job:
 
     def _row(self, thing: Thing, size: tuple[int, int], image: str) -> tuple[int, list[float]] | None:
         """Return an object's class and numbers, as shares of the image."""
-        key = plain(thing.name)
-        if key not in self.numbers:
-            asked = key in self.dropped
+        cls = self.numbers.get(thing.name)
+        if cls is None:
+            asked = thing.name in self.dropped
             self.left.add(f"object of class {thing.name}" if asked else "object of a class that is not named", image)
             return None
         outlines = [o for o in thing.outlines if len(o) >= 3]
@@ -207,11 +207,13 @@ class _Job:
             self.left.add("object without keypoints (task=detect takes its box)", image)
             return None
         if self.task in ("segment", "obb"):
-            outlines = [self._clip(o, size, image) for o in outlines]
+            outlines = [
+                o if self.task == "obb" and _mostly_inside(o, size) else self._clip(o, size, image) for o in outlines
+            ]
             if not (outlines := [o for o in outlines if _area(o) > _LEAST**2]):
                 self.left.add("object without area", image)
                 return None
-            return self.numbers[key], list((_joined(outlines) / size).ravel())
+            return cls, list((_joined(outlines) / size).ravel())
         if thing.box is None and not outlines:
             self.left.add("object without a box", image)
             return None
@@ -228,7 +230,7 @@ class _Job:
             points = thing.keypoints.copy()
             points[:, :2] = np.where(points[:, 2:] > 0, np.clip(points[:, :2] / size, 0, 1), 0)
             values += list(points.ravel())
-        return self.numbers[key], values
+        return cls, values
 
     def _clip(self, points: np.ndarray, size: tuple[int, int], image: str) -> np.ndarray:
         clipped = np.clip(points, 0, size)
@@ -305,18 +307,32 @@ def _guess(root: Path) -> str:
 
 def _order(
     found: Sequence[str], names: Sequence[str] | str | Path | None, without: Iterable[str]
-) -> tuple[list[str], frozenset[str]]:
-    """Return the classes to write, in order, and the plain names of those left out on request."""
-    dropped = {plain(n): n for n in without}
-    known = {plain(n): n for n in found}
-    if unknown := [n for p, n in dropped.items() if p not in known]:
-        raise ConfigError(f"without={unknown[0]} is no class here; there are {', '.join(found)}{nearest(unknown[0], found)}")
+) -> tuple[list[str], dict[str, int], frozenset[str]]:
+    """Choose the classes to write.
+
+    Returns:
+        Their names in order; the index of each class of the source that is written; and those left out on request.
+    """
+    dropped = set()
+    for name in without:
+        if (own := _match(name, found)) is None:
+            raise ConfigError(f"without={name} is no class here; there are {', '.join(found)}.{nearest(name, found)}")
+        dropped.add(own)
     wanted = list(found) if names is None else _named(names)
-    if len({plain(n) for n in wanted}) < len(wanted):
-        raise ConfigError("two classes have the same name but for case and marks; give the order wanted with names")
-    if not {plain(n) for n in wanted} & set(known):
-        raise ConfigError(f"none of the classes {', '.join(wanted[:5])} is in the set; it has {', '.join(found[:20])}")
-    return [n for n in wanted if plain(n) not in dropped], frozenset(dropped)
+    matched = {name: _match(name, wanted) for name in found if name not in dropped}
+    order = [n for n in wanted if names is not None or n not in dropped]
+    numbers = {name: order.index(own) for name, own in matched.items() if own is not None}
+    if not numbers:
+        raise ConfigError(f"none of the classes {', '.join(order[:5])} is in the set; it has {', '.join(found[:20])}")
+    return order, numbers, frozenset(dropped)
+
+
+def _match(name: str, names: Sequence[str]) -> str | None:
+    """Return the name among `names`: itself, or the only one that is the same but for case, spaces and marks."""
+    if name in names:
+        return name
+    same = [n for n in names if plain(n) == plain(name) != ""]
+    return same[0] if len(same) == 1 else None
 
 
 def _named(names: Sequence[str] | str | Path) -> list[str]:
@@ -346,6 +362,12 @@ def _joined(outlines: list[np.ndarray]) -> np.ndarray:
     from ultralytics.data.converter import merge_multi_segment
 
     return np.concatenate(merge_multi_segment([o.ravel().tolist() for o in outlines]))
+
+
+def _mostly_inside(outline: np.ndarray, size: tuple[int, int]) -> bool:
+    """Return whether Ultralytics takes an oriented box as it is: cutting its corners off would turn it."""
+    low, high = outline.min(0), outline.max(0)
+    return bool((low + high >= 0).all() and (low + high <= 2 * np.array(size)).all() and (high - low <= size).all())
 
 
 def _area(outline: np.ndarray) -> float:
@@ -389,7 +411,7 @@ def _refuse_taken(out: Path, root: Path, exist_ok: bool) -> None:
 
 
 @contextmanager
-def _staged(out: Path, exist_ok: bool) -> Iterator[Path]:
+def _staged(out: Path) -> Iterator[Path]:
     """Give a folder that becomes `out` if all goes well, and disappears if not."""
     stage = None
     try:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .report import watched
+
 _THUMB = (34, 32)  # width, height: two by two pixels per cell of the hash
 _BITS, _CLOSE, _ALIKE, _PLAIN = 256, 26, 0.985, 4.0
 _LEAST = 10  # pixels: Ultralytics leaves out images that are smaller
@@ -48,8 +50,7 @@ def look(file: Path) -> Picture:
     try:
         content = file.read_bytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # satellite images are large
+        with Image.open(io.BytesIO(content)) as image:
             width, height = turned(image)
             image.draft("L", (2 * _THUMB[0], 2 * _THUMB[1]))
             image.load()
@@ -73,8 +74,9 @@ def turned(image: Image.Image) -> tuple[int, int]:
 def look_all(files: Iterable[Path]) -> dict[Path, Picture]:
     """Look at every file once; decoding releases Python's lock, so threads help."""
     unique = list(dict.fromkeys(files))
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
-        return dict(zip(unique, pool.map(look, unique), strict=True))
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's: satellite images are large, palettes odd
+        return dict(zip(unique, watched(pool.map(look, unique), "reading", len(unique)), strict=True))
 
 
 def copies(pictures: Sequence[Picture], groups: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
 
 from .. import tables
+
+T = TypeVar("T")
 
 _WIDTH, _CLASSES, _EXAMPLES = 80, 25, 3
 
@@ -25,6 +30,12 @@ class Tally:
         self.counts[kind] += count
         if example and len(self.examples[kind]) < _EXAMPLES:
             self.examples[kind].append(printable(example))
+
+
+def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """Return items, with a bar of progress on a terminal's stderr while they are taken."""
+    console = Console(stderr=True)
+    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def printable(text: str) -> str:
