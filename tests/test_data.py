@@ -20,9 +20,9 @@ from pycocotools import mask as rle
 
 from visionpeft import cli
 from visionpeft.data import Report, check, convert
-from visionpeft.data.converting import packaged
 from visionpeft.data.formats.base import FORMATS, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
+from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
 from visionpeft.errors import VisionpeftError

@@ -106,7 +106,7 @@ def make_row(values: list[float], line: int, task: str, classes: int, kpt_shape:
     low, high = outline.min(0), outline.max(0)
     if fault := _outside(np.concatenate(((low + high) / 2, high - low)), line):  # as of a box: Ultralytics looks at that
         return fault
-    if abs(_area(outline)) < 1e-12:
+    if abs(area(outline)) < 1e-12:
         return Fault("empty", line, "its outline has no area")
     return Row(cls, outline)
 
@@ -140,7 +140,8 @@ def sticks_out(row: Row) -> bool:
     return bool((row.outline < -_TOLERANCE).any() or (row.outline > 1 + _TOLERANCE).any())
 
 
-def _area(outline: np.ndarray) -> float:
+def area(outline: np.ndarray) -> float:
+    """Return the signed area that a polygon encloses."""
     x, y = outline.T
     return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 
