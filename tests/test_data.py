@@ -217,6 +217,16 @@ def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None
     assert seen.size == SIZE[::-1] == cv2.imread(str(tmp_path / "turned.JPG")).shape[1::-1]
 
 
+def test_an_image_too_large_for_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by a check, as training leaves it out, but converted: it can still be cut into tiles."""
+    source = one_image(tmp_path / "in", [{"bbox": [24, 16, 48, 32]}])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    made = convert(source, tmp_path / "out")
+    assert not made.left and Image.MAX_IMAGE_PIXELS == 1000
+    finding = check(made.data).findings[0]
+    assert finding.kind == "unreadable" and finding.count == 2 and "cut it into tiles" in finding.examples[0]
+
+
 def test_copies_are_told_from_others(tmp_path: Path) -> None:
     """Of 120 images and a changed copy of every tenth, the copies are found, and nothing else."""
     originals = [picture(i, (160, 120)) for i in range(120)]
@@ -472,6 +482,24 @@ def test_oriented_boxes_of_dior(tmp_path: Path) -> None:
     assert made.task == "obb" and check(made.data).task == "obb"
     row = next(iter(labels(tmp_path / "out/labels/train").values()))[0]
     np.testing.assert_allclose(row, [0, 0.5, 0.25, 0.75, 0.5, 0.5, 0.75, 0.25, 0.5])
+
+
+def test_annotations_that_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets of XML files of the same images are refused, and one of them can be given, by any spelling of its path."""
+    root = tmp_path / "DIOR"
+    for stem in "abc":
+        voc(root, stem, thing("ship", 24, 16, 72, 48))
+    (root / "Annotations").rename(root / "Horizontal")
+    shutil.copytree(root / "Horizontal", root / "Annotations" / "Oriented")
+    shutil.move(root / "Horizontal", root / "Annotations" / "Horizontal")
+    with pytest.raises(VisionpeftError, match="both annotate a; give one of the two with --annotations"):
+        convert(root, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    made = convert("DIOR", "out", annotations=root / "Annotations" / "Horizontal")
+    assert sum(made.images.values()) == 3
+    shutil.move(root / "Annotations", tmp_path / "XML")
+    made = convert(root, tmp_path / "b", "voc", annotations="XML/Oriented", images=root / "JPEGImages")
+    assert sum(made.images.values()) == 3
 
 
 def test_kitti(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def look(file: Path) -> Picture:
             grey = ImageOps.exif_transpose(image).convert("L").resize(_THUMB, Image.Resampling.BOX)
     except FileNotFoundError:
         return Picture(fault="is not there")
-    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Ultralytics, too, opens images with Pillow before it trains on them
+        return Picture(digest=digest, fault="more pixels than Pillow opens (179 million); cut it into tiles")
+    except (OSError, ValueError, SyntaxError, ImportError) as error:
         words = "no image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         return Picture(digest=digest, fault=" ".join(words.split())[:80])
     if min(width, height) < _LEAST:
@@ -69,6 +71,21 @@ def turned(image: Image.Image) -> tuple[int, int]:
     """Return an image's width and height after its EXIF orientation is applied, as OpenCV and so Ultralytics do."""
     width, height = image.size
     return (height, width) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+
+
+def header(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return a file's width and height, as stored and as turned by its EXIF tag, without reading its pixels.
+
+    Raises:
+        OSError, ValueError, SyntaxError: It is no image that Pillow knows.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # it guards memory, and no pixel is read here; satellite images are large
+    try:
+        with Image.open(file) as image:
+            return image.size, turned(image)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def look_all(files: Iterable[Path]) -> dict[Path, Picture]:

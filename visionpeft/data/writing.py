@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from .formats.base import Entry, Thing
 from .layout import SUFFIXES
-from .pictures import turned
+from .pictures import header
 from .report import Tally
 from .rows import area
 
@@ -51,9 +50,8 @@ class Writer:
             self.left.add("image of a format that Ultralytics does not read", entry.name)
             return None
         try:
-            with Image.open(entry.file) as image:
-                raw, size = image.size, turned(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raw, size = header(entry.file)
+        except (OSError, ValueError, SyntaxError) as error:
             self.left.add("image that is not readable", f"{entry.name}: {' '.join(str(error).split())[:80]}")
             return None
         stated = entry.size or size
