@@ -665,7 +665,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "convert: no VOC": (lambda d: ["convert", d, d / "out", "--format", "voc"], "holds no XML files"),
     "convert: no KITTI": (lambda d: ["convert", d, d / "out", "--format", "kitti"], "holds no KITTI labels"),
     "convert: no DOTA": (lambda d: ["convert", d, d / "out", "--format", "dota"], "no usable DOTA labels"),
-    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "of the 1 XML files.* not read"),
+    "convert: all XML broken": (lambda d: ["convert", _xml(d, "<annotation>"), d / "out"], "the 1 XML files.*not readable"),
     "convert: other XML": (lambda d: ["convert", _xml(d, "<kml/>"), d / "out"], "none of the 1 XML files.*not Pascal VOC"),
     "convert: VOC size at odds": (lambda d: ["convert", _odd(d), d / "out"], "2 x image that is not of the shape"),
 }  # fmt: skip
