@@ -402,6 +402,26 @@ def test_keypoints_and_their_mirror_images(tmp_path: Path) -> None:
     assert check(made.data).task == "pose"
 
 
+@pytest.mark.parametrize("where", ("{part}2017", "images/{part}2017", "{part}/images"))
+def test_the_layouts_of_coco_and_ai_tod(where: str, tmp_path: Path) -> None:
+    """Images beside annotations/, or in images/; what else lies in annotations/ is not taken for boxes."""
+    data = make(tmp_path / "yolo")
+    notes = tmp_path / "in" / "annotations"
+    notes.mkdir(parents=True)
+    for part in ("train", "val"):
+        content = json.dumps(coco_of(data, part))
+        for name in (f"instances_{part}2017", f"person_keypoints_{part}2017"):
+            (notes / f"{name}.json").write_text(content)
+        (notes / f"captions_{part}2017.json").write_text("{}")
+        shutil.copytree(tmp_path / "yolo/images" / part, tmp_path / "in" / where.format(part=part))
+    shutil.copy(notes / "instances_train2017.json", notes / "instances_trainval2017.json")
+    made = convert(tmp_path / "in", tmp_path / "out")
+    assert made.images == {"train": 4, "val": 2} and not made.left
+    assert same_labels(tmp_path / "yolo", tmp_path / "out") == 12
+    one = convert(notes / "instances_val2017.json", tmp_path / "one")
+    assert one.images == {"train": 1, "val": 1}, "a single file is split by the hash of the names"
+
+
 def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     things = [
         {"bbox": [80, 50, 40, 40]},  # sticks out
