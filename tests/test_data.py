@@ -20,9 +20,9 @@ from pycocotools import mask as rle
 
 from visionpeft import cli
 from visionpeft.data import Report, check, convert
-from visionpeft.data.converting import packaged
 from visionpeft.data.formats.base import FORMATS, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
+from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
 from visionpeft.errors import VisionpeftError
@@ -145,6 +145,9 @@ REJECTED = (  # label files, as Ultralytics judges them
     "0 1.02 .5 .1 .1",
     "0 -.02 .5 .1 .1",
     "0 .5 .5 .1 .1\n0 .1 .1 .2 .1 .2 .2",
+    "0 -.05 .1 .2 .1 .2 .2",
+    "0 1.1 .1 1.2 .1 1.2 .2",
+    "0 96 10 200 10 200 20",
     "0.5 .5 .5 .1 .1",
     "red .5 .5 .1 .1",
     "0 .5 .5 .1 .1\n0 .5 .5 .1 .1",
@@ -152,16 +155,21 @@ REJECTED = (  # label files, as Ultralytics judges them
 )
 
 
-@pytest.mark.parametrize("text", REJECTED)
+REJECTED_POSES = ("0 .5 .5 .1 .1 .4 .4 2", "0 .5 .5 .1 .1 1.4 .4 2", "0 .5 .5 .1 .1 1.4 .4 0", "0 .5 .5 .1 .1 -.4 .4 0")
+
+
+@pytest.mark.parametrize("text", REJECTED + REJECTED_POSES)
 def test_an_image_is_faulted_where_ultralytics_leaves_it_out(text: str, tmp_path: Path) -> None:
     from ultralytics.data.utils import verify_image_label
 
-    data = make(tmp_path)
+    pose = text in REJECTED_POSES
+    data = make(tmp_path, more="kpt_shape: [1, 3]\n" * pose)
     _rows(tmp_path, text)
     image, label = tmp_path / "images/train/0.png", tmp_path / "labels/train/0.txt"
-    theirs = verify_image_label((str(image), str(label), "", False, 2, 0, 0, False))
+    theirs = verify_image_label((str(image), str(label), "", pose, 2, int(pose), 3 * pose, False))
     left_out = {"malformed", "mixed", "class", "outside"}
-    assert bool(theirs[-2]) == bool(left_out & set(kinds(check(data, "detect")))), theirs[-1]
+    ours = [f for f in check(data, "pose" if pose else "detect").findings if f.kind in left_out]
+    assert bool(theirs[-2]) == any("labels/train/0.txt" in e for f in ours for e in f.examples), theirs[-1]
 
 
 def test_the_names_of_images_are_ultralytics_own() -> None:
@@ -195,10 +203,10 @@ def test_every_task_is_told_and_drawn(task: str, tmp_path: Path) -> None:
 def test_pose_rows_are_checked(tmp_path: Path) -> None:
     report = check(make(tmp_path, ["0 .5 .5 .5 .5 .4 .4 2"], "kpt_shape: [2, 3]\n"))
     assert kinds(report)["malformed"] == 6
-    row = make_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, -1, -1], 1, "pose", 1, (2, 2))
-    assert not isinstance(row, Fault) and row.keypoints is not None and list(row.keypoints[:, 2]) == [1, 0]
-    outside = make_row([0, 0.5, 0.5, 0.5, 0.5, 1.4, 0.4, 2], 1, "pose", 1, (1, 3))
-    assert isinstance(outside, Fault) and outside.kind == "outside"
+    row = make_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, 0.6, 0.6], 1, "pose", 1, (2, 2))
+    assert (
+        not isinstance(row, Fault) and row.keypoints is not None and row.keypoints.tolist() == [[0.4, 0.4, 1], [0.6, 0.6, 1]]
+    )
 
 
 def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None:
@@ -207,6 +215,16 @@ def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None
     picture(0).save(tmp_path / "turned.JPG", exif=exif)
     seen = look(tmp_path / "turned.JPG")
     assert seen.size == SIZE[::-1] == cv2.imread(str(tmp_path / "turned.JPG")).shape[1::-1]
+
+
+def test_an_image_too_large_for_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by a check, as training leaves it out, but converted: it can still be cut into tiles."""
+    source = one_image(tmp_path / "in", [{"bbox": [24, 16, 48, 32]}])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    made = convert(source, tmp_path / "out")
+    assert not made.left and Image.MAX_IMAGE_PIXELS == 1000
+    finding = check(made.data).findings[0]
+    assert finding.kind == "unreadable" and finding.count == 2 and "cut it into tiles" in finding.examples[0]
 
 
 def test_copies_are_told_from_others(tmp_path: Path) -> None:
@@ -384,6 +402,26 @@ def test_keypoints_and_their_mirror_images(tmp_path: Path) -> None:
     assert check(made.data).task == "pose"
 
 
+@pytest.mark.parametrize("where", ("{part}2017", "images/{part}2017", "{part}/images"))
+def test_the_layouts_of_coco_and_ai_tod(where: str, tmp_path: Path) -> None:
+    """Images beside annotations/, or in images/; what else lies in annotations/ is not taken for boxes."""
+    data = make(tmp_path / "yolo")
+    notes = tmp_path / "in" / "annotations"
+    notes.mkdir(parents=True)
+    for part in ("train", "val"):
+        content = json.dumps(coco_of(data, part))
+        for name in (f"instances_{part}2017", f"person_keypoints_{part}2017"):
+            (notes / f"{name}.json").write_text(content)
+        (notes / f"captions_{part}2017.json").write_text("{}")
+        shutil.copytree(tmp_path / "yolo/images" / part, tmp_path / "in" / where.format(part=part))
+    shutil.copy(notes / "instances_train2017.json", notes / "instances_trainval2017.json")
+    made = convert(tmp_path / "in", tmp_path / "out")
+    assert made.images == {"train": 4, "val": 2} and not made.left
+    assert same_labels(tmp_path / "yolo", tmp_path / "out") == 12
+    one = convert(notes / "instances_val2017.json", tmp_path / "one")
+    assert one.images == {"train": 1, "val": 1}, "a single file is split by the hash of the names"
+
+
 def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     things = [
         {"bbox": [80, 50, 40, 40]},  # sticks out
@@ -466,6 +504,24 @@ def test_oriented_boxes_of_dior(tmp_path: Path) -> None:
     np.testing.assert_allclose(row, [0, 0.5, 0.25, 0.75, 0.5, 0.5, 0.75, 0.25, 0.5])
 
 
+def test_annotations_that_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sets of XML files of the same images are refused, and one of them can be given, by any spelling of its path."""
+    root = tmp_path / "DIOR"
+    for stem in "abc":
+        voc(root, stem, thing("ship", 24, 16, 72, 48))
+    (root / "Annotations").rename(root / "Horizontal")
+    shutil.copytree(root / "Horizontal", root / "Annotations" / "Oriented")
+    shutil.move(root / "Horizontal", root / "Annotations" / "Horizontal")
+    with pytest.raises(VisionpeftError, match="both annotate a; give one of the two with --annotations"):
+        convert(root, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    made = convert("DIOR", "out", annotations=root / "Annotations" / "Horizontal")
+    assert sum(made.images.values()) == 3
+    shutil.move(root / "Annotations", tmp_path / "XML")
+    made = convert(root, tmp_path / "b", "voc", annotations="XML/Oriented", images=root / "JPEGImages")
+    assert sum(made.images.values()) == 3
+
+
 def test_kitti(tmp_path: Path) -> None:
     for folder in ("label_2", "image_2"):
         (tmp_path / "training" / folder).mkdir(parents=True)
@@ -491,6 +547,33 @@ def test_kitti(tmp_path: Path) -> None:
     again = convert(tmp_path, tmp_path / "again", without=["misc"], val=0.4)
     assert again.images == made.images
     assert sorted(os.listdir(tmp_path / "out/images/val")) == sorted(os.listdir(tmp_path / "again/images/val"))
+
+
+def test_oriented_boxes_are_not_bent_at_the_edge(tmp_path: Path) -> None:
+    """Corners outside stay where they are, as cutting them off would turn the box, and Ultralytics takes such boxes."""
+    from ultralytics.data.utils import verify_image_label
+
+    for part, seed in (("train", 0), ("val", 1)):
+        for folder in ("images", "labelTxt"):
+            (tmp_path / "in" / part / folder).mkdir(parents=True)
+        picture(seed).save(tmp_path / "in" / part / "images/P0.png")
+        rows = "-6 20 20 -6 40 14 14 40 ship 0\n-40 -40 -20 -40 -20 -20 -40 -20 ship 0\n"
+        (tmp_path / "in" / part / "labelTxt/P0.txt").write_text(rows)
+    made = convert(tmp_path / "in", tmp_path / "out")
+    assert {k: n for k, (n, _) in made.left.items()} == {"object without area": 2}
+    label = tmp_path / "out/labels/train/P0.txt"
+    expected = np.array([-6, 20, 20, -6, 40, 14, 14, 40]).reshape(4, 2) / SIZE
+    np.testing.assert_allclose(labels(label.parent)["P0"][:, 1:], expected.reshape(1, 8), atol=1e-7)
+    assert not verify_image_label((str(tmp_path / "out/images/train/P0.png"), str(label), "", False, 1, 0, 0, False))[-2]
+
+
+def test_classes_that_differ_in_marks_only(tmp_path: Path) -> None:
+    names = [{"id": i, "name": n} for i, n in enumerate(("+", "-", "Car", "car"), 1)]
+    things = [{"bbox": [8 * i, 8, 8, 8], "category_id": i} for i in (1, 2, 3, 4)]
+    made = convert(one_image(tmp_path / "in", things, names), tmp_path / "out")
+    assert list(made.names.values()) == ["+", "-", "Car", "car"] and [r[0] for r in row_of(tmp_path / "out")] == [0, 1, 2, 3]
+    made = convert(tmp_path / "in/set.json", tmp_path / "b", names=["car", "bus"], without=["-"])
+    assert [r[0] for r in row_of(tmp_path / "b")] == [0, 0] and made.left["object of class -"][0] == 1
 
 
 def test_dota(tmp_path: Path) -> None:
@@ -566,6 +649,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: a name nearly known": (lambda d: ["check", "DOTAv2.yaml"], "Did you mean 'DOTAv1.yaml'"),
     "check: no such folder": (lambda d: ["check", d / "nowhere"], "neither a data YAML nor a folder"),
     "check: empty folder": (lambda d: ["check", _empty(d)], "neither a data YAML nor images in train/CLASS"),
+    "check: YOLO folders without YAML": (lambda d: ["check", _bare(d)], "has train/images, but no data YAML"),
     "check: broken YAML": (lambda d: ["check", _yaml(d, "a: [")], "not readable YAML"),
     "check: another YAML": (lambda d: ["check", _yaml(d, "a: 1")], "no data YAML"),
     "check: no names": (lambda d: ["check", _yaml(d, "train: x")], "not at .*; correct 'train:'"),
@@ -575,6 +659,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: pose without kpt_shape": (lambda d: ["check", make(d), "--task", "pose"], "needs 'kpt_shape"),
     "check: bad kpt_shape": (lambda d: ["check", make(d, more="kpt_shape: 17")], "kpt_shape: 17"),
     "check: bad imgsz": (lambda d: ["check", make(d), "--imgsz", "0"], "imgsz=0 is no image size"),
+    "check: sheet that cannot be": (lambda d: ["check", make(d), "--sheet", d / "data.yaml/x.png"], "contact sheet .*yaml"),
     "check: bad sheet": (lambda d: ["check", make(d), "--sheet", d / "x.txt"], "no image file; end it in"),
     "convert: no such source": (lambda d: ["convert", d / "no", d / "out"], "source=.*no is not there"),
     "convert: empty folder": (lambda d: ["convert", _empty(d), d / "out"], "looks like none of coco, dota, kitti, voc"),
@@ -604,6 +689,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "convert: other XML": (lambda d: ["convert", _xml(d, "<kml/>"), d / "out"], "none of the 1 XML files.*not Pascal VOC"),
     "convert: VOC size at odds": (lambda d: ["convert", _odd(d), d / "out"], "2 x image that is not of the shape"),
 }  # fmt: skip
+
+
+def _bare(root: Path) -> Path:
+    (root / "set/train/images").mkdir(parents=True)
+    picture(0).save(root / "set/train/images/0.png")
+    return root / "set"
 
 
 def _yaml(root: Path, text: str, images: bool = False) -> Path:

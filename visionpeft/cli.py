@@ -27,6 +27,7 @@ app = App(
     name_transform=lambda name: name.rstrip("_"),
     help_format="plaintext",
     group_commands=Group("Options", sort_key=9),
+    suppress_keyboard_interrupt=False,  # `main` says it
 )
 app.register_install_completion_command()
 _TRAIN, _USE, _CHECK, _KNOW = (

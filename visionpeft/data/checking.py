@@ -68,7 +68,7 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     for file, picture in pictures.items():
         if picture.fault:
             notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
-    for part in {"train", "val"} - set(layout.splits):
+    for part in sorted({"train", "val"} - set(layout.splits)):
         notes.add("split", part)
     if layout.classify:
         task = "classify"
@@ -114,7 +114,8 @@ def _count_rows(
     made: dict[Path, list[Row]] = {}
     for label, (numbers, faults) in read.items():
         name = layout.short(label)
-        if task in ("detect", "segment") and len({len(v) == 5 for v in numbers.values()}) == 2:
+        counts = {len(values) for values in numbers.values()}
+        if task in ("detect", "segment", "obb") and 5 in counts and max(counts) > 6:
             notes.add("mixed", name)
         rows, seen = [], set()
         for line, values in numbers.items():

@@ -33,7 +33,8 @@ def check(path: str, *, task: str | None = None, imgsz: int = 640, sheet: str | 
     path
         A data YAML, the name of one that Ultralytics ships, or a folder with train/CLASS and val/CLASS.
     task
-        detect, segment, pose or obb; by default told from kpt_shape and the rows.
+        detect, segment, pose or obb; by default told from kpt_shape and the rows. Where all rows have nine numbers, they
+        are taken for oriented boxes.
     imgsz
         Object sizes are given for images of this size; by default 640.
     sheet

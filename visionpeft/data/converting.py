@@ -10,25 +10,23 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
 
 from .. import tables
-from ..errors import ConfigError, DataError, nearest
-from .formats.base import FORMATS, Entry, Request, Source, Thing, plain
-from .layout import SPLITS, SUFFIXES, read_names
-from .pictures import turned
-from .report import Tally, listed
+from ..errors import ConfigError, DataError
+from .formats.base import FORMATS, Entry, Request, Source
+from .layout import SPLITS
+from .naming import order_classes
+from .report import Tally, listed, printable, watched
+from .writing import Writer
 
 _MARK = "# Made by visionpeft data convert"  # what may be replaced
-_LEAST = 1e-3  # pixels: what is thinner has no width
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Conversion:
         for heading, found in (("left out:", self.left), ("changed:", self.changed)):
             lines = [line for what, (n, examples) in found.items() for line in listed(what, n, examples)]
             parts += ["\n".join([heading, *lines])] if lines else []
-        return "\n\n".join([*parts, f"{self.data}"])
+        return "\n\n".join([*parts, f"data: {printable(self.data)}"])
 
 
 def convert(
@@ -121,19 +119,19 @@ def convert(
     if task is not None and task not in read.tasks:
         raise ConfigError(f"task={task} cannot be made of this {name} set; it holds {', '.join(read.tasks)}")
     task = task or read.tasks[0]
-    order, dropped = _order(read.names, names, without)
-    job = _Job(task, {plain(n): i for i, n in enumerate(order)}, dropped, read.left, Tally(), copy)
+    order, numbers, dropped = order_classes(read.names, names, without)
+    writer = Writer(task, numbers, dropped, read.left, Tally(), copy)
     counts: dict[str, Counter[str]] = {}
     written: Counter[str] = Counter()
-    with _staged(out, exist_ok) as folder:
-        for entry in with_splits(read.entries, val, job.changed):
-            if (objects := job.write(entry, folder)) is not None:
+    with _staged(out) as folder:
+        for entry in watched(with_splits(read.entries, val, writer.changed), "converting", len(read.entries)):
+            if (objects := writer.write(entry, folder)) is not None:
                 counts.setdefault(entry.split, Counter()).update(order[i] for i in objects)
                 written[entry.split] += 1
         if not sum(map(len, counts.values())):
-            raise DataError(f"{source} has no object that can be used: {_sums(job.left)}")
+            raise DataError(f"{source} has no object that can be used: {_sums(writer.left)}")
         if lacking := {"train", "val"} - set(counts):
-            raise DataError(f"{source} has no usable image for {lacking.pop()}: {_sums(job.left)}; give more images")
+            raise DataError(f"{source} has no usable image for {lacking.pop()}: {_sums(writer.left)}; give more images")
         parts = [p for p in SPLITS if p in counts]
         (folder / "data.yaml").write_text(_yaml(request.root, name, parts, order, task, read), encoding="utf-8")
     return Conversion(
@@ -143,120 +141,9 @@ def convert(
         dict(enumerate(order)),
         {p: written[p] for p in parts},
         {p: dict(counts[p]) for p in parts},
-        _found(job.left),
-        _found(job.changed),
+        _found(writer.left),
+        _found(writer.changed),
     )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """How entries are written."""
-
-    task: str
-    numbers: Mapping[str, int]  # of a plain class name
-    dropped: frozenset[str]  # plain names of classes that are left out on request
-    left: Tally
-    changed: Tally
-    copy: bool
-
-    def write(self, entry: Entry, folder: Path) -> list[int] | None:
-        """Write an image and its labels; return the classes of its objects, or None where it is left out."""
-        size = self._size(entry)
-        if size is None:
-            return None
-        rows = [row for thing in entry.things(self.task) if (row := self._row(thing, size, entry.name))]
-        image = self._free(folder / "images" / entry.split, entry)
-        label = folder / "labels" / image.relative_to(folder / "images").with_suffix(".txt")
-        for file in (image, label):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        self._place(entry.file, image)
-        label.write_text("".join(f"{cls} {' '.join(f'{v:.8g}' for v in values)}\n" for cls, values in rows))
-        return [cls for cls, _ in rows]
-
-    def _size(self, entry: Entry) -> tuple[int, int] | None:
-        """Return the size that the annotations refer to, or None where the image cannot be used with them."""
-        if entry.file.suffix[1:].lower() not in SUFFIXES:
-            self.left.add("image of a format that Ultralytics does not read", entry.name)
-            return None
-        try:
-            with Image.open(entry.file) as image:
-                raw, size = image.size, turned(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.left.add("image that is not readable", f"{entry.name}: {' '.join(str(error).split())[:80]}")
-            return None
-        stated = entry.size or size
-        if stated == size or abs(stated[0] * size[1] / (stated[1] * size[0]) - 1) < 0.01:  # the same, or resized
-            return stated
-        turned_after = raw != size and abs(stated[0] * raw[1] / (stated[1] * raw[0]) - 1) < 0.01
-        why = "was annotated before its EXIF tag turned it" if turned_after else "is not of the shape its annotations state"
-        self.left.add(f"image that {why}", f"{entry.name}: {size[0]}x{size[1]}, not {stated[0]}x{stated[1]}")
-        return None
-
-    def _row(self, thing: Thing, size: tuple[int, int], image: str) -> tuple[int, list[float]] | None:
-        """Return an object's class and numbers, as shares of the image."""
-        key = plain(thing.name)
-        if key not in self.numbers:
-            asked = key in self.dropped
-            self.left.add(f"object of class {thing.name}" if asked else "object of a class that is not named", image)
-            return None
-        outlines = [o for o in thing.outlines if len(o) >= 3]
-        if self.task in ("segment", "obb") and not outlines:
-            self.left.add("object without an outline (task=detect takes its box)", image)
-            return None
-        if self.task == "pose" and thing.keypoints is None:
-            self.left.add("object without keypoints (task=detect takes its box)", image)
-            return None
-        if self.task in ("segment", "obb"):
-            outlines = [self._clip(o, size, image) for o in outlines]
-            if not (outlines := [o for o in outlines if _area(o) > _LEAST**2]):
-                self.left.add("object without area", image)
-                return None
-            return self.numbers[key], list((_joined(outlines) / size).ravel())
-        if thing.box is None and not outlines:
-            self.left.add("object without a box", image)
-            return None
-        corners = np.concatenate(outlines) if thing.box is None else np.array(thing.box).reshape(2, 2)
-        if thing.box is None:
-            corners = np.stack((corners.min(0), corners.max(0)))
-        (left, top), (right, bottom) = self._clip(corners, size, image)
-        if right - left < _LEAST or bottom - top < _LEAST:
-            self.left.add("object without width or height", image)
-            return None
-        width, height = size
-        values = [(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height]
-        if self.task == "pose" and thing.keypoints is not None:
-            points = thing.keypoints.copy()
-            points[:, :2] = np.where(points[:, 2:] > 0, np.clip(points[:, :2] / size, 0, 1), 0)
-            values += list(points.ravel())
-        return self.numbers[key], values
-
-    def _clip(self, points: np.ndarray, size: tuple[int, int], image: str) -> np.ndarray:
-        clipped = np.clip(points, 0, size)
-        if np.abs(clipped - points).max() > 0.01:  # pixels; less is rounding
-            self.changed.add("outline or box clipped to its image", image)
-        return clipped
-
-    def _free(self, folder: Path, entry: Entry) -> Path:
-        """Return where an image goes: under its own name, folders included, unless another has that name or stem."""
-        named = PurePosixPath(entry.name).with_suffix(entry.file.suffix)
-        safe = not named.is_absolute() and not {"..", "images"} & set(named.parts)  # Ultralytics looks for `images`
-        image = folder.joinpath(*(named.parts if safe else (named.name,)))
-        stem, count = image.stem, 1
-        while (folder.parents[1] / "labels" / folder.name / image.relative_to(folder)).with_suffix(".txt").exists():
-            count += 1
-            image = image.with_stem(f"{stem}-{count}")
-        if count > 1:
-            self.changed.add("image renamed, as another has its name", f"{entry.name} to {image.name}")
-        return image
-
-    def _place(self, file: Path, image: Path) -> None:
-        if not self.copy:
-            try:
-                os.link(file.resolve(), image)
-                return
-            except OSError:  # another disk, or a file system without hard links
-                self.changed.add("image copied, as it could not be linked", file.name)
-        shutil.copy2(file, image)
 
 
 def with_splits(entries: Sequence[Entry], val: float, changed: Tally) -> Iterator[Entry]:
@@ -303,56 +190,6 @@ def _guess(root: Path) -> str:
     return fits[0]
 
 
-def _order(
-    found: Sequence[str], names: Sequence[str] | str | Path | None, without: Iterable[str]
-) -> tuple[list[str], frozenset[str]]:
-    """Return the classes to write, in order, and the plain names of those left out on request."""
-    dropped = {plain(n): n for n in without}
-    known = {plain(n): n for n in found}
-    if unknown := [n for p, n in dropped.items() if p not in known]:
-        raise ConfigError(f"without={unknown[0]} is no class here; there are {', '.join(found)}{nearest(unknown[0], found)}")
-    wanted = list(found) if names is None else _named(names)
-    if len({plain(n) for n in wanted}) < len(wanted):
-        raise ConfigError("two classes have the same name but for case and marks; give the order wanted with names")
-    if not {plain(n) for n in wanted} & set(known):
-        raise ConfigError(f"none of the classes {', '.join(wanted[:5])} is in the set; it has {', '.join(found[:20])}")
-    return [n for n in wanted if plain(n) not in dropped], frozenset(dropped)
-
-
-def _named(names: Sequence[str] | str | Path) -> list[str]:
-    """Return class names from a list, from text with commas, from a data YAML, or from a packaged one by its name."""
-    if isinstance(names, str) and (own := packaged()).get(names):
-        names = own[names]
-    if isinstance(names, str | Path) and Path(names).suffix in (".yaml", ".yml"):
-        return list(read_names(Path(names)).values())
-    words = names.split(",") if isinstance(names, str) else [str(n) for n in names] if not isinstance(names, Path) else []
-    kept = [w.strip() for w in words if w.strip()]
-    if not kept:
-        raise ConfigError(f"names={names} names no classes; give car,bus,..., or a data YAML")
-    return kept
-
-
-def packaged() -> dict[str, Path]:
-    """Return the data YAMLs that come with visionpeft, by name."""
-    here = Path(__file__).parents[1] / "datasets"
-    folder = here if here.is_dir() else Path(__file__).parents[2] / "datasets"  # in a checkout
-    return {f.stem: f for f in sorted(folder.glob("*.yaml"))}
-
-
-def _joined(outlines: list[np.ndarray]) -> np.ndarray:
-    """Return one polygon: parts are connected by thin lines, Ultralytics' way."""
-    if len(outlines) == 1:
-        return outlines[0]
-    from ultralytics.data.converter import merge_multi_segment
-
-    return np.concatenate(merge_multi_segment([o.ravel().tolist() for o in outlines]))
-
-
-def _area(outline: np.ndarray) -> float:
-    x, y = outline.T
-    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
-
-
 def _yaml(root: Path, format: str, parts: list[str], order: list[str], task: str, read: Source) -> str:
     """Return the data YAML. It has no path: folders resolve beside it, wherever it is moved."""
     values: dict[str, Any] = {p: f"images/{p}" for p in parts}
@@ -364,7 +201,7 @@ def _yaml(root: Path, format: str, parts: list[str], order: list[str], task: str
                 values["flip_idx"] = [points.index(m) for m in mirrored]
         values["kpt_names"] = {i: points for i in range(len(order))}
     values["names"] = dict(enumerate(order))
-    origin = f"{_MARK} --format {format} from {root.resolve()}".encode("utf-8", "backslashreplace").decode()
+    origin = printable(f"{_MARK} --format {format} from {root.resolve()}")
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return f"{origin.splitlines()[0]}\n{text}"
 
@@ -389,7 +226,7 @@ def _refuse_taken(out: Path, root: Path, exist_ok: bool) -> None:
 
 
 @contextmanager
-def _staged(out: Path, exist_ok: bool) -> Iterator[Path]:
+def _staged(out: Path) -> Iterator[Path]:
     """Give a folder that becomes `out` if all goes well, and disappears if not."""
     stage = None
     try:

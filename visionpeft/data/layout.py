@@ -177,8 +177,13 @@ def _read_folders(root: Path, source: str) -> Layout:
         if folder:
             splits[part] = sorted(f for f in folder.rglob("*") if is_image(f) and f.parent != folder)
     if not splits.get("train"):
-        raise DataError(f"{source} holds neither a data YAML nor images in train/CLASS; give a folder with one of them")
+        raise DataError(
+            f"{source} holds neither a data YAML nor images in train/CLASS; give a folder with one of them, or convert a "
+            "COCO, VOC, KITTI or DOTA set first (visionpeft data convert)"
+        )
     classes = sorted({class_of(root, f) for images in splits.values() for f in images})
+    if classes == ["images"]:
+        raise DataError(f"{source} has train/images, but no data YAML; write one with train, val and names, and give that")
     return Layout(source, root, dict(enumerate(classes)), {k: v for k, v in splits.items() if v}, classify=True)
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .report import watched
+
 _THUMB = (34, 32)  # width, height: two by two pixels per cell of the hash
 _BITS, _CLOSE, _ALIKE, _PLAIN = 256, 26, 0.985, 4.0
 _LEAST = 10  # pixels: Ultralytics leaves out images that are smaller
@@ -48,15 +50,16 @@ def look(file: Path) -> Picture:
     try:
         content = file.read_bytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # satellite images are large
+        with Image.open(io.BytesIO(content)) as image:
             width, height = turned(image)
             image.draft("L", (2 * _THUMB[0], 2 * _THUMB[1]))
             image.load()
             grey = ImageOps.exif_transpose(image).convert("L").resize(_THUMB, Image.Resampling.BOX)
     except FileNotFoundError:
         return Picture(fault="is not there")
-    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Ultralytics, too, opens images with Pillow before it trains on them
+        return Picture(digest=digest, fault="more pixels than Pillow opens (179 million); cut it into tiles")
+    except (OSError, ValueError, SyntaxError, ImportError) as error:
         words = "no image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         return Picture(digest=digest, fault=" ".join(words.split())[:80])
     if min(width, height) < _LEAST:
@@ -70,11 +73,27 @@ def turned(image: Image.Image) -> tuple[int, int]:
     return (height, width) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
 
 
+def header(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return a file's width and height, as stored and as turned by its EXIF tag, without reading its pixels.
+
+    Raises:
+        OSError, ValueError, SyntaxError: It is no image that Pillow knows.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # it guards memory, and no pixel is read here; satellite images are large
+    try:
+        with Image.open(file) as image:
+            return image.size, turned(image)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def look_all(files: Iterable[Path]) -> dict[Path, Picture]:
     """Look at every file once; decoding releases Python's lock, so threads help."""
     unique = list(dict.fromkeys(files))
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
-        return dict(zip(unique, pool.map(look, unique), strict=True))
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
+        warnings.simplefilter("ignore")  # Pillow's: satellite images are large, palettes odd
+        return dict(zip(unique, watched(pool.map(look, unique), "reading", len(unique)), strict=True))
 
 
 def copies(pictures: Sequence[Picture], groups: Sequence[int]) -> tuple[dict[int, int], dict[int, int]]:

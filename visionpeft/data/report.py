@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track
 
 from .. import tables
+
+T = TypeVar("T")
 
 _WIDTH, _CLASSES, _EXAMPLES = 80, 25, 3
 
@@ -21,10 +26,21 @@ class Tally:
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, example: str = "", count: int = 1) -> None:
-        """Count one more of a kind. Names of files that are no UTF-8 are made printable."""
+        """Count one more of a kind."""
         self.counts[kind] += count
         if example and len(self.examples[kind]) < _EXAMPLES:
-            self.examples[kind].append(example.encode("utf-8", "backslashreplace").decode())
+            self.examples[kind].append(printable(example))
+
+
+def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """Return items, with a bar of progress on a terminal's stderr while they are taken."""
+    console = Console(stderr=True)
+    return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def printable(text: str) -> str:
+    """Return a file's name as text that can be printed even where it is no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -108,10 +124,10 @@ class Report:
 
     def __str__(self) -> str:
         classes = f"{len(self.names)} class{'es' * (len(self.names) != 1)}"
-        parts = [f"{self.source}: {self.task}, {classes}", self._splits(), self._classes()]
+        parts = [f"{printable(self.source)}: {self.task}, {classes}", self._splits(), self._classes()]
         parts += [_listed(title, [f for f in self.findings if f.problem == bad]) for title, bad in _SECTIONS]
         if self.sheet:
-            parts.append(f"contact sheet: {self.sheet}")
+            parts.append(f"contact sheet: {printable(self.sheet)}")
         return "\n\n".join(p for p in (*parts, self.verdict) if p)
 
     @property

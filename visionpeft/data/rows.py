@@ -103,9 +103,10 @@ def make_row(values: list[float], line: int, task: str, classes: int, kpt_shape:
     if task in ("detect", "pose") and (count == 5 or task == "pose"):
         return _boxed(cls, values, line, kpt_shape if task == "pose" else None)
     outline = np.array(values[1:]).reshape(-1, 2)
-    if fault := _outside(outline, line):
+    low, high = outline.min(0), outline.max(0)
+    if fault := _outside(np.concatenate(((low + high) / 2, high - low)), line):  # as of a box: Ultralytics looks at that
         return fault
-    if abs(_area(outline)) < 1e-12:
+    if abs(area(outline)) < 1e-12:
         return Fault("empty", line, "its outline has no area")
     return Row(cls, outline)
 
@@ -122,9 +123,9 @@ def _boxed(cls: int, values: list[float], line: int, kpt_shape: tuple[int, int] 
     if kpt_shape is None:
         return Row(cls, outline)
     points = np.array(values[5:]).reshape(kpt_shape)
-    if kpt_shape[1] == 2:  # negative where not visible
-        points = np.concatenate((points, (points >= 0).all(1, keepdims=True)), 1)
-    if fault := _outside(points[points[:, 2] > 0, :2], line):
+    if kpt_shape[1] == 2:
+        points = np.concatenate((points, np.ones((len(points), 1))), 1)
+    if fault := _outside(points[:, :2], line):
         return fault
     return Row(cls, outline, points)
 
@@ -139,7 +140,8 @@ def sticks_out(row: Row) -> bool:
     return bool((row.outline < -_TOLERANCE).any() or (row.outline > 1 + _TOLERANCE).any())
 
 
-def _area(outline: np.ndarray) -> float:
+def area(outline: np.ndarray) -> float:
+    """Return the signed area that a polygon encloses."""
     x, y = outline.T
     return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import files
 from ..errors import ConfigError
+from .report import printable
 from .rows import Row
 
 _COLUMNS, _ROWS, _TILE, _CAPTION, _LINE = 4, 4, 360, 18, 20
@@ -74,7 +75,7 @@ def draw_sheet(path: str | Path, tiles: Sequence[Tile], names: Mapping[int, str]
     for i, tile in enumerate(tiles):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * (_TILE + _CAPTION)
         sheet.paste(_draw(tile, names, font), (x, y + _CAPTION))
-        caption = f"{tile.split}: {tile.file.name}".encode("utf-8", "replace").decode()
+        caption = printable(f"{tile.split}: {tile.file.name}")
         while font.getlength(caption) > _TILE - 8:
             caption = caption[:-2].rstrip("…") + "…"
         ImageDraw.Draw(sheet).text((x + 4, y + 1), caption, "black", font)
@@ -86,7 +87,10 @@ def draw_sheet(path: str | Path, tiles: Sequence[Tile], names: Mapping[int, str]
             pen.text((x + 16, y), names[cls], "black", font)
             x += width
     form = _FORMATS[path.suffix.lower()]
-    return files.replace(path, lambda temporary: sheet.save(temporary, form))
+    try:
+        return files.replace(path, lambda temporary: sheet.save(temporary, form))
+    except (ConfigError, OSError) as error:
+        raise ConfigError(f"the contact sheet {path} cannot be written; give another file with --sheet") from error
 
 
 def _legend(classes: Sequence[int], names: Mapping[int, str], font: Font) -> list[list[tuple[int, int]]]:

@@ -2,6 +2,6 @@
 
 from . import driving, satellite
 from .draw import Scene, Thing
-from .sets import SETS, WEIGHTS, SceneSet, cache, find, write
+from .sets import EMBEDDED, SETS, WEIGHTS, SceneSet, cache, find, write
 
-__all__ = ["SETS", "WEIGHTS", "Scene", "SceneSet", "Thing", "cache", "driving", "find", "satellite", "write"]
+__all__ = ["EMBEDDED", "SETS", "WEIGHTS", "Scene", "SceneSet", "Thing", "cache", "driving", "find", "satellite", "write"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ _SUB = 4  # bits of a canvas pixel that OpenCV draws with
 _SEEN = 0.3  # an object of which less than this is seen goes without a label
 _LEAST = 5.0  # and one whose visible part is thinner than this many pixels
 
-Colour = Sequence[float]
+Colour = ArrayLike  # RGB, 0 to 255
 Floats = NDArray[np.floating[Any]]
 
 
@@ -148,11 +148,11 @@ class Canvas:
         if not mask.size:
             return
         if soft:
-            mask = cv2.GaussianBlur(mask, (0, 0), soft * FINE)
+            mask[:] = cv2.GaussianBlur(mask, (0, 0), soft * FINE)
         weight = 1 + (np.asarray(factor, np.float32) - 1) * (mask.astype(np.float32) / 255)[..., None]
         self.pixels[window] = np.minimum(self.pixels[window] * weight, 255)
 
-    def sheet(self, points: ArrayLike, colour: Colour, texture: NDArray[np.float32]) -> None:
+    def sheet(self, points: ArrayLike, colour: Colour, texture: NDArray[Any]) -> None:
         """Fill a polygon of the background with `colour` times the fine `texture`."""
         window, mask = self._inside(points)
         if mask.size:
@@ -169,7 +169,7 @@ class Canvas:
         """Return the picture, and every thing of which enough is seen."""
         image = cv2.resize(self.pixels, (self.size, self.size), interpolation=cv2.INTER_AREA)
         things = [thing for draft in self._drafts if (thing := _finish(draft, self.ids))]
-        return Scene(image, self.ids, tuple(things))
+        return Scene(image.astype(np.uint8, copy=False), self.ids, tuple(things))
 
     def _inside(self, points: ArrayLike, pad: int = 2) -> tuple[tuple[slice, slice], NDArray[np.uint8]]:
         """Return the window of fine pixels around a polygon, and in it 255 where the polygon is."""
@@ -195,7 +195,7 @@ def _fixed(points: Floats) -> NDArray[np.int32]:
 
 
 def _rgb(colour: Colour) -> tuple[float, ...]:
-    return tuple(float(min(max(c, 0), 255)) for c in colour)
+    return tuple(float(min(max(c, 0), 255)) for c in np.asarray(colour))
 
 
 def _finish(draft: _Draft, ids: NDArray[np.int16]) -> Thing | None:
@@ -254,11 +254,9 @@ def blend(amount: NDArray[np.floating[Any]], first: Colour, second: Colour) -> N
     return a + (b - a) * np.asarray(amount, np.float32)[..., None]
 
 
-def near(rng: np.random.Generator, colour: Colour, spread: float = 12.0) -> tuple[float, ...]:
+def near(rng: np.random.Generator, colour: Colour, spread: float = 12.0) -> Floats:
     """Return a colour close to another, somewhat lighter or darker, and slightly of another hue."""
-    return tuple(
-        float(np.clip(c, 0, 255)) for c in np.asarray(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3)
-    )
+    return np.clip(np.asarray(colour) + rng.normal(0, spread) + rng.normal(0, spread / 3, 3), 0, 255)
 
 
 def rectangle(length: float, width: float, x: float = 0.0, y: float = 0.0) -> Floats:
@@ -276,7 +274,7 @@ def develop(rng: np.random.Generator, image: NDArray[np.uint8], grain: float, bl
     """What a camera does to a picture: blur, contrast, a tint, and grain."""
     picture = image.astype(np.float32)
     if blur > 0.2:
-        picture = cv2.GaussianBlur(picture, (0, 0), blur)
+        picture[:] = cv2.GaussianBlur(picture, (0, 0), blur)
     mean = picture.mean()
     picture = (picture - mean) * rng.uniform(0.85, 1.15) + mean * rng.uniform(0.88, 1.12)
     picture *= rng.normal(1, 0.025, 3).astype(np.float32)

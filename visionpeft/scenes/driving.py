@@ -22,43 +22,30 @@ _CLOTHES = [(40, 44, 60), (150, 40, 44), (60, 90, 140), (200, 196, 186), (90, 11
 _SKIN = [(224, 180, 150), (180, 130, 100), (120, 84, 64)]
 _GLASS = np.array([52, 62, 74])
 
-# length, width and height in metres, and the side view from the front bumper over the roof to the rear: how far along, how
-# high, how wide (0 to 1); between the points 2 and 3 lies the windscreen, between 4 and 5 the rear window
-_CARS = {
-    "sedan": (
-        (4.5, 1.8, 1.42),
-        [(0, 0.14, 1), (0, 0.5, 0.96), (0.27, 0.62, 0.94), (0.42, 0.98, 0.7), (0.7, 1, 0.7), (0.86, 0.66, 0.92)]
-        + [(1, 0.62, 0.94), (1, 0.16, 1)],
-    ),
-    "hatch": (
-        (4.0, 1.75, 1.48),
-        [
-            (0, 0.14, 1),
-            (0, 0.48, 0.96),
-            (0.22, 0.6, 0.94),
-            (0.4, 0.97, 0.72),
-            (0.82, 1, 0.72),
-            (0.98, 0.64, 0.94),
-            (1, 0.16, 1),
-        ],
-    ),
-    "suv": (
-        (4.6, 1.88, 1.72),
-        [(0, 0.18, 1), (0, 0.54, 0.97), (0.24, 0.6, 0.95), (0.36, 0.97, 0.78), (0.92, 1, 0.78), (1, 0.6, 0.96), (1, 0.2, 1)],
-    ),
-    "van": (
-        (5.1, 1.95, 2.05),
-        [
-            (0, 0.12, 1),
-            (0, 0.42, 0.97),
-            (0.1, 0.52, 0.96),
-            (0.24, 0.97, 0.84),
-            (0.97, 1, 0.86),
-            (1, 0.55, 0.97),
-            (1, 0.14, 1),
-        ],
-    ),
-}
+# The side view from the front bumper over the roof to the rear: how far along, how high, how wide (0 to 1). The windscreen
+# lies between the points 2 and 3, the rear window between 4 and 5.
+_SEDAN = np.array(
+    [(0, 0.14, 1), (0, 0.5, 0.96), (0.27, 0.62, 0.94), (0.42, 0.98, 0.7)]
+    + [(0.7, 1, 0.7), (0.86, 0.66, 0.92), (1, 0.62, 0.94), (1, 0.16, 1)]
+)
+_HATCH = np.array(
+    [(0, 0.14, 1), (0, 0.48, 0.96), (0.22, 0.6, 0.94), (0.4, 0.97, 0.72)]
+    + [(0.82, 1, 0.72), (0.98, 0.64, 0.94), (1, 0.16, 1)]
+)  # fmt: skip
+_SUV = np.array(
+    [(0, 0.18, 1), (0, 0.54, 0.97), (0.24, 0.6, 0.95), (0.36, 0.97, 0.78)]
+    + [(0.92, 1, 0.78), (1, 0.6, 0.96), (1, 0.2, 1)]
+)  # fmt: skip
+_VAN = np.array(
+    [(0, 0.12, 1), (0, 0.42, 0.97), (0.1, 0.52, 0.96), (0.24, 0.97, 0.84)]
+    + [(0.97, 1, 0.86), (1, 0.55, 0.97), (1, 0.14, 1)]
+)  # fmt: skip
+_CARS = [  # length, width and height in metres
+    ((4.5, 1.8, 1.42), _SEDAN),
+    ((4.0, 1.75, 1.48), _HATCH),
+    ((4.6, 1.88, 1.72), _SUV),
+    ((5.1, 1.95, 2.05), _VAN),
+]
 
 
 @dataclass(frozen=True)
@@ -136,7 +123,7 @@ class Painter:
         self.items: list[tuple[float, Callable[[], None]]] = []
 
     def pick(self, colours: Sequence[tuple[int, int, int]], spread: float = 8.0) -> Floats:
-        return np.asarray(near(self.rng, colours[self.rng.integers(len(colours))], spread))
+        return near(self.rng, colours[int(self.rng.integers(len(colours)))], spread)
 
     def tone(self, colour: ArrayLike, z: float, shine: float = 0.0) -> Floats:
         """Return a colour as it looks `z` metres away; `shine` is how much of it is light of its own."""
@@ -153,9 +140,8 @@ class Painter:
         """Fill a strip of the ground along the road."""
         z = np.geomspace(z0, z1, 24) if z1 / z0 > 3 else np.array([z0, z1])
         edges = [np.stack([np.full(len(z), x), 0 * z, z], 1) for x in (left, right)]
-        self.canvas.polygon(
-            self.view(np.concatenate([edges[0], edges[1][::-1]])), self.tone(colour, (z0 * min(z1, 60)) ** 0.5)
-        )
+        outline = self.view(np.concatenate([edges[0], edges[1][::-1]]))
+        self.canvas.polygon(outline, self.tone(colour, (z0 * min(z1, 60)) ** 0.5))
 
     def upright(
         self, x: float, z: float, points: ArrayLike, colour: ArrayLike, shine: float = 0.0, lift: float = 0.0
@@ -166,24 +152,24 @@ class Painter:
 
     def glow(self, point: ArrayLike, radius: float, colour: Colour) -> None:
         """Note a lamp at (x, y, z), whose halo is added when all is drawn, unless something hides it by then."""
-        u, v = self.view([point])[0]
+        u, v = map(float, self.view(np.atleast_2d(point))[0])
         if 0 <= u < self.size and 0 <= v < self.size:
             radius *= self.view.focal / float(np.asarray(point)[2])
             self.glows.append((u, v, float(np.clip(radius, 0.6, self.size / 40)), colour, self.canvas.owner))
 
     # ------------------------------------------------------------------------------------------------------------ vehicles
     def solid(
-        self, pose: _Pose, size: Sequence[float], profile: Sequence[tuple], paint: Floats, panes: Sequence[int] = ()
+        self, pose: _Pose, size: ArrayLike, profile: ArrayLike, paint: Floats, panes: Sequence[int] = ()
     ) -> _Pose | None:
         """Draw a side view with width; its edges `panes` are of glass.
 
         Returns the pose with the side that the camera sees; None where it sees neither.
         """
-        long, wide, high = size
-        along, up, half = (np.array(profile) * (-long, high, wide / 2)).T
+        long, wide, high = np.asarray(size, float)
+        along, up, half = (np.asarray(profile, float) * (-long, high, wide / 2)).T
         left, right = (pose(np.stack([along + long / 2, up, half * side], 1)) for side in (-1, 1))
         centre, eye = (left.mean(0) + right.mean(0)) / 2, self.view.eye(pose.z)
-        for i in range(len(profile) - 1):
+        for i in range(len(along) - 1):
             quad = np.stack([left[i], left[i + 1], right[i + 1], right[i]])
             middle = quad.mean(0)
             normal = np.cross(quad[1] - quad[0], quad[3] - quad[0])
@@ -200,9 +186,9 @@ class Painter:
                 return _Pose(pose.x, pose.z, pose.yaw, side)
         return None
 
-    def ends(self, pose: _Pose, size: Sequence[float], low: float) -> None:
+    def ends(self, pose: _Pose, size: ArrayLike, low: float) -> None:
         """Lamps, plate and grille of the end that faces the camera, lamps at the height `low`."""
-        long, wide, high = size
+        long, wide, high = np.asarray(size, float)
         eye = self.view.eye(pose.z)[[0, 2]] - (pose.x, pose.z)
         ahead = float(eye @ (np.sin(pose.yaw), np.cos(pose.yaw)))
         if abs(ahead) < long / 2:
@@ -232,9 +218,10 @@ class Painter:
                     pose(np.stack([a + r * np.cos(t), radius + r * np.sin(t), np.full(14, wide / 2 + 0.02)], 1)), colour
                 )
 
-    def under(self, pose: _Pose, size: Sequence[float]) -> None:
+    def under(self, pose: _Pose, size: ArrayLike) -> None:
         """The shadow on the ground."""
-        flat = rectangle(size[0] * 1.02, size[1] * 1.12)
+        long, wide, _ = np.asarray(size, float)
+        flat = rectangle(long * 1.02, wide * 1.12)
         points = pose(np.stack([flat[:, 0], flat[:, 0] * 0, flat[:, 1]], 1))
         if points[:, 2].min() > 1:
             soft = 0.03 * self.view.focal / pose.z
@@ -242,13 +229,13 @@ class Painter:
 
     def car(self, pose: _Pose) -> None:
         rng = self.rng
-        measures, profile = _CARS[str(rng.choice(list(_CARS)))]
+        measures, profile = _CARS[int(rng.integers(len(_CARS)))]
         size, paint = np.array(measures) * rng.uniform(0.94, 1.06), self.pick(_PAINTS)
         long, wide, high = size
         self.under(pose, size)
         with self.canvas.thing("car"):
             if seen := self.solid(pose, size, profile, paint, (2, 4)):
-                along = long / 2 - np.array([q[0] for q in profile[2:6]]) * long  # bonnet, roof, roof, boot
+                along = long / 2 - profile[2:6, 0] * long  # bonnet, roof, roof, boot
                 middle, low, up = (along[1] + along[2]) / 2, 0.6 * high, 0.93 * high
                 for a, b, c, d in (
                     (along[0] - 0.3, along[1] - 0.05, middle + 0.05, middle + 0.05),
@@ -269,7 +256,7 @@ class Painter:
         box = [(cab + 0.03, 0.2, 1), (cab + 0.03, top[0], 1), (1, top[1], 1), (1, 0.2, 1)]
         self.under(pose, size)
         with self.canvas.thing("truck"):
-            parts = [(front, paint, (1,)), (box, load, ())]
+            parts: list[tuple[ArrayLike, Floats, Sequence[int]]] = [(front, paint, (1,)), (box, load, ())]
             seen = [self.solid(pose, size, *part) for part in (parts if np.cos(pose.yaw) > 0 else parts[::-1])]
             if side := seen[0] or seen[1]:
                 a, b, low, up = long / 2 - 0.3, long / 2 - cab * long * 0.8, high * 0.5, high * 0.8
@@ -443,13 +430,12 @@ class Painter:
     def backdrop(self) -> None:
         """Sky, clouds, hills, ground."""
         rng, size = self.rng, self.size
-        top, bottom = {
+        ends: dict[str, tuple[Colour, Colour]] = {
             "day": ((96, 146, 206), (190, 212, 230)),
             "dusk": ((72, 66, 108), (226, 146, 100)),
             "night": ((8, 10, 22), (30, 32, 48)),
-        }[self.light]
-        if self.weather != "clear":
-            top, bottom = self.mist * 0.86, self.mist
+        }
+        top, bottom = ends[self.light] if self.weather == "clear" else (self.mist * 0.86, self.mist)
         rows = np.clip(np.arange(size) / max(self.view.horizon, size * 0.25), 0, 1)
         picture = blend(np.repeat(rows[:, None], size, 1), near(rng, top, 8), near(rng, bottom, 8))
         if self.light != "night":
@@ -481,8 +467,8 @@ class Painter:
                 self.strip(side * edge, side * (edge + 0.2), (176, 174, 168))
         self.strip(-edge, edge, asphalt)
         worn = np.where(self.view.depth() < 200, 0.92 + 0.16 * noise(rng, self.size, 36, 3, 3), 1).astype(np.float32)
-        worn = cv2.resize(worn, self.canvas.ids.shape, interpolation=cv2.INTER_LINEAR)
-        self.canvas.pixels[:] = cv2.multiply(self.canvas.pixels, cv2.merge([worn] * 3), dtype=cv2.CV_8U)
+        fine = cv2.resize(worn, self.canvas.ids.shape, interpolation=cv2.INTER_LINEAR)
+        self.canvas.pixels[:] = cv2.multiply(self.canvas.pixels, cv2.merge([fine] * 3), dtype=cv2.CV_8U)
         for lane in range(lanes + 1):
             x = -edge + lane * wide
             if lane in (0, lanes):
@@ -571,11 +557,11 @@ class Painter:
         for u, v, radius, colour, owner in self.glows:
             if owner and self.canvas.ids[int(v * FINE), int(u * FINE)] != owner:
                 continue
-            spot = int(u * 16), int(v * 16)
-            cv2.circle(halo, spot, int(radius * 16), tuple(map(float, colour)), -1, cv2.LINE_8, 4)
+            spot, paint = (int(u * 16), int(v * 16)), np.asarray(colour, float)
+            cv2.circle(halo, spot, int(radius * 16), paint.tolist(), -1, cv2.LINE_8, 4)
             if self.weather == "rain":  # a wet road mirrors what shines
                 end = spot[0], int((v + radius * 9) * 16)
-                cv2.line(halo, spot, end, tuple(0.28 * c for c in colour), max(1, int(radius)), cv2.LINE_8, 4)
+                cv2.line(halo, spot, end, (0.28 * paint).tolist(), max(1, int(radius)), cv2.LINE_8, 4)
         tight, wide = cv2.GaussianBlur(halo, (0, 0), size / 100), cv2.GaussianBlur(halo, (0, 0), size / 36)
         return picture + (0.7 * tight + 0.5 * wide) * (0.9 if self.dark else 0.3)
 
@@ -584,8 +570,8 @@ class Painter:
         drops, slant = np.zeros((size, size), np.float32), rng.uniform(-0.3, 0.3)
         for x, y, length in rng.random((int(rng.integers(120, 420)), 3)) * (size, size, 1):
             long = (5 + 15 * length) * size / 320
-            ends = [(int(a * 16), int(b * 16)) for a, b in ((x, y), (x + slant * long, y + long))]
-            cv2.line(drops, *ends, 1.0, 1, cv2.LINE_8, 4)
+            start, end = (int(x * 16), int(y * 16)), (int((x + slant * long) * 16), int((y + long) * 16))
+            cv2.line(drops, start, end, 1.0, 1, cv2.LINE_8, 4)
         return picture + (cv2.GaussianBlur(drops, (0, 0), 0.6) * rng.uniform(18, 50))[..., None]
 
 
@@ -608,6 +594,6 @@ def scene(rng: Generator, size: int = 320, night: bool = False) -> Scene:
     picture = painter.shine(drawn.image.astype(np.float32)) if painter.glows or night else drawn.image.astype(np.float32)
     image = np.clip(painter.rain(picture) if weather == "rain" else picture, 0, 255).astype(np.uint8)
     if rng.random() < 0.2:  # motion
-        image = cv2.blur(image, (int(rng.integers(2, 5)), 1) if rng.random() < 0.5 else (1, int(rng.integers(2, 5))))
+        image[:] = cv2.blur(image, (int(rng.integers(2, 5)), 1) if rng.random() < 0.5 else (1, int(rng.integers(2, 5))))
     grain = rng.uniform(2, 6) + 4 * (light == "night")
     return Scene(develop(rng, image, grain, rng.uniform(0, 0.8)), drawn.ids, drawn.things)

@@ -67,6 +67,9 @@ class Painter:
 
     # ------------------------------------------------------------------------------------------------------------- objects
     def plane(self, at: Frame) -> None:
+        """One of length 1; none where another stands."""
+        if not self.free(at, 0.7):
+            return
         rng, draw = self.rng, self.canvas.polygon
         kind = rng.choice(["airliner", "wide", "prop", "jet"], p=[0.5, 0.2, 0.18, 0.12])
         sweep = {"airliner": 0.2, "wide": 0.24, "prop": 0.02, "jet": 0.34}[kind] * rng.uniform(0.85, 1.15)
@@ -109,22 +112,15 @@ class Painter:
         if not self.free(at, 0.3):
             return
         rng, draw = self.rng, self.canvas.polygon
-        kind = (
-            rng.choice(["cargo", "tanker", "boat", "yacht"]) if at.scale > 34 * self.unit else rng.choice(["boat", "yacht"])
-        )
+        kind = rng.choice(["cargo", "tanker", "boat"] if at.scale > 34 * self.unit else ["boat", "yacht"])
         half = {"cargo": 0.085, "tanker": 0.09, "boat": 0.16, "yacht": 0.14}[kind] * rng.uniform(0.9, 1.15)
         bow = rng.uniform(0.2, 0.34)
         stern = rng.uniform(0.6, 1.0) * half
-        hull = [(0.5, 0), (0.5 - bow * 0.4, half * 0.62), (0.5 - bow, half), (-0.45, half), (-0.5, stern)]
-        hull = np.array(hull + [(x, -y) for x, y in hull[:0:-1]])
+        edge = [(0.5, 0), (0.5 - bow * 0.4, half * 0.62), (0.5 - bow, half), (-0.45, half), (-0.5, stern)]
+        hull = np.array(edge + [(x, -y) for x, y in edge[:0:-1]])
         if wake:
             for side in (-1, 1):
-                trail = [
-                    (0.35, side * half),
-                    (-2.2, side * half * 4.5),
-                    (-2.4, side * half * 3.2),
-                    (-0.5, side * half * 0.5),
-                ]
+                trail = np.array([(0.35, 1), (-2.2, 4.5), (-2.4, 3.2), (-0.5, 0.5)]) * (1, side * half)
                 self.canvas.shade(at(trail), 1.32, 0.7)
             self.canvas.shade(at([(-0.45, -half), (-2.6, -half * 1.2), (-2.6, half * 1.2), (-0.45, half)]), 1.7, 1.0)
         self.canvas.shade(at(hull) + self.sun * 0.05 * at.scale, self.dark)
@@ -166,8 +162,8 @@ class Painter:
         half = 0.14 if long else 0.225
         paint = np.asarray(self.pick(_PAINTS))
         glass = np.array([48, 56, 66])
-        body = [(0.5, half * 0.7), (0.44, half), (-0.46, half), (-0.5, half * 0.8)]
-        body = np.array(body + [(x, -y) for x, y in body[::-1]])
+        edge = [(0.5, half * 0.7), (0.44, half), (-0.46, half), (-0.5, half * 0.8)]
+        body = np.array(edge + [(x, -y) for x, y in edge[::-1]])
         self.canvas.shade(at(body) + self.sun * 0.22 * at.scale * (1.3 if long else 1), self.dark)
         with self.canvas.thing("vehicle", at.angle):
             draw(at(body), paint * 0.82)
@@ -201,10 +197,8 @@ class Painter:
                 for i in range(12):
                     a, b = 2 * np.pi * i / 12, 2 * np.pi * (i + 1) / 12
                     bright = 0.96 + 0.1 * np.cos((a + b) / 2 - light)
-                    draw(
-                        at([(0, 0), (0.45 * np.cos(a), 0.45 * np.sin(a)), (0.45 * np.cos(b), 0.45 * np.sin(b))]),
-                        paint * bright,
-                    )
+                    wedge = np.array([(0, 0), (np.cos(a), np.sin(a)), (np.cos(b), np.sin(b))]) * 0.45
+                    draw(at(wedge), paint * bright)
                 draw(at(ellipse(0.1, 0.1, count=10)), paint * 0.7)
             draw(at(rectangle(0.05, 0.14, 0.48)), paint * 0.55)
 
@@ -299,10 +293,10 @@ class Painter:
     def clouds(self) -> None:
         """Now and then thin clouds, each with its shadow."""
         rng = self.rng
-        if rng.random() > 0.3:
+        if rng.random() > 0.25:
             return
         reach = int(60 * self.unit)
-        alpha = np.clip((noise(rng, self.size + 2 * reach, 4, 4) - rng.uniform(0.58, 0.72)) * 3, 0, 0.7)
+        alpha = np.clip((noise(rng, self.size + 2 * reach, 4, 4) - rng.uniform(0.6, 0.74)) * 2.5, 0, 0.6)
         side = len(self.canvas.ids)
         layers = []
         for x, y in ((reach, reach), (reach - self.sun * reach).astype(int)):  # the shadow is what lies towards the sun
@@ -357,8 +351,8 @@ def _airport(p: Painter) -> None:
             p.canvas.line(f([(x, y - 40), (x, y + 30)]), (206, 170, 60), 0.5)
             p.plane(where.at(0, 0, 0, p.unit * length))
             for _ in range(rng.integers(0, 4)):
-                spot = where.at(*rng.uniform((-20, 17), (30, 25)) * (1, rng.choice([-1, 1])), rng.uniform(0, 6.3))
-                p.vehicle(spot.at(0, 0, 0, p.unit * rng.uniform(10, 13)))
+                along, aside = rng.uniform(-20, 30), rng.uniform(17, 25) * rng.choice([-1, 1])
+                p.vehicle(where.at(along, aside, rng.uniform(0, 6.3), p.unit * rng.uniform(10, 13)))
     for y in (taxi, -runway):
         if rng.random() < 0.5:
             way = rng.choice([0, np.pi])
@@ -379,10 +373,10 @@ def _harbour(p: Painter) -> None:
         length = rng.uniform(16, 34) if rng.random() < 0.6 else rng.uniform(50, 95)
         p.ship(at.at(0, 0, 0, p.unit * length), rng.random() < 0.6)
     if beach:
-        x = np.linspace(-far, far, 60)
-        y = shore + 18 * np.interp(x, np.linspace(-far, far, 14), rng.normal(0, 1, 14))
+        along = np.linspace(-far, far, 60)
+        line = shore + 18 * np.interp(along, np.linspace(-far, far, 14), rng.normal(0, 1, 14))
         for offset, colour in ((-8, (120, 140, 136)), (0, (206, 190, 154)), (16, p.pick(_GRASS))):
-            edge = np.concatenate([np.stack([x, y + offset], 1), [(far, 3 * far), (-far, 3 * far)]])
+            edge = np.concatenate([np.stack([along, line + offset], 1), [(far, 3 * far), (-far, 3 * far)]])
             p.sheet(f(edge), colour)
         p.trees(120)
         return
@@ -406,11 +400,8 @@ def _harbour(p: Painter) -> None:
             elif rng.random() < 0.7:
                 size = rng.uniform(60, 100)
                 turn = np.pi / 2 * rng.choice([-1, 1]) + rng.normal(0, 0.02)
-                p.ship(
-                    f.at(
-                        x + side * (width / 2 + size * 0.1 + 2), shore - length * rng.uniform(0.4, 0.7), turn, p.unit * size
-                    )
-                )
+                across, down = x + side * (width / 2 + size * 0.1 + 2), shore - length * rng.uniform(0.4, 0.7)
+                p.ship(f.at(across, down, turn, p.unit * size))
     for x in np.arange(-far, far, 46):  # the yard behind: stacks of containers, sheds, lorries
         y = shore + 34
         if rng.random() < 0.45:
@@ -437,20 +428,17 @@ def _industry(p: Painter) -> None:
             at = f.at(j * pitch, i * pitch)
             if kind == "tanks":
                 draw(at(rectangle(pitch - 12, pitch - 14)), p.pick(_SOIL))
-                p.canvas.line(
-                    at([*rectangle(pitch - 12, pitch - 14), rectangle(pitch - 12, pitch - 14)[0]]), (176, 170, 158), 1
-                )
+                p.canvas.line(at(rectangle(pitch - 12, pitch - 14)[[0, 1, 2, 3, 0]]), (176, 170, 158), 1)
                 if rng.random() < 0.62:
-                    p.tank(at.at(*rng.normal(0, 2, 2), rng.uniform(0, 6.3), p.unit * rng.uniform(26, pitch - 20)))
+                    wide = rng.uniform(26, pitch - 20)
+                    p.tank(at.at(rng.normal(0, 2), rng.normal(0, 2), rng.uniform(0, 6.3), p.unit * wide))
                 elif rng.random() < 0.7:
                     small = rng.uniform(14, 20)
                     for x, y in rectangle(pitch * 0.42, pitch * 0.42):
                         if rng.random() < 0.85:
                             p.tank(at.at(x, y, rng.uniform(0, 6.3), p.unit * small))
-                for y in (-3, 0, 3):
-                    p.canvas.line(
-                        at([(-pitch / 2, pitch / 2 - 9 + y / 2), (pitch / 2, pitch / 2 - 9 + y / 2)]), (196, 192, 184), 0.6
-                    )
+                for y in pitch / 2 - np.array([10.5, 9, 7.5]):  # pipes
+                    p.canvas.line(at([(-pitch / 2, y), (pitch / 2, y)]), (196, 192, 184), 0.6)
             elif kind == "halls":
                 p.hall(at, pitch * rng.uniform(0.6, 0.82), pitch * rng.uniform(0.5, 0.7), 9)
             else:
@@ -551,10 +539,11 @@ def _fields(p: Painter) -> None:
     road = f([(-far, 0), (far, rng.uniform(-30, 30))])
     p.road(road, 12)
     along = np.arctan2(*(road[1] - road[0])[::-1]) - f.angle
-    middle = road.mean(0)
-    p.traffic(Frame(*middle, f.angle + along, p.unit), far, 12, int(rng.integers(1, 5)))
+    x, y = map(float, road.mean(0))
+    p.traffic(Frame(x, y, f.angle + along, p.unit), far, 12, int(rng.integers(1, 5)))
     for _ in range(rng.integers(0, 4)):
-        p.hall(f.at(*rng.uniform(-0.4, 0.4, 2) * far, rng.choice([0, np.pi / 2])), rng.uniform(26, 50), 18, 7, False)
+        x, y = rng.uniform(-0.4, 0.4, 2) * far
+        p.hall(f.at(x, y, rng.choice([0, np.pi / 2])), rng.uniform(26, 50), 18, 7, False)
     for _ in range(rng.integers(0, 3)):
         start = rng.uniform(-0.5, 0.5, 2) * far
         for x, y in f(start + np.linspace(0, 1, 14)[:, None] * rng.uniform(-0.6, 0.6, 2) * far):

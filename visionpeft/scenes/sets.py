@@ -24,6 +24,15 @@ from .draw import Floats, Scene, Thing
 
 WEIGHTS = Path(__file__).with_name("driving.pt")  # made by benchmarks/embedded.py
 PREFIX = "scenes/"
+EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user names neither data nor model
+    "model": "scenes/driving.pt",
+    "data": "scenes/satellite",
+    "epochs": 12,
+    "imgsz": 320,
+    "batch": 8,
+    "lr0": 2e-3,
+    "workers": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,8 @@ SETS = {
 def find(source: str | Path) -> str:
     """Return the path that a name under "scenes/" stands for, and anything else as it is.
 
-    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for; "scenes/driving.pt" is
-    the packaged detector. A file or folder of that name in the working directory goes before.
+    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for;
+    "scenes/driving.pt" is the packaged detector. A file or folder of that name in the working directory goes before.
 
     Raises:
         ConfigError: There is no such name, or no place to draw at.
@@ -107,9 +116,8 @@ def write(
     counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
     side = made.size if size is None else size
     if min(counts.values()) < 1 or not 32 <= side <= 4096:
-        raise ConfigError(
-            f"train={counts['train']}, val={counts['val']}, size={side}: at least 1, 1 and 32 (to 4096) are needed"
-        )
+        given = f"train={counts['train']}, val={counts['val']}, size={side}"
+        raise ConfigError(f"{given} is not usable; train and val must be at least 1, size 32 to 4096")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"{root} exists; give a new folder to draw {PREFIX}{name} into")
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=writable(root.resolve().parent)))
@@ -119,16 +127,15 @@ def write(
         try:
             os.replace(temporary, root)
         except OSError:
-            if not _entry(name, root).exists():
+            if not _entry(name, root).exists():  # it does where another process has drawn the same meanwhile
                 raise
-            # another process has drawn the same meanwhile
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _entry(name, root)
 
 
 def cache() -> Path:
-    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder, or the temporary one where that is read-only.
+    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder; the temporary one where that is read-only.
 
     Raises:
         ConfigError: $VISIONPEFT_CACHE is set, and cannot be written.
@@ -137,9 +144,7 @@ def cache() -> Path:
         try:
             return writable(chosen)
         except ConfigError as error:
-            raise ConfigError(
-                f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder that can be written"
-            ) from error
+            raise ConfigError(f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder you may write to") from error
     user = str(os.getuid()) if hasattr(os, "getuid") else ""  # the temporary folder may be everybody's
     for folder in (_home() / "visionpeft", Path(tempfile.gettempdir()) / f"visionpeft{user}"):
         try:
@@ -226,7 +231,7 @@ def _row(thing: Thing, task: str, size: int) -> str:
 
 def _simple(outline: Floats) -> Floats:
     """The same outline to a third of a pixel with fewer points."""
-    short = cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True)[:, 0]
+    short = np.asarray(cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True), float)[:, 0]
     return short if len(short) > 2 else outline
 
 

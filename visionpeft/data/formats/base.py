@@ -161,12 +161,12 @@ class Images:
 def image_folders(root: Path, start: Path) -> Iterator[Path]:
     """Yield where images may lie that folder `start` annotates: there, and in images/, JPEGImages/, ... up to the root."""
     yield start
-    for folder in (start, *start.parents):
+    below = start.resolve().is_relative_to(root.resolve())
+    depth = len(start.resolve().relative_to(root.resolve()).parts) if below else 1
+    for folder in (start, *start.parents)[: depth + 1]:
         for child in sorted(folder.iterdir()):
             if child.is_dir() and re.match(r"(jpeg|png|tiff?)?(images?|img)", child.name.lower()):
                 yield child
-        if folder == root:
-            return
 
 
 def listed_splits(root: Path) -> dict[str, str]:
