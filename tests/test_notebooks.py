@@ -29,7 +29,9 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
     made = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    assert [o.output_type for o in made] and not [o for o in made if o.output_type == "error"]
+    assert not [o for o in made if o.output_type == "error"]
+    said = "".join(o.text for o in made if o.output_type == "stream" and o.name == "stdout")
+    assert "statistics" in said and "freeze=" in said, "a plan prints in a notebook, too"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
