@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +14,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import make_boxes, make_squares, yolo
+from conftest import flat, make_boxes, make_squares, yolo
 from PIL import Image
 from ultralytics import YOLO
+from ultralytics.engine.results import Results
 
 import visionpeft
 from visionpeft.errors import DataError
-from visionpeft.families.yolo_pictures import read
+from visionpeft.families.yolo_pictures import predicted, scaled
 from visionpeft.families.yolo_tasks import TASKS, fit
 
 SMALL: dict[str, Any] = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "quiet": True}
@@ -85,6 +88,7 @@ def test_merged_files_need_no_visionpeft(run: tuple, sets: dict) -> None:
 import sys, json
 sys.modules["visionpeft"] = None
 from ultralytics import YOLO
+from ultralytics.engine.results import Results
 given = dict(data={str(sets[task])!r}, imgsz=64, batch=4, device="cpu", plots=False, verbose=False)
 stats = YOLO({str(made.merged)!r}).val(**given)
 print("RESULT", json.dumps({{k: float(v) for k, v in stats.results_dict.items()}}))
@@ -93,6 +97,11 @@ print("RESULT", json.dumps({{k: float(v) for k, v in stats.results_dict.items()}
     assert done.returncode == 0, done.stderr
     said = json.loads(next(x for x in done.stdout.splitlines() if x.startswith("RESULT"))[7:])
     assert {ours: said[theirs] for theirs, ours in TASKS[task].metrics.items()} == pytest.approx(made.after, abs=1e-3)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():  # those may all be zero so early; the outputs are not
+        merged, adapted = (flat(m.float().eval()(x)) for m in (YOLO(made.merged).model, visionpeft.load(made.delta).model))
+    for a, b in zip(merged, adapted, strict=True):
+        assert torch.allclose(a, b, rtol=2e-2, atol=2e-3 * float(b.abs().max())) and b.abs().max() > 0
 
 
 def test_exported_files_see_the_same(run: tuple, tmp_path: Path) -> None:
@@ -108,9 +117,7 @@ def test_exported_files_see_the_same(run: tuple, tmp_path: Path) -> None:
         y = y[0]
     session = onnxruntime.InferenceSession(out)
     seen = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-    if "26" in Path(adapted.base.source).stem and task != "classify":  # ends in a choice of the best, which ties may reorder
-        seen, y = seen[..., 4].sort().values, y[..., 4].sort().values
-    assert torch.allclose(seen, y, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(seen, y, rtol=1e-3, atol=1e-4)
 
 
 def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path, monkeypatch) -> None:
@@ -137,11 +144,14 @@ def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("head", ["keep", "rebuild"])
-def test_a_classifiers_rows_are_kept(head: str) -> None:
-    base = yolo("yolo11n-cls", classes=7)
-    new: Any = fit(base, {0: "other", 1: "class 5"}, 3, head, {})
-    same = torch.equal(new.model[-1].linear.weight[1], base.model[-1].linear.weight[5])
-    assert same == (head == "keep") and torch.equal(new.model[-1].conv.conv.weight, base.model[-1].conv.conv.weight)
+@pytest.mark.parametrize("classes", [2, 7])
+def test_a_classifiers_rows_are_kept(classes: int, head: str) -> None:
+    base: Any = yolo("yolo11n-cls", classes=classes)
+    new: Any = fit(base, {0: "other", 1: "Class 0"}, 3, head, {})
+    rows, old = new.model[-1].linear.weight, base.model[-1].linear.weight
+    assert torch.equal(rows[1], old[0]) == (head == "keep")
+    assert not any(torch.equal(rows[0], row) for row in old)
+    assert torch.equal(new.model[-1].conv.conv.weight, base.model[-1].conv.conv.weight)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +159,11 @@ def test_a_classifiers_rows_are_kept(head: str) -> None:
     [
         ("", "has kpt_shape=None; a pose set says kpt_shape"),
         ("kpt_shape: [2, 5]", r"has kpt_shape=\[2, 5\]"),
+        ("kpt_shape: [a, 3]", r"has kpt_shape=\['a', 3\]"),
+        (
+            "kpt_shape: [2, 3]\nkpt_oks_sigmas: [0.1]",
+            r"has kpt_oks_sigmas=\[0.1\]; it must hold a number above 0",
+        ),
         ("kpt_shape: [2, 3]\nflip_idx: [0, 2]", r"has flip_idx=\[0, 2\]; it must name each of the keypoints 0 to 1"),
     ],
 )
@@ -171,16 +186,79 @@ def test_a_folder_for_a_classifier(sets: dict, tmp_path: Path) -> None:
 def test_labels_are_drawn_where_they_are(task: str, sets: dict) -> None:
     family = visionpeft.api.find_family("yolo11n.pt")
     data = family.read_data(str(sets[task]), family.load(f"yolo11n{MODELS.get(task, '')}.yaml"))
-    for drawn, file in zip(family.draw(None, data, 4), data.facts["val"], strict=True):
-        image = read(file)[..., ::-1]
+    nameless = dataclasses.replace(data, names={0: "", 1: ""})
+    for drawn, file in zip(family.draw(None, nameless, 4), data.facts["val"], strict=True):
+        image = scaled(cv2.imread(file))[..., ::-1]
         square = (image.max(2) > 200).astype(np.uint8)
         changed = np.abs(drawn.astype(int) - image).max(2) > 30
-        near = cv2.dilate(square, np.ones((201, 201))) > 0  # names stand beside the boxes
+        near = cv2.dilate(square, np.ones((25, 25))) > 0
         edge = cv2.morphologyEx(square, cv2.MORPH_GRADIENT, np.ones((9, 9))) > 0
         assert not changed[~near].any() and changed[edge].mean() > (0.1 if task == "pose" else 0.3)
+
+
+def test_predictions_are_drawn_where_they_are() -> None:
+    """Found on the image as it is, drawn on a smaller one."""
+    image = np.zeros((600, 1200, 3), np.uint8)
+    found = {
+        "boxes": {"boxes": torch.tensor([[300.0, 150, 900, 450, 0.9, 0]])},
+        "obb": {"obb": torch.tensor([[600.0, 300, 600, 300, 0.0, 0.9, 0]])},
+        "masks": {"boxes": torch.zeros(1, 6), "masks": torch.zeros(1, 600, 1200)},
+        "keypoints": {"boxes": torch.zeros(1, 6), "keypoints": torch.tensor([[[300.0, 150, 1], [900, 450, 1]]])},
+    }
+    found["masks"]["masks"][:, 150:450, 300:900] = 1
+    for given in found.values():
+        drawn = predicted(Results(image, "x.png", {0: ""}, **given))
+        height, width = drawn.shape[:2]
+        marked = drawn.max(2) > 60
+        marked[:24, :80] = False  # what is drawn of boxes without size
+        rows, columns = np.nonzero(marked)
+        span = (rows.min() / height, rows.max() / height, columns.min() / width, columns.max() / width)
+        assert span == pytest.approx((0.25, 0.75, 0.25, 0.75), abs=0.12)  # a score stands above boxes, kind
 
 
 def test_yolo_opens_the_merged_file_with_its_task(run: tuple) -> None:
     task, made = run
     if made.merged:
         assert YOLO(made.merged).task == task
+
+
+def test_keypoints_of_another_number(sets: dict, bases: dict, tmp_path: Path) -> None:
+    run = visionpeft.train(sets["pose"], model=bases["yolov8n-pose"], method="head", project=tmp_path, **SMALL)
+    data = tmp_path / "data.yaml"
+    root = sets["pose"].parent
+    shutil.copytree(root, tmp_path / "three", ignore=shutil.ignore_patterns("*.cache"))
+    for label in (tmp_path / "three").rglob("*.txt"):
+        label.write_text("".join(f"{row} 0 0 0\n" for row in label.read_text().splitlines()))
+    names = "[red, green]"
+    data.write_text(f"path: {tmp_path}/three\ntrain: images/train\nval: images/val\nnames: {names}\nkpt_shape: [3, 3]\n")
+    with pytest.raises(DataError, match=r"kpt_shape=\[3, 3\], but the model's are \[2, 3\]"):
+        visionpeft.val(run.delta, data, device="cpu")
+
+
+def test_what_spoils_pictures_does_not_spoil_runs(tmp_path: Path, bases: dict) -> None:
+    """An unreadable image to validate on, and a name that matplotlib would take for a formula."""
+    data = make_boxes(tmp_path / "$a_$", "obb")
+    (data.parent / "images" / "val" / "0.png").write_bytes(b"x")
+    run = visionpeft.train(data, model=bases["yolov8n-obb"], method="head", project=tmp_path, **SMALL)
+    assert all(f.is_file() for f in run.pictures.values())
+
+
+def test_a_hidden_folder_is_no_class(sets: dict, tmp_path: Path) -> None:
+    shutil.copytree(sets["classify"], tmp_path / "data")
+    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()
+    with pytest.raises(DataError, match="the hidden folder .*ipynb_checkpoints for a class"):
+        visionpeft.plan("yolo11n-cls.yaml", data=tmp_path / "data")
+
+
+def test_names_of_files_decide_nothing(bases: dict, tmp_path: Path) -> None:
+    path = tmp_path / "yolo-world-cars-semi.pt"
+    shutil.copyfile(bases["yolov8n-obb"], path)
+    assert visionpeft.plan(path, method="head").trained_head > 0
+
+
+def test_channels_at_odds(sets: dict, tmp_path: Path) -> None:
+    root = sets["obb"].parent
+    data = tmp_path / "data.yaml"
+    data.write_text(f"train: {root}/images/train\nval: {root}/images/val\nnames: [red, green]\nchannels: 1\n")
+    with pytest.raises(DataError, match="has images of 1 channels, but yolo11n-obb.yaml reads 3"):
+        visionpeft.plan("yolo11n-obb.yaml", data=data)

@@ -292,9 +292,11 @@ def test_what_goes_wrong_in_a_process_is_one_sentence(squares: Path, base, tmp_p
     with pytest.raises(TrainingError, match="no longer a number in epoch .* lower lr0"):
         visionpeft.train(squares, **base("test_vit", img_size=32), method="full", project=tmp_path, **arguments)
     assert "Traceback" not in capfd.readouterr().err and not list(tmp_path.rglob("error.json"))
-    for device in ("cpu,0", "0,0"):
+    for device in ("cpu,0", "0,0", "0,"):
         with pytest.raises(ConfigError, match="is not understood; give different GPUs"):
             visionpeft.train(squares, **base("test_vit", img_size=32), project=tmp_path, device=device)
+    with pytest.raises(ConfigError, match="batch=3 cannot be shared by 2 devices; give a multiple of 2"):
+        visionpeft.train(squares, **base("test_vit", img_size=32), project=tmp_path, device="cpu,cpu", batch=3)
 
 
 def test_average_leaves_the_base_alone() -> None:

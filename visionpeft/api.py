@@ -22,7 +22,7 @@ from . import checkpoint, files, pictures, scenes
 from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
-from .families.base import Base, Data, Family, Job
+from .families.base import Base, Data, Family, Job, out_of_memory
 from .methods.base import Method, make_method, restore_method
 from .plan import Plan, make_plan
 from .registry import FAMILIES, METHODS
@@ -199,9 +199,7 @@ def _run(family: Family, job: Job) -> None:
         where = f"go on with resume='{job.folder}'" if job.checkpoint.is_file() else "no epoch was complete, so start anew"
         raise Interrupted(f"interrupted; {where}") from None
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory is full ({str(error).split('.')[0]}); give a smaller batch or imgsz, or freeze more stages"
-        ) from error
+        raise out_of_memory(error) from error
 
 
 def _result(
@@ -245,8 +243,9 @@ def _result(
         history=saved["history"],
         arguments=json.loads(json.dumps(arguments, default=str)),
         versions=_versions(),
-        pictures=_pictures(family, job, untrained, result, saved["history"], use),
     )
+    run.save()  # before anything is drawn, for that is not worth losing it
+    run = dataclasses.replace(run, pictures=_pictures(family, job, untrained, result, saved["history"], use))
     run.save()
     return run
 

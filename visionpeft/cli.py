@@ -144,6 +144,7 @@ def train(
     """
     given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in _OWN}
     said = _config(config) if config else {}
+    quiet, json_ = quiet or bool(said.pop("quiet", False)), json_ or bool(said.pop("json", False))
     try:
         run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
     except ConfigError as error:
@@ -244,7 +245,7 @@ def predict(delta: str, source: str, *, model: str | None = None, model_args: st
         Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
     """
     for result in api.predict(delta, source, **_base(model, model_args), **_values(options)):
-        print(json.dumps(result if isinstance(result, dict) else {"file": result.path, "boxes": result.summary()}))
+        print(json.dumps(result if isinstance(result, dict) else {"file": result.path, **_found(result)}))
 
 
 @app.command(group=_USE)
@@ -336,9 +337,9 @@ def families() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
-    logging.getLogger("visionpeft").addHandler(handler)
+    if not (log := logging.getLogger("visionpeft")).handlers:
+        log.addHandler(handler := logging.StreamHandler())
+        handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
 
@@ -354,6 +355,14 @@ def _guarded(run: Callable[[], Any]) -> int:
         print("visionpeft: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _found(result: Any) -> dict[str, Any]:
+    """Return what Ultralytics found in an image: boxes (with masks, keypoints, corners), or a class and the next best."""
+    if result.probs is None:
+        return {"boxes": result.summary()}
+    top = [(result.names[i], round(float(p), 5)) for i, p in zip(result.probs.top5, result.probs.top5conf, strict=True)]
+    return {"class": top[0][0], "score": top[0][1], "top5": top}
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:

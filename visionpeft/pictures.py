@@ -103,7 +103,7 @@ def curves(
     panels = {"loss": losses, "metric": metrics}
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     axes = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in history]
     for ax, (label, names) in zip(axes, panels.items(), strict=True):

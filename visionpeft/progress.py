@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(self, epochs: int, score: str, shown: bool = True):
         self._epochs, self._score, self._shown = epochs, score, shown
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
         wide = self._console.width >= NARROW
         columns: Iterable[ProgressColumn] = [
             TextColumn("epoch {task.fields[epoch]}"),

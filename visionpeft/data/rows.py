@@ -88,7 +88,7 @@ def guess_task(lengths: Mapping[int, int], kpt_shape: tuple[int, int] | None) ->
 
 def make_row(values: list[float], line: int, task: str, classes: int, kpt_shape: tuple[int, int] | None) -> Row | Fault:
     """Turn a row's numbers into an object, or say what is wrong with them."""
-    expected = {"detect": 5, "obb": 9, "pose": 5 + math.prod(kpt_shape or (0, 0))}.get(task)
+    expected = {"detect": 5, "pose": 5 + math.prod(kpt_shape or (0, 0))}.get(task)
     count = len(values)
     if task == "detect" and count > 6 and count % 2:
         expected = None  # Ultralytics takes the box around a polygon

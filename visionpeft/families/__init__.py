@@ -1,14 +1,13 @@
-"""The families of models, a file each; the registry finds them."""
+"""One file per family of models: how to load one, read its anatomy, train, check, use and export it."""
 
 import sys
 from contextlib import redirect_stdout
 from logging import StreamHandler
 
-with redirect_stdout(
-    sys.stderr
-):  # where Ultralytics makes its settings at its first import, it says so; stdout is for results
+# At its first import ever, Ultralytics says where it keeps its settings; stdout is for results.
+with redirect_stdout(sys.stderr):
     from ultralytics.utils import LOGGER
 
 for handler in LOGGER.handlers:
-    if isinstance(handler, StreamHandler):
+    if type(handler) is StreamHandler:
         handler.setStream(sys.stdout)  # its own place

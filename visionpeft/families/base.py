@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import delta as deltas
 from ..attach import merge
+from ..errors import TrainingError
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
@@ -41,7 +42,8 @@ class Base:
 class Data:
     """A data set that was looked at."""
 
-    source: str  # as the user gave it
+    source: str  # a path
+    task: str
     names: dict[int, str]
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)  # the family's own
@@ -180,7 +182,14 @@ class Family(ABC):
         """Write a plain checkpoint that the library opens without visionpeft."""
 
 
-def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float], epoch: int) -> None:
+def out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
+    """Return what is said where a GPU's memory is full."""
+    return TrainingError(
+        f"the GPU's memory is full ({str(error).split('.')[0]}); give a smaller batch or imgsz, or freeze more stages"
+    )
+
+
+def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
     """Write the best epoch's delta; of a model without a base, its merged checkpoint."""
     header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
     if job.base.pretrained:

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
+from ..pictures import Picture, guessed, spread
 from .base import Data
 
 LOGGER = logging.getLogger("visionpeft")
@@ -48,7 +49,7 @@ def read_folders(source: str, split: str) -> Data:
         for file, _ in kept:
             digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
         items[part] = [(str(file), i) for file, i in kept]
-    return Data(source, classes, digest.hexdigest(), items)
+    return Data(source, "classify", classes, digest.hexdigest(), items)
 
 
 class Images(Dataset):
@@ -100,6 +101,13 @@ def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Any = 
         loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
     found = {**metrics.compute(), "loss": loss.compute()}
     return {name: round(float(value), 5) for name, value in found.items()}
+
+
+def draw(data: Data, count: int, guess: Callable[[list[Image.Image]], list[tuple[str, float]]] | None) -> list[Picture]:
+    """Return some validation images of a classification set with their classes, or with what `guess` says of them."""
+    some = spread(data.facts["val"], count)
+    images = [read_image(file) for file, _ in some]
+    return guessed(images, [data.names[i] for _, i in some], guess and guess(images))
 
 
 def few(names: Iterable[str]) -> str:

@@ -8,14 +8,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import torch
 
 from .. import errors, files
 from ..errors import ConfigError, TrainingError, VisionpeftError
+from .base import out_of_memory
 
 _ERROR = "error.json"
 
@@ -26,11 +29,22 @@ def devices(device: str | None) -> list[str]:
     Raises:
         ConfigError: CPU and GPU are mixed, or one GPU is named twice.
     """
-    names = [name.strip() for name in str(device or "").split(",")]
+    names = [name.strip().removeprefix("cuda:") for name in str(device or "").split(",")]
     mixed = "cpu" in names and set(names) != {"cpu"}
-    if mixed or ("cpu" not in names and len(set(names)) < len(names)):
+    if mixed or (len(names) > 1 and "" in names) or ("cpu" not in names and len(set(names)) < len(names)):
         raise ConfigError(f"device='{device}' is not understood; give different GPUs, e.g. '0,1', or only 'cpu'")
     return names
+
+
+def check_shares(device: str | None, batch: float) -> None:
+    """Refuse a batch that several devices cannot share.
+
+    Raises:
+        ConfigError: It is none of their number's multiples.
+    """
+    count = len(devices(device))
+    if count > 1 and (batch < 1 or batch % count):
+        raise ConfigError(f"batch={batch} cannot be shared by {count} devices; give a multiple of {count}")
 
 
 def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) -> None:
@@ -57,17 +71,40 @@ def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) ->
             command = ["torch.distributed.run", "--standalone", "--nproc_per_node", count, *module]
             environment |= {"ACCELERATE_USE_CPU": "true"}
         else:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the numbers are of these, but accelerate takes the machine's
+            ids = [visible.split(",")[int(name)] for name in names] if visible else names
             command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", "1"]
-            command += ["--gpu_ids", ",".join(names), "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--gpu_ids", ",".join(ids), "--mixed_precision", "no", "--dynamo_backend", "no"]
             command += ["--main_process_port", "0", *module]
-        done = subprocess.run([sys.executable, "-m", *command], env=environment)
-    if done.returncode or (folder / _ERROR).is_file():
+        with started(folder):
+            done = subprocess.run([sys.executable, "-m", *command], env=environment)
+            if done.returncode:
+                raise failure(folder)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[None]:
+    """Raise what processes that are started here leave in `folder`.
+
+    Raises:
+        VisionpeftError: The one that a process left.
+    """
+    (folder / _ERROR).unlink(missing_ok=True)  # an earlier run's
+    yield
+    if (folder / _ERROR).is_file():
         raise failure(folder)
 
 
-def leave(error: VisionpeftError, folder: Path) -> None:
-    """Write an error down for the process that started this one."""
-    files.write(folder / _ERROR, json.dumps([type(error).__name__, str(error)]))
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """In a process that was started: leave its error for the one that started it, and end well, or else the launcher adds
+    pages of its own."""
+    try:
+        yield
+    except (VisionpeftError, torch.OutOfMemoryError) as error:
+        said = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
+        files.write(folder / _ERROR, json.dumps([type(said).__name__, str(said)]))
+        sys.exit(0)
 
 
 def failure(folder: Path) -> VisionpeftError:
@@ -82,7 +119,5 @@ def failure(folder: Path) -> VisionpeftError:
 
 if __name__ == "__main__":
     function, given, place = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
-    try:
+    with told(place):
         function(*given)
-    except VisionpeftError as problem:
-        leave(problem, place)  # and end well, or else the launcher adds pages of its own

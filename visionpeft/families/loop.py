@@ -27,7 +27,7 @@ from ..measure import Meter
 from ..progress import Progress
 from .base import Family, Job, keep_best
 from .images import Images, loader, score
-from .launch import devices, launch
+from .launch import check_shares, devices, launch
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     if settings["optimizer"].lower() not in known:
         hint = nearest(settings["optimizer"], known)
         raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
+    check_shares(settings["device"], settings["batch"])
     for name in devices(settings["device"]):
         _precision(settings["amp"], select_device(name).type == "cpu")
     return recipe
@@ -224,6 +225,8 @@ class _Loop:
             loss = self.criterion(self.model(images), labels)
         self.accelerator.backward(loss)
         self.meter.stop()
+        if self.accelerator.num_processes > 1:  # where one process loses it, all stop
+            loss = self.accelerator.reduce(loss.detach(), "mean")
         return loss.item()
 
     def _check(self, loss: float, epoch: int) -> None:
@@ -278,7 +281,10 @@ class _Loop:
         self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
         self.meter.restore(saved["measured"])
         self.generator.set_state(saved["sampler"])
-        checkpoint.set_random_states(saved["random"])
+        if self.accelerator.is_main_process:
+            checkpoint.set_random_states(saved["random"])
+        else:  # they are the main process's; the others' only have to differ
+            set_seed(self.job.seed + 1000 * (saved["epoch"] + 1), device_specific=True)
         return saved["epoch"] + 1
 
 

@@ -25,12 +25,12 @@ from torch import nn
 from .. import files
 from ..attach import attached, merge, mergeable
 from ..errors import ConfigError, DataError, ModelError, nearest
-from ..pictures import Picture, guessed, spread
+from ..pictures import Picture
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
 from .base import Base, Data, Family, Job
-from .images import Images, few, loader, open_image, read_folders, read_image, score, sources
+from .images import Images, draw, few, loader, open_image, read_folders, score, sources
 from .timm_anatomy import classifiers, input_size, read_anatomy
 
 LOGGER = logging.getLogger("visionpeft")
@@ -143,13 +143,10 @@ class Timm(Family):
         return results
 
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
-        some = spread(data.facts["val"], count)
-        images, labels = [read_image(f) for f, _ in some], [data.names[i] for _, i in some]
-        return guessed(
-            images,
-            labels,
-            None if model is None else [(r["class"], r["score"]) for r in self.predict(model, images, **options)],
-        )
+        def guess(images: list[Image.Image]) -> list[tuple[str, float]]:
+            return [(r["class"], r["score"]) for r in self.predict(model, images, **options)]  # type: ignore[arg-type]
+
+        return draw(data, count, guess if model is not None else None)
 
     def export(self, model: nn.Module, format: str, out: Path, **options: Any) -> Path:
         use = _use(options, imgsz=None, dynamic=True)

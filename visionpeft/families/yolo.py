@@ -4,13 +4,11 @@ multi-GPU launch stay in force. Tasks of YOLOv8, YOLO11 and YOLO26: detect, segm
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,21 +22,23 @@ from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import guess_model_task, torch_safe_load, yaml_model_load
+from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
 from ..errors import ConfigError, DataError, ModelError, nearest
-from ..pictures import Picture, guessed, spread
+from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..scenes import find
 from ..twins import plain
 from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
-from .images import read_folders, read_image
-from .yolo_pictures import labelled, picture, read
+from .images import draw, read_folders
+from .launch import check_shares
+from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
-from .yolo_trainer import Tuned, brief, check_hooks, images, quiet, readable, usable
+from .yolo_trainer import Tuned, aside, brief, check_hooks, images, quiet, readable, usable
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -96,6 +96,7 @@ class Yolo(Family):
             raise ConfigError(f"optimizer='{name}' is not known; give {', '.join(_OPTIMIZERS)}.{nearest(name, _OPTIMIZERS)}")
         if (amp := settings["amp"]) not in (None, True, False, "bf16", "fp32"):
             raise ConfigError(f"amp={amp!r} is not known; it is True (fp16), 'bf16' or False")
+        check_shares(settings["device"], settings["batch"])
         with usable(settings):
             get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT and v is not None})
             select_device(settings["device"], verbose=False)
@@ -104,13 +105,15 @@ class Yolo(Family):
         if options:
             raise ConfigError(f"YOLO models take no further options, but {', '.join(options)} was given")
         stem = Path(source).stem.lower()
-        if other := next((kind for mark, kind in _OTHERS.items() if mark in stem), None):
+        named = (kind for mark, kind in _OTHERS.items() if mark in stem and stem.startswith(("yolo", "rtdetr")))
+        if not Path(source).is_file() and (other := next(named, None)):
             raise ModelError(f"{source} is a {other} model, which is not supported; {_INSTEAD}")
         pretrained = not source.endswith((".yaml", ".yml"))
         try:
             if pretrained:
                 # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
-                content, _ = torch_safe_load(find(source if source.endswith(".pt") else f"{source}.pt"), safe_only=True)
+                with aside():
+                    content, _ = torch_safe_load(find(source if source.endswith(".pt") else f"{source}.pt"), safe_only=True)
                 model = content.get("ema") or content["model"]
                 model.args = content.get("train_args") or {}
             else:
@@ -133,16 +136,24 @@ class Yolo(Family):
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
-            folders = read_folders(source, split)
-            return dataclasses.replace(folders, facts={**folders.facts, "task": task.name})
+            hidden = [f for f in sorted(Path(source).glob("*/.*")) if f.is_dir()]
+            if hidden:
+                raise DataError(f"Ultralytics would take the hidden folder {hidden[0]} for a class; remove it")
+            return read_folders(source, split)
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         try:
-            data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
+            with aside():
+                data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
-        facts: dict[str, Any] = {"task": task.name}
+        if base and data["channels"] != base.facts["channels"]:
+            raise DataError(
+                f"{source} has images of {data['channels']} channels, but {base.source} reads {base.facts['channels']}; "
+                "give another model, or correct 'channels' in the data YAML"
+            )
+        facts: dict[str, Any] = {}
         for part in ("train", split):
             found = images(data.get(part), part, source)
             boxes = 0
@@ -159,7 +170,7 @@ class Yolo(Family):
                     "'labels' beside 'images'"
                 )
             facts[part if part == "train" else "val"] = found
-        return Data(str(source), dict(data["names"]), digest.hexdigest(), facts, outputs)
+        return Data(str(source), task.name, dict(data["names"]), digest.hexdigest(), facts, outputs)
 
     # --------------------------------------------------------------------------------------------------------- the model
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
@@ -210,8 +221,7 @@ class Yolo(Family):
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
-        with nullcontext() if job.extra.get("verbose") else quiet():
-            trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
+        trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -225,7 +235,10 @@ class Yolo(Family):
                 f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
                 f"{brief(list(names.values()))}; give data with the same classes in the same order"
             )
-        task = TASKS[data.facts["task"]]
+        task = TASKS[data.task]
+        shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
+        if isinstance(model, nn.Module) and shapes[0] != shapes[1]:
+            raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
         args = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
@@ -243,19 +256,17 @@ class Yolo(Family):
             return predictor(source)
 
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
-        task, some = TASKS[data.facts["task"]], spread(data.facts["val"], count)
-        if task.name == "classify":
-            images, labels = [read_image(f) for f, _ in some], [data.names[i] for _, i in some]
-            guesses = (
-                None
-                if model is None
-                else [(r.names[r.probs.top1], float(r.probs.top1conf)) for r in self.predict(model, images, **options)]
-            )
-            return guessed(images, labels, guesses)
+        def guess(images: list[Any]) -> list[tuple[str, float]]:
+            results = self.predict(model, images, **options)  # type: ignore[arg-type]
+            return [(r.names[r.probs.top1], float(r.probs.top1conf)) for r in results]
+
+        if data.task == "classify":
+            return draw(data, count, guess if model is not None else None)
+        some = [f for f in spread(data.facts["val"], count) if imread(f) is not None]  # Ultralytics leaves out the others
         if model is None:
             rows = [_rows(Path(label)) for label in img2label_paths(list(some))]
-            return [labelled(f, r, task.name, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
-        return [picture(result) for result in self.predict(model, [read(f) for f in some], **options)]
+            return [labelled(f, r, data.task, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
+        return [predicted(self.predict(model, file, **options)[0]) for file in some]
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
@@ -384,7 +395,7 @@ def _check_rows(rows: list[str], count: int, label: str, task: Task, outputs: Ma
     for row in rows:
         first, *_ = parts = row.split()
         try:
-            index = float(first)
+            index, *_ = map(float, parts)
         except ValueError:
             raise DataError(f"{label} has the row '{row[:40]}'; a row is: {task.row}, all numbers") from None
         if wrong := task.check_row(parts, outputs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ from ultralytics.utils.torch_utils import intersect_dicts
 
 from ..errors import DataError
 from ..twins import plain
+
+
+def _polygon(count: int, points: Sequence[int] = ()) -> bool:
+    """Say whether so many numbers are a class and at least three corners."""
+    return count >= 7 and count % 2 == 1
 
 
 @dataclass(frozen=True)
@@ -29,24 +34,14 @@ class Task:
     metrics: Mapping[str, str]  # Ultralytics' names to ours
     score: str  # the metric, in our names, that is shown where there is room for one
     row: str = ""  # what a label row holds, for people
+    fits: Callable[[int, Sequence[int]], bool] = _polygon  # whether a row may hold so many numbers, given kpt_shape
     imgsz: int = 640  # by default
 
     def check_row(self, row: Sequence[str], outputs: Mapping[str, Any]) -> str:
         """Return what is wrong with the length of a label row, or nothing."""
-        count = len(row)
-        polygon = count >= 7 and count % 2 == 1
-        points = outputs.get("kpt_shape", (0, 0))
-        allowed = {
-            "detect": count == 5 or polygon,
-            "segment": polygon,
-            "pose": count == 5 + points[0] * points[1],
-            "obb": count == 9,
-        }
-        return (
-            ""
-            if allowed[self.name]
-            else f"{count} numbers; a row of {'an' if self.name == 'obb' else 'a'} {self.name} set is: {self.row}"
-        )
+        article = "an" if self.name == "obb" else "a"
+        fits = self.fits(len(row), outputs.get("kpt_shape", (0, 0)))
+        return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.row}"
 
 
 def _metrics(*kinds: str) -> dict[str, str]:
@@ -67,6 +62,7 @@ TASKS = {
             _metrics("B"),
             "mAP50-95",
             "class x y w h",
+            lambda count, points: count == 5 or _polygon(count),  # of a polygon, Ultralytics takes the box
         ),
         Task(
             "segment",
@@ -87,6 +83,7 @@ TASKS = {
             _metrics("B", "P"),
             "mAP50-95(P)",
             "class x y w h, then the numbers of every keypoint (kpt_shape in the data YAML)",
+            lambda count, points: count == 5 + points[0] * points[1],
         ),
         Task(
             "obb",
@@ -96,7 +93,7 @@ TASKS = {
             yolo.obb.OBBPredictor,
             _metrics("B"),
             "mAP50-95",
-            "class x1 y1 x2 y2 x3 y3 x4 y4",
+            "class x1 y1 x2 y2 x3 y3 x4 y4",  # of more corners, Ultralytics takes the rectangle around
         ),
         Task(
             "classify",
@@ -150,27 +147,27 @@ def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs
     task = task_of(source)
     assert task is not None, "a base has one of the tasks"
     model: Any = build(task, source.yaml, names, channels, **outputs)
-    own = source.float().state_dict()
-    if head == "keep" and task.name == "classify":
-        model.load_state_dict(intersect_dicts(own, model.state_dict()), strict=False)
-        _keep_rows(source, model)
+    own = intersect_dicts(source.float().state_dict(), model.state_dict())
+    if task.name == "classify":
+        last = f"model.{len(model.model) - 1}.linear."
+        model.load_state_dict({k: v for k, v in own.items() if not k.startswith(last)}, strict=False)
+        if head == "keep":
+            _keep_rows(source, model)
     elif head == "keep":
         model.load(source, verbose=False)
     else:
-        last = f"model.{len(model.model) - 1}.linear." if task.name == "classify" else "-"
-        own = {k: v for k, v in intersect_dicts(own, model.state_dict()).items() if not k.startswith(last)}
         model.load_state_dict(own, strict=False)
     return model
 
 
 @torch.no_grad()
 def _keep_rows(source: Any, model: Any) -> None:
-    """Copy a classifier's rows of classes with the same name, as Ultralytics' `load` does for detectors."""
-    old = {name: i for i, name in source.names.items()}
+    """Copy a classifier's rows of classes with the same name, as Ultralytics' `load` compares them for detectors."""
+    old = {str(name).strip().lower(): i for i, name in source.names.items()}
     new, given = model.model[-1].linear, source.model[-1].linear
     for i, name in model.names.items():
-        if name in old:
-            new.weight[i], new.bias[i] = given.weight[old[name]], given.bias[old[name]]
+        if (row := old.get(str(name).strip().lower())) is not None:
+            new.weight[i], new.bias[i] = given.weight[row], given.bias[row]
 
 
 # ----------------------------------------------------------------------------------------------------------------- labels
@@ -182,13 +179,24 @@ def outputs_of(task: Task, data: Mapping[str, Any], source: str) -> dict[str, An
     """
     if task.name != "pose":
         return {}
-    shape = data.get("kpt_shape")
-    if not isinstance(shape, list | tuple) or len(shape) != 2 or shape[1] not in (2, 3):
+    shape: Any
+    sigmas: Any
+    shape, flip, sigmas = (data.get(k) for k in ("kpt_shape", "flip_idx", "kpt_oks_sigmas"))
+    if not _wholes(shape) or len(shape) != 2 or shape[0] < 1 or shape[1] not in (2, 3):
         raise DataError(
             f"{source} has kpt_shape={shape}; a pose set says kpt_shape: [number of keypoints, 2 or 3 numbers of each]"
         )
-    flip = data.get("flip_idx")
-    if flip is not None and sorted(flip) != list(range(shape[0])):
+    if flip is not None and (not _wholes(flip) or sorted(flip) != list(range(shape[0]))):
         raise DataError(f"{source} has flip_idx={flip}; it must name each of the keypoints 0 to {shape[0] - 1} once")
+    if sigmas is not None and (not isinstance(sigmas, list) or len(sigmas) != shape[0] or not all(map(_positive, sigmas))):
+        raise DataError(f"{source} has kpt_oks_sigmas={sigmas}; it must hold a number above 0 for each keypoint")
     given = {k: data[k] for k in ("kpt_names", "kpt_oks_sigmas") if data.get(k)}
     return {"kpt_shape": list(shape), **given}
+
+
+def _wholes(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(v, int) for v in values)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0

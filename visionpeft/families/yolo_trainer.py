@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import LOGGER, RANK
-from ultralytics.utils.torch_utils import ModelEMA, unwrap_model
+from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
@@ -26,7 +30,7 @@ from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Job, keep_best
-from .launch import failure, leave
+from .launch import failure, started, told
 from .yolo_tasks import TASKS, Task, fit
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,13 @@ class Tuned:
 
     job: Job
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        with self._talking():  # in the processes that Ultralytics starts, too
+            super().__init__(*args, **kwargs)
+
+    def _talking(self) -> AbstractContextManager:
+        return nullcontext() if self.job.extra.get("verbose") else quiet()
+
     @property
     def _plan(self) -> Plan:
         return self.job.plan
@@ -46,18 +57,14 @@ class Tuned:
         return TASKS[self.job.base.task]
 
     def train(self: Any) -> None:
-        talkative = bool(self.job.extra.get("verbose"))
-        shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or talkative)
-        progress = Progress(self.epochs, self._task.score, shown)
-        try:
-            with progress as self._progress, nullcontext() if talkative else quiet():
-                super().train()  # type: ignore[misc]
-        except subprocess.CalledProcessError:  # one of the processes that Ultralytics started for the GPUs
-            raise failure(self.job.folder) from None
-        except VisionpeftError as error:
-            if RANK == 0:
-                leave(error, self.job.folder)
-            raise
+        shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or self.job.extra.get("verbose"))
+        with Progress(self.epochs, self._task.score, shown) as self._progress, self._talking():
+            # for several GPUs, Ultralytics starts processes, which come here too
+            with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
+                try:
+                    super().train()  # type: ignore[misc]
+                except subprocess.CalledProcessError:
+                    raise failure(self.job.folder) from None
 
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
@@ -67,6 +74,10 @@ class Tuned:
         source, outputs = weights or self.job.base.model, self.job.data.outputs
         with quiet():
             model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
+        if self._task.name == "classify" and self.args.dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = self.args.dropout
         attach(model, self._plan)
         for parameter in model.parameters():  # Ultralytics warns of each that does not require a gradient; see below
             parameter.requires_grad_(True)
@@ -89,10 +100,12 @@ class Tuned:
     def _build_train_pipeline(self: Any) -> None:
         if self.job.batch < 1 and "nbs" not in self.job.extra:  # Ultralytics has just found the batch size
             self.args.nbs = self.batch_size
+        if self.world_size > 1:
+            self.model = _rewrapped(self.model, self._plan)
         super()._build_train_pipeline()  # type: ignore[misc]
         # Ultralytics counts batches across epochs, so a resumed run would step elsewhere: `optimizer_step` counts instead
         self._accumulate, self.accumulate = self.accumulate, 1
-        self._batch = 0
+        self._batch, self._validated = 0, -1
 
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         with readable(self.job.data.source):
@@ -151,7 +164,10 @@ class Tuned:
         self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
 
     def _handle_nan_recovery(self: Any, epoch: int) -> bool:
-        if all(torch.isfinite(torch.as_tensor(v)).all() for v in self.tloss.values()):
+        lost = torch.tensor(not all(math.isfinite(v) for v in self.tloss.values()), dtype=torch.float, device=self.device)
+        if RANK != -1:  # where one process stops, all do
+            dist.all_reduce(lost, dist.ReduceOp.MAX)
+        if not lost:
             return False
         after = f"; the last good epoch can be resumed from {self.job.folder}" if self._history else ""
         raise TrainingError(
@@ -159,10 +175,15 @@ class Tuned:
             f"labels with extreme boxes{after}"
         )
 
+    def validate(self: Any) -> Any:
+        self._validated = self.epoch
+        return super().validate()  # type: ignore[misc]
+
     def save_model(self: Any) -> bool:
         model = unwrap_model(self.model)
         live = checkpoint.live(model)
-        names = {k: self.metrics.get(key) for key, k in self._task.metrics.items()}
+        seen = self.metrics if self._validated == self.epoch else {}  # with val=False, only the last epoch's
+        names = {k: seen.get(key) for key, k in self._task.metrics.items()}
         losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
         self._history.append({"epoch": self.epoch + 1, **losses, **names})
         if self.fitness == self.best_fitness:
@@ -218,6 +239,16 @@ def check_hooks(trainer: type) -> None:
         )
 
 
+def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
+    """Settle what trains, and wrap the model anew for several processes: Ultralytics did so when everything trained, and
+    all of it would have gradients that travel."""
+    model = settle(unwrap_model(wrapper), plan)
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
+    options = {"find_unused_parameters": wrapper.find_unused_parameters, "static_graph": wrapper.static_graph, still: False}
+    return DistributedDataParallel(model, device_ids=wrapper.device_ids, **options)
+
+
 class TrainedEMA(ModelEMA):
     """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
 
@@ -266,7 +297,10 @@ class ReplayableLoader(InfiniteDataLoader):
 
 def _restore_random_states(trainer: Any) -> None:
     states, position = trainer._saved_states
-    checkpoint.set_random_states(states)
+    if RANK in (-1, 0):
+        checkpoint.set_random_states(states)
+    else:  # they are the first process's; the others' only have to differ
+        init_seeds(trainer.args.seed + 1 + RANK + 1000 * trainer.start_epoch)
     closing = max(trainer.epochs - trainer.args.close_mosaic, 0)
     # where mosaic closes, the uninterrupted run's loader starts anew too
     trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
@@ -289,15 +323,26 @@ def images(places: Any, part: str, source: str) -> list[str]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Ultralytics' messages and progress bars off the terminal; its warnings go to stderr."""
-    level, streams = LOGGER.level, [(h, h.stream) for h in LOGGER.handlers if isinstance(h, logging.StreamHandler)]
+    level = LOGGER.level
     LOGGER.setLevel(max(level, logging.WARNING))
     try:
-        for handler, _ in streams:
-            handler.setStream(sys.stderr)
-        yield
+        with aside():
+            yield
     finally:
         LOGGER.setLevel(level)
-        for handler, stream in streams:
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let Ultralytics say what it has to say on stderr: stdout is for results."""
+    terminal = [(h, h.stream) for h in LOGGER.handlers if type(h) is logging.StreamHandler]  # and no file's
+    try:
+        for handler, _ in terminal:
+            handler.setStream(sys.stderr)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for handler, stream in terminal:
             handler.setStream(stream)
 
 
