@@ -34,6 +34,7 @@ html_show_sphinx = html_show_copyright = False
 myst_enable_extensions = ["colon_fence", "deflist", "html_image"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the notebooks hold their results; the test suite runs them
+nb_render_markdown_format = "myst"  # with tables
 
 smartquotes = False  # --option keeps its two dashes
 highlight_language = "text"  # of blocks that name none: commands and their output
