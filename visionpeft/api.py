@@ -252,7 +252,8 @@ def _result(
 
 def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
     """Draw what the run did: some validation images before and after beside their labels, and the curves."""
-    title = f"{job.plan.method} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
+    how = job.plan.method + (f", freeze={job.plan.freeze}" if job.plan.freeze else "")
+    title = f"{how} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
     score = family.score(job.base.task)
     shown = {"imgsz": use["imgsz"], "device": use["device"]}
     trained = family.open_merged(result) if isinstance(result, Path) else result

@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 
 from .tables import size
 
-NARROW = 72  # columns; below, the bar itself and the memory are left out
+NARROW = 72  # columns; below, the bar itself, memory and seconds are left out
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, epochs: int, score: str, shown: bool = True):
         self._epochs, self._score, self._shown = epochs, score, shown
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
-        wide = self._console.width >= NARROW
+        self._wide = wide = self._console.width >= NARROW
         columns: Iterable[ProgressColumn] = [
             TextColumn("epoch {task.fields[epoch]}"),
             *([BarColumn(bar_width=None)] if wide else []),
@@ -74,8 +74,10 @@ class Progress:
         """An epoch is done, and was validated."""
         if not self._shown:
             return
-        value = metrics.get(self._score)
-        said = "" if value is None or math.isnan(value) else f"   {self._score} {value:.4f}"
-        seconds = time.perf_counter() - self._began
-        width = len(str(self._epochs))
-        self._console.print(f"epoch {epoch + 1:>{width}}/{self._epochs}   loss {loss:<8.4g}{said}   {seconds:.1f} s")
+        value, width = metrics.get(self._score), len(str(self._epochs))
+        said = [f"epoch {epoch + 1:>{width}}/{self._epochs}", f"loss {loss:<8.4g}"]
+        if value is not None and not math.isnan(value):
+            said.append(f"{self._score} {value:.4f}")
+        if self._wide:
+            said.append(f"{time.perf_counter() - self._began:.1f} s")
+        self._console.print(("   " if self._wide else " ").join(said).rstrip())

@@ -29,8 +29,8 @@ EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user n
     "data": "scenes/satellite",
     "epochs": 12,
     "imgsz": 320,
-    "batch": 8,
-    "lr0": 2e-3,
+    "batch": 4,
+    "lr0": 5e-3,
     "workers": 0,
 }
 

@@ -1,0 +1,155 @@
+"""What is printed where: progress on stderr, results on stdout, JSON alone, nothing when asked; at any width."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_squares
+
+import visionpeft
+from visionpeft import cli, pictures, tables
+from visionpeft.progress import Progress
+
+SMALL = "--epochs 2 --imgsz 64 --batch 4 --device cpu".split()
+
+
+def command(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "visionpeft", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, "YOLO_VERBOSE": "True", **environment})
+
+
+@pytest.fixture(scope="module")
+def given(boxes: Path, checkpoint: Path) -> list[object]:
+    return ["--data", boxes, "--model", checkpoint, "--method", "head", *SMALL]
+
+
+def test_json_is_alone_on_stdout(given: list, boxes: Path, tmp_path: Path) -> None:
+    """Also where Ultralytics is imported for the first time, and where it warns."""
+    home = {"YOLO_CONFIG_DIR": str(tmp_path / "settings")}
+    (tmp_path / "data.yaml").write_text(boxes.read_text().replace("val:", f"path: {boxes.parent}\nvalidation:"))
+    given = [given[0], tmp_path / "data.yaml", *given[2:]]
+    done = command("train", *given, "--json", "--project", tmp_path, **home)
+    assert done.returncode == 0, done.stderr
+    run = json.loads(done.stdout)
+    assert run["after"] and "renaming" in done.stderr and "epoch" not in done.stderr
+    assert json.loads(command("plan", "--model", given[3], "--data", given[1], "--json").stdout)["method"] == "lora"
+
+
+def test_quiet_is_quiet(given: list, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("quiet: true\n")
+    for flag in (["--quiet"], ["--config", config]):
+        done = command("train", *given, *flag, "--project", tmp_path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_plan_first_result_last(given: list, tmp_path: Path) -> None:
+    done = command("train", *given, "--project", tmp_path, COLUMNS="100")
+    plan, result = done.stdout.index("parameters train"), done.stdout.index("mAP50-95")
+    assert plan < result and "Overriding" not in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 2 and all(re.match(r"epoch \d/2   loss [\d.]+ +mAP50-95 0\.\d{4}   [\d.]+ s$", x) for x in lines)
+
+
+def test_classifiers_show_the_same(tmp_path: Path) -> None:
+    data = make_squares(tmp_path / "data")
+    model = ["--model", "timm/test_resnet", "--model_args", "{pretrained: false}", "--method", "full", "--workers", "0"]
+    done = command("train", "--data", data, *model, *SMALL, "--project", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 2 and all(re.match(r"epoch \d/2   loss [\d.]+ +top1 [01]\.\d{4}   [\d.]+ s$", x) for x in lines)
+    assert {f.name for f in (tmp_path / "train").glob("*.[jp][pn]g")} == {"before_after.jpg", "curves.png"}
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_a_bar_on_a_terminal(columns: int) -> None:
+    """Epoch, batch, loss, memory and time left on one line; on a narrow terminal less, and never more than it holds."""
+    code = """
+from visionpeft.progress import Progress
+import time
+with Progress(3, "mAP50") as bar:
+    for epoch in range(3):
+        bar.start(epoch, 4)
+        for i in range(4):
+            bar.batch(0.125, 311_000_000)
+            time.sleep(0.06)
+        bar.end(epoch, 0.125, {"mAP50": 0.5})
+"""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    done = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, env=environment)
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        text += chunk
+    assert done.wait() == 0 and done.stdout and done.stdout.read() == b""
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.decode()))
+    bars = [line.rstrip() for line in lines if "0:0" in line]
+    assert bars and max(map(len, lines)) <= columns
+    assert any(re.search(r"epoch [123]/3 .*[1-4]/4  loss 0.125", line) for line in bars)
+    assert any("memory 311.0 MB" in line for line in bars) == (columns == 100)
+    assert sum("mAP50 0.5000" in line for line in lines) == 3
+
+
+def test_an_epoch_without_validation(capsys: pytest.CaptureFixture) -> None:
+    with Progress(1, "mAP50") as progress:
+        progress.start(0, 1)
+        progress.batch(1.0, None)
+        progress.end(0, 1.0, {"mAP50": None})
+    assert "mAP50" not in capsys.readouterr().err
+
+
+def test_tables_fit_narrow_terminals(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = visionpeft.plan(checkpoint, method="lora")
+    for columns in (40, 60, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        rows = str(made).splitlines()[:-2]  # the last two are sentences
+        assert max(map(len, rows)) <= columns and ("statistics" in str(made)) == (columns == 100)
+    monkeypatch.setenv("COLUMNS", "7")
+    assert tables.columns() == 40
+
+
+def test_help_fits_80_columns(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def shown(*words: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*words, "--help"])
+        assert not stopped.value.code
+        return capsys.readouterr().out
+
+    for words in ([], ["train"], ["data"], ["data", "check"], ["data", "convert"], ["data", "draw"], ["export"]):
+        assert 40 < max(map(len, shown(*words).splitlines())) <= 80, words
+    groups = [shown("train").index(g) for g in ("Model and data", "What trains", "How it trains", "The run")]
+    assert groups == sorted(groups)
+
+
+def test_no_display_and_no_home(given: list, tmp_path: Path) -> None:
+    nowhere = {"HOME": "/proc/1", "XDG_CACHE_HOME": "", "DISPLAY": "", "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "40"}
+    done = command("train", *given, "--project", tmp_path, **nowhere)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "\x1b" not in done.stdout + done.stderr
+
+
+def test_curves_and_sheets(tmp_path: Path) -> None:
+    history: list[dict[str, Any]] = [
+        {"epoch": 1, "train/loss": 2.0, "top1": None},
+        {"epoch": 2, "train/loss": 1.0, "top1": 0.5},
+    ]
+    curves = pictures.curves(history, {"top1": 0.1}, "top1", tmp_path / "c.png", "50 $ on a_b")
+    assert curves.stat().st_size > 5000
+    assert pictures.spread(list(range(10)), 4) == [0, 3, 6, 9] and pictures.spread([1, 2], 4) == [1, 2]
