@@ -43,7 +43,8 @@ def predicted(result: Any) -> Picture:
 
 
 def _plotted(result: Results, **options: Any) -> Picture:
-    return np.ascontiguousarray(result.plot(line_width=2, font_size=13, **options)[..., ::-1])
+    named = len(result.names) > 1  # one name on everything only hides what it stands on
+    return np.ascontiguousarray(result.plot(line_width=2, font_size=13, labels=named, **options)[..., ::-1])
 
 
 def _filled(outline: np.ndarray, height: int, width: int) -> np.ndarray:
