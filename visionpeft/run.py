@@ -51,15 +51,22 @@ class Run:
         ]
         if self.delta:
             parts = ", ".join(f"{k} {tables.size(v)}" for k, v in self.delta_bytes.items() if k != "file")
-            facts.append(("delta", f"{self.delta}, {tables.size(self.delta_bytes['file'])} ({parts})"))
-        facts.append(("merged", str(self.merged) if self.merged else f"{self.plan.method} cannot be merged; use the delta"))
-        facts += [(k.replace("_", ", "), str(v)) for k, v in self.pictures.items()]
+            facts.append(("delta", f"{_near(self.delta)}, {tables.size(self.delta_bytes['file'])} ({parts})"))
+        facts.append(
+            ("merged", _near(self.merged) if self.merged else f"{self.plan.method} cannot be merged; use the delta")
+        )
+        facts += [(k.replace("_", ", "), _near(v)) for k, v in self.pictures.items()]
         return "\n".join(
             (
                 tables.text(f"{self.plan.model}: {self.plan.method}", ("metric", "before", "after"), scores, right=(1, 2)),
                 tables.text("", ("", ""), facts),
             )
         )
+
+
+def _near(path: Path) -> str:
+    """Return a path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _number(value: float | None) -> str:
