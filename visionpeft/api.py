@@ -107,7 +107,8 @@ def train(
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
         return _train(**saved, quiet=quiet)
     if data is None and model is None:
-        given |= {k: v for k, v in scenes.EMBEDDED.items() if given[k] is None}
+        given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
+        options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
     elif data is None:
         raise ConfigError("data is missing: give a data YAML (YOLO), or a folder with train/ and val/ (classifiers)")
     elif model is None:
