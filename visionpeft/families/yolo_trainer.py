@@ -326,7 +326,7 @@ def quiet() -> Iterator[None]:
     level = LOGGER.level
     LOGGER.setLevel(max(level, logging.WARNING))
     try:
-        with aside():
+        with _on_stderr():
             yield
     finally:
         LOGGER.setLevel(level)
@@ -334,13 +334,18 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Let Ultralytics say what it has to say on stderr: stdout is for results."""
+    """Let Ultralytics say what it has to say, the progress of a download too, on stderr: stdout is for results."""
+    with _on_stderr(), redirect_stdout(sys.stderr):
+        yield
+
+
+@contextmanager
+def _on_stderr() -> Iterator[None]:
     terminal = [(h, h.stream) for h in LOGGER.handlers if type(h) is logging.StreamHandler]  # and no file's
     try:
         for handler, _ in terminal:
             handler.setStream(sys.stderr)
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         for handler, stream in terminal:
             handler.setStream(stream)
