@@ -426,7 +426,7 @@ def test_weights_of_timm_know_their_classes(monkeypatch: pytest.MonkeyPatch) -> 
         ({"fliplr": 2.0}, "fliplr=2.0 is not usable; it must be a number from 0 to 1"),
         ({"auto_augment": "rnd-x"}, "auto_augment='rnd-x' is not one of timm's policies"),
         ({"device": "77"}, "device='77' is not there"),
-        ({"device": "0,1"}, "accelerate launch"),
+        ({"device": "0,1"}, "no GPU that torch can use"),
         ({"imgsz": 48}, "cannot read images of imgsz=48: it was made for 32.*'img_size': 48"),
         ({"mosaic": 1.0}, "'mosaic' is no setting of train or of the timm family"),
     ],

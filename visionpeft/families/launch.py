@@ -15,6 +15,7 @@ from typing import Any
 
 import cloudpickle
 import torch
+import torch.distributed as dist
 
 from .. import errors, files
 from ..errors import ConfigError, TrainingError, VisionpeftError
@@ -105,6 +106,9 @@ def told(folder: Path) -> Iterator[None]:
         said = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
         files.write(folder / _ERROR, json.dumps([type(said).__name__, str(said)]))
         sys.exit(0)
+    finally:
+        if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
+            dist.destroy_process_group()
 
 
 def failure(folder: Path) -> VisionpeftError:
