@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -15,7 +16,7 @@ import pytest
 from conftest import make_squares
 
 import visionpeft
-from visionpeft import cli, pictures, tables
+from visionpeft import cli, pictures, scenes, tables
 from visionpeft.progress import Progress
 
 SMALL = "--epochs 2 --imgsz 64 --batch 4 --device cpu".split()
@@ -153,3 +154,23 @@ def test_curves_and_sheets(tmp_path: Path) -> None:
     curves = pictures.curves(history, {"top1": 0.1}, "top1", tmp_path / "c.png", "50 $ on a_b")
     assert curves.stat().st_size > 5000
     assert pictures.spread(list(range(10)), 4) == [0, 3, 6, 9] and pictures.spread([1, 2], 4) == [1, 2]
+
+
+def test_neither_data_nor_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """The embedded pair is used, and the first line says so, and how to give one's own."""
+    monkeypatch.setenv("VISIONPEFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(scenes.SETS, "satellite", dataclasses.replace(scenes.SETS["satellite"], train=8, val=4))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main("train --freeze 10 --epochs 1 --device cpu".split())
+    said = capsys.readouterr().out
+    assert not stopped.value.code and "--data YOUR.yaml --model yolo11n.pt" in said.split("\n\n")[0]
+    made = json.loads((tmp_path / "runs/visionpeft/train/run.json").read_text())["arguments"]
+    assert {k: made[k] for k in ("model", "data", "lr0", "epochs")} == {**_embedded("model", "data", "lr0"), "epochs": 1}
+    assert made["options"] == _embedded("close_mosaic") and sorted(f.name for f in tmp_path.iterdir()) == ["cache", "runs"]
+    header = visionpeft.load(tmp_path / "runs/visionpeft/train/delta.safetensors").delta.header
+    assert header["base"]["model"] == "scenes/driving.pt" and header["data"]["source"] == "scenes/satellite"
+
+
+def _embedded(*names: str) -> dict[str, Any]:
+    return {k: scenes.EMBEDDED[k] for k in names}
