@@ -1,6 +1,6 @@
 """The detector inside the package: how it was trained, and whether what it learnt on driving scenes helps on others.
 
-    python benchmarks/embedded.py train                       # visionpeft/scenes/driving.pt anew; some 50 minutes on two cores
+    python benchmarks/embedded.py train                       # visionpeft/scenes/driving.pt anew; some 50 minutes, two cores
     python benchmarks/embedded.py check --seeds 0 1 2         # the same few epochs, frozen, in full, and from random weights
     python benchmarks/embedded.py check --data scenes/night
 
