@@ -549,16 +549,20 @@ def test_kitti(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "out/images/val")) == sorted(os.listdir(tmp_path / "again/images/val"))
 
 
+def write_dota(root: Path, folder: str, rows: str) -> None:
+    """Write a DOTA set of one picture in each split, with the same rows."""
+    for part, seed in (("train", 0), ("val", 1)):
+        for name in ("images", folder):
+            (root / part / name).mkdir(parents=True)
+        picture(seed).save(root / part / "images/P0.png")
+        (root / part / folder / "P0.txt").write_text(rows)
+
+
 def test_oriented_boxes_are_not_bent_at_the_edge(tmp_path: Path) -> None:
     """Corners outside stay where they are, as cutting them off would turn the box, and Ultralytics takes such boxes."""
     from ultralytics.data.utils import verify_image_label
 
-    for part, seed in (("train", 0), ("val", 1)):
-        for folder in ("images", "labelTxt"):
-            (tmp_path / "in" / part / folder).mkdir(parents=True)
-        picture(seed).save(tmp_path / "in" / part / "images/P0.png")
-        rows = "-6 20 20 -6 40 14 14 40 ship 0\n-40 -40 -20 -40 -20 -20 -40 -20 ship 0\n"
-        (tmp_path / "in" / part / "labelTxt/P0.txt").write_text(rows)
+    write_dota(tmp_path / "in", "labelTxt", "-6 20 20 -6 40 14 14 40 ship 0\n-40 -40 -20 -40 -20 -20 -40 -20 ship 0\n")
     made = convert(tmp_path / "in", tmp_path / "out")
     assert {k: n for k, (n, _) in made.left.items()} == {"object without area": 2}
     label = tmp_path / "out/labels/train/P0.txt"
@@ -577,12 +581,8 @@ def test_classes_that_differ_in_marks_only(tmp_path: Path) -> None:
 
 
 def test_dota(tmp_path: Path) -> None:
-    for part, seed in (("train", 0), ("val", 1)):
-        for folder in ("images", "labelTxt-v2.0"):
-            (tmp_path / "DOTA" / part / folder).mkdir(parents=True)
-        picture(seed).save(tmp_path / "DOTA" / part / "images/P0.png")
-        rows = "imagesource:GoogleEarth\ngsd:0.146\n48 16 72 32 48 48 24 32 large-vehicle 0\n1 1 9 1 9 9 1 9 ship 1\n"
-        (tmp_path / "DOTA" / part / "labelTxt-v2.0/P0.txt").write_text(rows)
+    rows = "imagesource:GoogleEarth\ngsd:0.146\n48 16 72 32 48 48 24 32 large-vehicle 0\n1 1 9 1 9 9 1 9 ship 1\n"
+    write_dota(tmp_path / "DOTA", "labelTxt-v2.0", rows)
     made = convert(tmp_path / "DOTA", tmp_path / "out")
     assert made.task == "obb" and made.names == {0: "large-vehicle"} and made.images == {"train": 1, "val": 1}
     np.testing.assert_allclose(labels(tmp_path / "out/labels/val")["P0"], [[0, 0.5, 0.25, 0.75, 0.5, 0.5, 0.75, 0.25, 0.5]])

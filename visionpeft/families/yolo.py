@@ -38,7 +38,8 @@ from .images import draw, read_folders
 from .launch import check_shares
 from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
-from .yolo_trainer import Tuned, aside, brief, check_hooks, images, quiet, readable, usable
+from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable
+from .yolo_voice import aside, quiet
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -174,8 +175,7 @@ class Yolo(Family):
 
     # --------------------------------------------------------------------------------------------------------- the model
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
-        with quiet():  # Ultralytics says whenever a class count is not its design's
-            return fit(base.model, names, base.facts["channels"], head, outputs)
+        return fit(base.model, names, base.facts["channels"], head, outputs)
 
     def anatomy(self, model: Any, name: str) -> Anatomy:
         *body, head = model.model

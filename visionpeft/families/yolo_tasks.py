@@ -15,6 +15,7 @@ from ultralytics.utils.torch_utils import intersect_dicts
 
 from ..errors import DataError
 from ..twins import plain
+from .yolo_voice import quiet
 
 
 def _polygon(count: int, points: Sequence[int] = ()) -> bool:
@@ -127,10 +128,11 @@ def build(
         channels: Of the images.
         **outputs: What the head must be made for beside the classes: for keypoints ``kpt_shape``.
     """
-    shape = {"data_kpt_shape": outputs["kpt_shape"]} if "kpt_shape" in outputs else {}
     own: dict[str, Any] = copy.deepcopy(dict(design))
-    own["nc"] = own["nc"] if names is None else len(names)
-    model = task.model(own, ch=channels, nc=own["nc"], verbose=False, **shape)
+    own["nc"] = own["nc"] if names is None else len(names)  # said in the design, for Ultralytics reports what overrides it
+    own |= {k: v for k, v in outputs.items() if k == "kpt_shape"}
+    with quiet():  # a classifier is summarised whenever one is made
+        model = task.model(own, ch=channels, nc=own["nc"], verbose=False)
     if names is not None:
         model.names = dict(names)
     for name, value in outputs.items():

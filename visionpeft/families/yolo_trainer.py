@@ -6,9 +6,8 @@ import inspect
 import logging
 import math
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader
 from ultralytics.data.utils import IMG_FORMATS
-from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from .. import checkpoint
@@ -32,6 +31,7 @@ from ..registry import FAMILIES
 from .base import Job, keep_best
 from .launch import failure, started, told
 from .yolo_tasks import TASKS, Task, fit
+from .yolo_voice import quiet
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ class Tuned:
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         source, outputs = weights or self.job.base.model, self.job.data.outputs
-        with quiet():
-            model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
+        model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
         if self._task.name == "classify" and self.args.dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -318,37 +317,6 @@ def images(places: Any, part: str, source: str) -> list[str]:
     if not found:
         raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
     return sorted(found)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Ultralytics' messages and progress bars off the terminal; its warnings go to stderr."""
-    level = LOGGER.level
-    LOGGER.setLevel(max(level, logging.WARNING))
-    try:
-        with _on_stderr():
-            yield
-    finally:
-        LOGGER.setLevel(level)
-
-
-@contextmanager
-def aside() -> Iterator[None]:
-    """Let Ultralytics say what it has to say, the progress of a download too, on stderr: stdout is for results."""
-    with _on_stderr(), redirect_stdout(sys.stderr):
-        yield
-
-
-@contextmanager
-def _on_stderr() -> Iterator[None]:
-    terminal = [(h, h.stream) for h in LOGGER.handlers if type(h) is logging.StreamHandler]  # and no file's
-    try:
-        for handler, _ in terminal:
-            handler.setStream(sys.stderr)
-        yield
-    finally:
-        for handler, stream in terminal:
-            handler.setStream(stream)
 
 
 @contextmanager
