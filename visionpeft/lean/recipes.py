@@ -8,7 +8,7 @@ change of a leaf, and the tensor is then kept itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,21 +40,30 @@ class Made:
 
 
 Recipe = Leaf | Made
+Steps = tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]  # functions, and which values so far they are given
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a Function keeps of a tensor: other tensors, and the steps that lead from them to it."""
+class Kept(NamedTuple):
+    """What is kept of a tensor: other tensors, and the steps that lead from them to it.
+
+    A Function gives the tensors to autograd, which frees them once they were used, and holds only the steps.
+    """
 
     tensors: tuple[Tensor, ...]
-    steps: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
+    steps: Steps
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the tensor, from `tensors` as autograd gives them back."""
-        values = list(tensors)
-        for function, parts in self.steps:
-            values.append(function(*(values[i] for i in parts)))
-        return values[-1]
+    @property
+    def itself(self) -> bool:
+        """Whether it is the tensor that is kept."""
+        return not self.steps
+
+
+def rebuild(steps: Steps, tensors: Sequence[Tensor]) -> Tensor:
+    """Return a tensor from what was kept of it, as autograd gives it back."""
+    values = list(tensors)
+    for function, parts in steps:
+        values.append(function(*(values[i] for i in parts)))
+    return values[-1]
 
 
 def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
@@ -75,11 +84,16 @@ def keep(tensor: Tensor, most: float) -> Kept:
     recipe = recipe_of(tensor)
     if recipe is not None and recipe.passes <= most and (kept := _gather(recipe)):
         return kept
+    return Kept((keep_itself(tensor).tensor,), ())
+
+
+def keep_itself(tensor: Tensor) -> Leaf:
+    """Keep a tensor itself, and let other recipes know."""
     # a small part of a large tensor would keep the whole
-    whole = tensor.untyped_storage().nbytes() > 4 * tensor.numel() * tensor.element_size()
-    leaf = Leaf(tensor.detach().clone() if whole else tensor)
+    part = tensor.untyped_storage().nbytes() > 4 * tensor.nbytes
+    leaf = Leaf(tensor.detach().clone() if part else tensor)
     tag(tensor, leaf)
-    return Kept((leaf.tensor,), ())
+    return leaf
 
 
 def apart(recipe: Recipe, tensor: Tensor) -> bool:
