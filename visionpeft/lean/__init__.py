@@ -1,0 +1,1 @@
+"""Exact training with the least memory: knows blocks of layers, not methods."""
