@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -152,6 +152,18 @@ class Family(ABC):
     @abstractmethod
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:
         """Read a model's facts."""
+
+    @abstractmethod
+    def leading(self, model: nn.Module, stages: int) -> tuple[Sequence[str], Sequence[str]]:
+        """Return what a model's first stages consist of, to run them apart from the rest or to leave them out.
+
+        Args:
+            model: The model, nothing attached to it.
+            stages: How many stages, at least 1.
+
+        Returns:
+            Paths of modules, and of those the ones whose outputs later stages read; none: that of the last to run.
+        """
 
     @abstractmethod
     def train(self, job: Job) -> None:

@@ -31,7 +31,7 @@ from ..registry import FAMILIES
 from . import loop
 from .base import Base, Data, Family, Job
 from .images import Images, draw, few, loader, open_image, read_folders, score, sources
-from .timm_anatomy import classifiers, input_size, read_anatomy
+from .timm_anatomy import classifiers, input_size, leading, read_anatomy
 
 LOGGER = logging.getLogger("visionpeft")
 KEY = "timm"  # the metadata of a merged file: what opens it again
@@ -106,6 +106,9 @@ class Timm(Family):
 
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:
         return read_anatomy(model, self.name, name)
+
+    def leading(self, model: nn.Module, stages: int) -> tuple[list[str], list[str]]:
+        return leading(model, stages), []
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:

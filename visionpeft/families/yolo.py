@@ -218,6 +218,13 @@ class Yolo(Family):
             statistics=read_statistics(model, stage_of),
         )
 
+    def leading(self, model: Any, stages: int) -> tuple[list[str], list[str]]:
+        read: set[int] = set()
+        for module in model.model[stages:]:
+            sources = [module.f] if isinstance(module.f, int) else module.f
+            read |= {s if s >= 0 else module.i + s for s in sources}
+        return [f"model.{i}" for i in range(stages)], [f"model.{i}" for i in range(stages) if i in read]
+
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
