@@ -88,11 +88,11 @@ def train(
         seed: Of every random choice.
         amp: True (fp16), "bf16" or False; by default bf16 where the GPU has it.
         delta_dtype: How the delta stores trained weights, "fp16" or "fp32"; statistics keep their own type.
-        cache: K, at least 1: approximate. What the frozen stages before the first that trains (freeze=10) make of K augmented
-            views of every image is computed once and kept on the disk; epochs then read one view after the other instead of
-            images. 0: off. For YOLO, "ram", "disk" and True are Ultralytics' own, which keep the images.
+        cache: K, at least 1; approximate. What the frozen stages before the first that trains (freeze=10) make of K
+            augmented views of every image is computed once and kept on the disk; epochs then read one view after the other
+            instead of images. 0: off. For YOLO, "ram", "disk" and True are Ultralytics' own, which keep the images.
         cache_limit: GB that all kept views together may take; those of earlier runs that were used longest ago make room.
-        prefix_dtype: "bf16", "fp16" or "fp32": approximate. The frozen stages before the first that trains run in this
+        prefix_dtype: "bf16", "fp16" or "fp32"; approximate. The frozen stages before the first that trains run in this
             precision, BatchNorm folded, as at inference. By default they run as the rest does; views that are kept are
             then computed in fp32 and kept as bf16. Validation is of the exact model, and so is the result.
         quiet: Print no plan, and show no progress.

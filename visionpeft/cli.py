@@ -128,7 +128,7 @@ def train(
     amp
         true, bf16 or false.
     cache
-        K: what the frozen stages make of K views of each image is computed once and kept (approximate); ram, disk: the images.
+        K: keep what the frozen stages make of K views of each image (approximate); ram, disk: keep the images.
     cache_limit
         GB that such views may take.
     prefix_dtype

@@ -4,11 +4,10 @@ nothing."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
 
-import timm
 import torch
-import ultralytics
 
 from .. import delta as deltas
 from ..errors import ConfigError
@@ -60,7 +59,7 @@ def set_apart(
         return prefix, None
     name = key(
         format=FORMAT,
-        versions=[torch.__version__, ultralytics.__version__, timm.__version__],
+        versions=[version(name) for name in ("torch", "torchvision", "ultralytics", "timm")],  # they augment
         base=deltas.fingerprint(base.state),
         modules=[prefix.modules, prefix.read, leading.image],
         types=[str(prefix.dtype), str(stored)],

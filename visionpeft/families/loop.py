@@ -192,6 +192,7 @@ class _Loop:
                 seed=job.seed,
                 batch=job.batch,
                 workers=job.workers,
+                quiet=job.quiet,
             )
         self.images, workers = images, 0 if job.store else job.workers
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +88,8 @@ class Store:
                 leaving.append(other)
         if count + _SPARE > (free := shutil.disk_usage(folder).free + gone):
             raise ConfigError(
-                f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, of which {size(_SPARE)} are "
-                f"left for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
+                f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, and {size(_SPARE)} are left "
+                f"for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
             )
         for other in leaving:
             other.unlink(missing_ok=True)
@@ -112,6 +113,7 @@ class Views(Dataset):
         batch: Images at a time.
         workers: Processes that load images.
         close: Called before the last rounds, to augment otherwise.
+        quiet: Do not say when views are computed, which takes a while.
 
     Attributes:
         epoch: The epoch that is read; to be set before each.
@@ -134,6 +136,7 @@ class Views(Dataset):
         batch: int,
         workers: int = 0,
         close: Callable[[], object] | None = None,
+        quiet: bool = False,
     ):
         self.dataset, self.epoch = dataset, 0
         self._rounds, began = store.rounds, time.perf_counter()
@@ -144,6 +147,9 @@ class Views(Dataset):
             store.file.unlink(missing_ok=True)
             store.check_room(count * prefix.length * prefix.stored.itemsize)
             job = _Filling(dataset, store.rounds, prefix, prepare, seed, batch, workers, close)
+            if not quiet:
+                needs = size(count * prefix.length * prefix.stored.itemsize)
+                print(f"computing {count} views of {len(dataset)} images into {store.file} ({needs})", file=sys.stderr)
             with _polite(store), _random_states_kept():
                 files.replace(store.file, job.write)
             made = _Made(store.file, count, prefix)
@@ -253,7 +259,6 @@ class _Filling:
 
     def write(self, path: Path) -> None:
         count = len(self.dataset)
-        LOGGER.info("computing %d views of %d images", self.rounds.total, count)
         places = torch.empty(self.rounds.total, count, dtype=torch.int64)
         columns: dict[str, dict[str, list]] = {}
         crc = 0
@@ -298,7 +303,7 @@ class _Filling:
         if images.shape[1:] != self.prefix.image:
             given, made = ("×".join(map(str, shape[1:])) for shape in (images.shape[1:], self.prefix.image))
             raise ConfigError(f"cache needs images of one size, {made} here, but one is {given}; leave cache out")
-        chunk = self.prefix.flatten(self.prefix(images)).cpu().contiguous().view(torch.uint8).numpy()
+        chunk = self.prefix.flatten(self.prefix(images)).cpu().contiguous().view(torch.uint8).numpy().data
         file.write(chunk)
         return zlib.crc32(chunk, crc)
 

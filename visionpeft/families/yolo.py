@@ -240,7 +240,9 @@ class Yolo(Family):
             clashes |= {"multi_scale": "stored views are of one size", "rect": "stored views are of one size"}
             clashes |= {"time": "how many epochs read the stored views must be known"}
         if clash := next((name for name in clashes if use[name]), None):
-            raise ConfigError(f"{clash}={use[clash]} does not go with cache or prefix_dtype ({clashes[clash]}); leave one out")
+            raise ConfigError(
+                f"{clash}={use[clash]} does not go with cache or prefix_dtype ({clashes[clash]}); leave one out"
+            )
         if views and len(devices(use["device"])) > 1:
             raise ConfigError(f"device='{use['device']}' does not go with cache, which serves one device; leave one out")
         closing, share = max(use["epochs"] - use["close_mosaic"], 0), get_split_fraction(use["fraction"], "train")

@@ -137,6 +137,7 @@ class Tuned:
             batch=loader.batch_size,
             workers=loader.num_workers,
             close=lambda: dataset.close_mosaic(copy(self.args)),
+            quiet=self.job.quiet,
         )
         return build_dataloader(views, loader.batch_size, workers=0, device=self.device)  # there is nothing to decode
 

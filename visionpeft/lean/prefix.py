@@ -58,7 +58,7 @@ class Prefix:
         self.image = x.shape[1:]
         _check(trial, self, outputs, results)
         self._last = next(name for name in reversed(self.modules) if name in self.read)
-        self._fast: Any = self._faster(model, outputs, x).to(dtype=dtype, memory_format=torch.channels_last)
+        self._fast = self._faster(model, outputs, x).to(dtype).to(memory_format=torch.channels_last)
 
     def __deepcopy__(self, memo: dict) -> Prefix:
         return self  # it never changes
