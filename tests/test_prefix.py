@@ -37,6 +37,7 @@ STILL = {  # what makes a view of an image that image
     | {"erasing": 0.0, "auto_augment": None},
     "timm": {"scale": 0.0, "fliplr": 0.0, "color_jitter": 0.0},
 }
+RUNS = ({}, {"prefix_dtype": "fp32"}, {"cache": 1, "prefix_dtype": "fp32"})
 CUTS = [(name, stages) for name in NETS for stages in (1, 3)] + [("yolo11n", 10), ("yolo11n", 23), ("yolo26n", 23)]
 
 
@@ -190,22 +191,37 @@ def test_stored_views_train_as_their_images_would(tmp_path: Path, task: str) -> 
     weights = tmp_path / f"yolo11n{suffix}.pt"
     torch.manual_seed(0)
     torch.save({"model": random_yolo(f"yolo11n{suffix}").half(), "train_args": {"imgsz": 64, "task": task}}, weights)
-    args = {"model": weights, "freeze": 10, "project": tmp_path / "runs", **SMALL, **STILL["yolo"], "optimizer": "SGD"}
-    plain, kept = (visionpeft.train(data, **args, **more) for more in ({}, {"cache": 1, "prefix_dtype": "fp32"}))
-    torch.testing.assert_close(losses(kept), losses(plain), rtol=2e-3, atol=2e-3)
+    args = {
+        "model": weights,
+        "freeze": 10,
+        "project": tmp_path / "runs",
+        **SMALL,
+        **STILL["yolo"],
+        "optimizer": "SGD",
+        "epochs": 2,
+    }
+    alike(*(visionpeft.train(data, **args, **more) for more in RUNS))
 
 
 def test_stored_views_of_classes_train_as_their_images_would(squares: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = tmp_path / "yolo11n-cls.pt"
     torch.save({"model": random_yolo("yolo11n-cls").half(), "train_args": {"imgsz": 64, "task": "classify"}}, weights)
-    more = {"cache": 1, "prefix_dtype": "fp32"}
-    still = STILL["yolo"] | {"scale": 1.0}  # the smallest share of the image that is cropped
-    args: dict[str, Any] = {"model": weights, "freeze": 5, "project": tmp_path / "runs", **SMALL, **still}
-    plain, kept = (visionpeft.train(squares, **args, **m) for m in ({}, more))
-    torch.testing.assert_close(losses(kept), losses(plain), rtol=2e-3, atol=2e-3)
-    plain, kept = (train_resnet(squares, tmp_path / "runs", **STILL["timm"], **m) for m in ({}, more))
-    torch.testing.assert_close(losses(kept), losses(plain), rtol=2e-3, atol=2e-3)
+    args: dict[str, Any] = {
+        "model": weights,
+        "freeze": 5,
+        "project": tmp_path / "runs",
+        **SMALL,
+        **STILL["yolo"],
+        "epochs": 2,
+    }
+    alike(*(visionpeft.train(squares, **args, **more) for more in RUNS))
+    alike(*(train_resnet(squares, tmp_path / "runs", **STILL["timm"], **more) for more in RUNS))
+
+
+def alike(plain: visionpeft.Run, apart: visionpeft.Run, kept: visionpeft.Run) -> None:
+    torch.testing.assert_close(losses(kept), losses(apart), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses(kept)[0], losses(plain)[0], rtol=2e-3, atol=2e-3)  # later rounding grows
 
 
 @pytest.mark.parametrize("more", [{"cache": 2}, {"prefix_dtype": "bf16"}], ids=str)
@@ -220,7 +236,7 @@ def test_a_run_gives_a_delta_of_what_was_planned_and_says_that_it_approximates(
     assert set(delta.tensors) <= planned | moved
     assert not [k for k in delta.tensors if int(k.split(".")[1]) < 10]
     assert all(torch.isfinite(t).all() for t in delta.tensors.values())
-    assert torch.isfinite(losses(run)).all() and (losses(run)[-1] - losses(run)[0]).sum() < 0
+    assert torch.isfinite(losses(run)).all()
     said = run.measured["prefix"]
     assert said["stages"] == 10 and said["dtype"] == "bfloat16" and said["exact"] == run.before["mAP50-95"]
     assert "10" in str(run) and "approximate; before, mAP50-95 is " in str(run)
@@ -230,6 +246,12 @@ def test_a_run_gives_a_delta_of_what_was_planned_and_says_that_it_approximates(
     base = visionpeft.load(run.delta).base.state
     merged = torch.load(run.merged, weights_only=False)["model"].float().state_dict()
     assert all(torch.equal(merged[k], base[k]) for k in merged if int(k.split(".")[1]) < 10)
+
+
+@pytest.mark.parametrize("more", [{"cache": 2}, {"prefix_dtype": "bf16"}], ids=str)
+def test_what_is_learned_is_useful(squares: Path, tmp_path: Path, more: dict) -> None:
+    run = train_resnet(squares, tmp_path / "runs", **{"epochs": 12, "freeze": 2, "lr0": 3e-3, "fliplr": 0.5, **more})
+    assert run.after["top1"] >= 0.9 and run.after["loss"] < 0.5 * run.before["loss"]
 
 
 def test_the_change_in_score_is_measured_on_the_model_that_trains(squares: Path, tmp_path: Path) -> None:
@@ -359,7 +381,7 @@ def test_a_damaged_store_is_noticed_and_made_again(
 
 
 def test_more_than_the_limit_is_refused_before_anything_is_made(squares: Path, tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the views would take .* MB, but cache_limit=0.0001 allows 100.0 kB; give"):
+    with pytest.raises(ConfigError, match=r"the views would take 196.6 kB, but cache_limit=0.0001 allows 100.0 kB; give"):
         train_resnet(squares, tmp_path / "runs", cache=2, cache_limit=0.0001)
     assert not files(cache) and not (tmp_path / "runs").exists()
 
@@ -367,7 +389,7 @@ def test_more_than_the_limit_is_refused_before_anything_is_made(squares: Path, t
 def test_a_full_disk_is_refused_before_anything_is_made(squares: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 10**9, 10**9, 10**9))
-    with pytest.raises(ConfigError, match=r"the views would take .* MB, but .* has 1.00 GB free, and 1.00 GB are left"):
+    with pytest.raises(ConfigError, match=r"the views would take 196.6 kB, but .* has 1.00 GB free, and 1.00 GB are left"):
         train_resnet(squares, tmp_path / "runs", cache=2)
     assert not files(cache) and not (tmp_path / "runs").exists()
 
