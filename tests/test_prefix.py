@@ -389,7 +389,7 @@ def test_more_than_the_limit_is_refused_before_anything_is_made(squares: Path, t
 def test_a_full_disk_is_refused_before_anything_is_made(squares: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2 * 10**9, 10**9, 10**9))
-    with pytest.raises(ConfigError, match=r"the views would take 196.6 kB, but .* has 1.00 GB free, and 1.00 GB are left"):
+    with pytest.raises(ConfigError, match=r"the views would take 196.6 kB, but .* has 1.00 GB free, and 1.00 GB stay free"):
         train_resnet(squares, tmp_path / "runs", cache=2)
     assert not files(cache) and not (tmp_path / "runs").exists()
 

@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,11 +88,12 @@ class Store:
                 leaving.append(other)
         if count + _SPARE > (free := shutil.disk_usage(folder).free + gone):
             raise ConfigError(
-                f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, and {size(_SPARE)} are left "
-                f"for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
+                f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, and {size(_SPARE)} stay "
+                f"free for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
             )
         for other in leaving:
-            other.unlink(missing_ok=True)
+            with suppress(OSError):  # another run reads it, where that matters
+                other.unlink()
 
 
 def key(**facts: Any) -> str:

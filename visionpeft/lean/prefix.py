@@ -72,7 +72,8 @@ class Prefix:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return what the rest of the model reads, by module, in the type that is stored."""
         found: dict[str, Tensor] = {}
-        self._fast.to(images.device)
+        if next(self._fast.parameters()).device != images.device:
+            self._fast.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             _run(self._fast, images.to(self.dtype, memory_format=torch.channels_last), self.read, self._last, found)
         return {name: found[name].to(self.stored) for name in self.read}
