@@ -24,7 +24,7 @@ from visionpeft import checkpoint as checkpoints
 from visionpeft import delta as deltas
 from visionpeft import twins
 from visionpeft.errors import ConfigError, Interrupted
-from visionpeft.families import loop, views
+from visionpeft.families import loop, view_file, views
 from visionpeft.families.base import Base
 from visionpeft.families.yolo import Tuned
 from visionpeft.lean import prefix as prefixes
@@ -311,7 +311,7 @@ def test_each_epoch_reads_another_view_and_the_last_ones_views_without_mosaic(
     real = views.Views.__getitem__
 
     def note(self: Any, index: int) -> Any:
-        read.append((self.epoch, index, int(self._places[self._rounds.at(self.epoch), index])))
+        read.append((self.epoch, index, int(self._made.places[self._rounds.at(self.epoch), index])))
         return real(self, index)
 
     monkeypatch.setattr(views.Views, "__getitem__", note)
@@ -327,7 +327,7 @@ def test_each_epoch_reads_another_view_and_the_last_ones_views_without_mosaic(
 def test_a_second_run_reads_what_the_first_has_stored(squares: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
     first = train_resnet(squares, tmp_path / "runs", cache=2)
     [file] = files(cache)
-    monkeypatch.setattr(views._Filling, "write", lambda *_: pytest.fail("the views are there"))
+    monkeypatch.setattr(view_file.Filling, "write", lambda *_: pytest.fail("the views are there"))
     second = train_resnet(squares, tmp_path / "runs", cache=2, weight_decay=0.05)
     assert files(cache) == [file] and second.measured["prefix"]["fill_seconds"] == 0
     assert first.measured["prefix"]["fill_seconds"] > 0
@@ -398,7 +398,7 @@ def test_a_full_disk_is_refused_before_anything_is_made(squares: Path, tmp_path:
 def test_what_fails_while_it_is_written_leaves_nothing(
     squares: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    real, calls = views._Filling._append, []
+    real, calls = view_file.Filling._append, []
 
     def fails(*args: Any) -> int:
         calls.append(1)
@@ -406,7 +406,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(
             raise error
         return real(*args)
 
-    monkeypatch.setattr(views._Filling, "_append", fails)
+    monkeypatch.setattr(view_file.Filling, "_append", fails)
     with pytest.raises((ConfigError, Interrupted), match="is full; give a smaller cache|interrupted"):
         train_resnet(squares, tmp_path / "runs", cache=2)
     assert not files(cache)

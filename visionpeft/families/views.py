@@ -5,33 +5,27 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
-import logging
 import os
-import random
 import shutil
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .. import checkpoint, files
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from ..lean.prefix import Prefix
 from ..tables import size
+from . import view_file
+from .view_file import Filling, together
 
-LOGGER = logging.getLogger("visionpeft")
-_MAGIC = b"vpviews1"
 _SPARE = 10**9  # bytes that are left free for the rest of the run
 
 
@@ -118,7 +112,7 @@ class Views(Dataset):
 
     Attributes:
         epoch: The epoch that is read; to be set before each.
-        report: What this did: stored_bytes, and fill_seconds, 0 where the views were there already.
+        report: stored_bytes, and fill_seconds, 0 where the views were there already.
 
     Raises:
         ConfigError: There is no room for the views, or they are not all of one size.
@@ -142,30 +136,32 @@ class Views(Dataset):
         self.dataset, self.epoch = dataset, 0
         self._rounds, began = store.rounds, time.perf_counter()
         count = len(dataset) * store.rounds.total
-        made = _Made(store.file, count, prefix) if store.file.is_file() else None
-        new = made is None or not made.whole
-        if new:
+        self.report = {"stored_bytes": 0, "fill_seconds": 0.0}
+        made = view_file.read(store.file, count, prefix)
+        if made is None:
             store.file.unlink(missing_ok=True)
-            store.check_room(count * prefix.length * prefix.stored.itemsize)
-            job = _Filling(dataset, store.rounds, prefix, prepare, seed, batch, workers, close)
+            store.check_room(needs := count * prefix.length * prefix.stored.itemsize)
             if not quiet:
-                needs = size(count * prefix.length * prefix.stored.itemsize)
-                print(f"computing {count} views of {len(dataset)} images into {store.file} ({needs})", file=sys.stderr)
+                said = f"computing {count} views of {len(dataset)} images into {store.file} ({size(needs)})"
+                print(said, file=sys.stderr)
+            first = store.rounds.first
+            job = Filling(dataset, store.rounds.total, first, prefix, prepare, seed, batch, workers, close)
             with _polite(store), _random_states_kept():
                 files.replace(store.file, job.write)
-            made = _Made(store.file, count, prefix)
-        assert made is not None and made.whole, "what was just written can be read"
+            self.report["fill_seconds"] = round(time.perf_counter() - began, 2)
+            made = view_file.read(store.file, count, prefix)
+        if made is None:
+            raise TrainingError(f"the views in {store.file} are gone, or altered, just after they were written; start anew")
         os.utime(store.file)  # used now
-        self._vectors, self._places, self._columns = made.vectors, made.places, made.columns
-        seconds = round(time.perf_counter() - began, 2) if new else 0.0
-        self.report = {"stored_bytes": store.file.stat().st_size, "fill_seconds": seconds}
+        self.report["stored_bytes"] = store.file.stat().st_size
+        self._made = made
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        row = int(self._places[self._rounds.at(self.epoch), index])
-        return _together(self._vectors[row], {name: column[row] for name, column in self._columns.items()})
+        row = int(self._made.places[self._rounds.at(self.epoch), index])
+        return together(self._made.vectors[row], {name: column[row] for name, column in self._made.columns.items()})
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not there yet
@@ -174,157 +170,6 @@ class Views(Dataset):
 
     def close_mosaic(self, hyp: Any) -> None:
         """Do nothing: the last rounds' views were augmented without."""
-
-
-class _Column:
-    """One field of all samples: tensors of any shape in one stretch of bytes, or plain values."""
-
-    def __init__(self, kept: Any):
-        self._values, self._shapes, self._bytes = kept["values"], kept["shapes"], kept["bytes"]
-        sizes = [dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for dtype, shape in self._shapes]
-        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()
-
-    def __getitem__(self, row: int) -> Any:
-        if not self._shapes:
-            return self._values[row]
-        dtype, shape = self._shapes[row]
-        return self._bytes[self._starts[row] : self._starts[row + 1]].clone().view(dtype).view(shape)
-
-
-class _Made:
-    """A file of views: vectors, then the samples' other fields, then a header, its length and a magic word."""
-
-    def __init__(self, file: Path, count: int, prefix: Prefix):
-        self.whole = False
-        try:
-            header = _header(file)
-            expected = {"rows": count, "length": prefix.length, "stored": str(prefix.stored)}
-            known = header is not None and {k: header.get(k) for k in expected} == expected
-            if header is None or not known or header.get("crc") != _crc(file, header["end"]):
-                LOGGER.warning("the stored views %s are damaged; they are computed again", file)
-                return
-            with open(file, "rb") as opened:
-                opened.seek(header["vectors"])
-                rest = torch.load(io.BytesIO(opened.read(header["end"] - header["vectors"])), weights_only=True)
-        except OSError:
-            return
-        # mapped, not read: what does not fit into memory stays on the disk
-        flat = torch.from_file(str(file), shared=False, size=count * prefix.length, dtype=prefix.stored)
-        self.vectors = flat.view(count, prefix.length)
-        self.places = rest["places"]
-        self.columns = {name: _Column(kept) for name, kept in rest["columns"].items()}
-        self.whole = True
-
-
-def _header(file: Path) -> dict[str, Any] | None:
-    """Return the header of a file of views; None where the file is not whole."""
-    tail = len(_MAGIC) + 8
-    with open(file, "rb") as opened:
-        length = opened.seek(0, os.SEEK_END)
-        if length < tail:
-            return None
-        opened.seek(length - tail)
-        text, magic = int.from_bytes(opened.read(8), "little"), opened.read()
-        if magic != _MAGIC or text + tail > length:
-            return None
-        opened.seek(length - tail - text)
-        try:
-            header = json.loads(opened.read(text))
-        except ValueError:
-            return None
-    return header if isinstance(header, dict) and header.get("end") == length - tail - text else None
-
-
-def _crc(file: Path, end: int) -> int:
-    """Return the checksum of a file's first `end` bytes."""
-    crc = 0
-    with open(file, "rb") as opened:
-        while end and (chunk := opened.read(min(end, 1 << 22))):
-            crc, end = zlib.crc32(chunk, crc), end - len(chunk)
-    return crc
-
-
-# ---------------------------------------------------------------------------------------------------------- computing them
-@dataclass
-class _Filling:
-    """Computes all views of a data set, and writes them."""
-
-    dataset: Any
-    rounds: Rounds
-    prefix: Prefix
-    prepare: Callable[[Sequence[Any]], Tensor]
-    seed: int
-    batch: int
-    workers: int
-    close: Callable[[], object] | None
-
-    def write(self, path: Path) -> None:
-        count = len(self.dataset)
-        places = torch.empty(self.rounds.total, count, dtype=torch.int64)
-        columns: dict[str, dict[str, list]] = {}
-        crc = 0
-        with open(path, "wb") as file:
-            for number in range(self.rounds.total):
-                if number == self.rounds.first and self.close:
-                    self.close()
-                seed = (self.seed * 10007 + number) % 2**32
-                random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-                order = torch.randperm(count)  # mosaics mix images that were loaded one after the other
-                places[number, order] = torch.arange(number * count, (number + 1) * count)
-                # a list, for a collator would join what belongs to different images
-                for samples in DataLoader(
-                    self.dataset, self.batch, sampler=order.tolist(), num_workers=self.workers, collate_fn=list
-                ):
-                    crc = self._append(file, samples, columns, crc)
-            vectors = file.tell()
-            rest = io.BytesIO()
-            torch.save({"places": places, "columns": {n: _joined(c) for n, c in columns.items()}}, rest)
-            file.write(rest.getbuffer())
-            header = {
-                "rows": count * self.rounds.total,
-                "length": self.prefix.length,
-                "stored": str(self.prefix.stored),
-                "vectors": vectors,
-                "end": file.tell(),
-                "crc": zlib.crc32(rest.getbuffer(), crc),
-            }
-            text = json.dumps(header).encode()
-            file.write(text + len(text).to_bytes(8, "little") + _MAGIC)
-
-    def _append(self, file: BinaryIO, samples: Sequence[Any], columns: dict, crc: int) -> int:
-        for sample in samples:  # before `prepare`, which may write into them
-            for name, value in _apart(sample)[1].items():
-                column = columns.setdefault(name, {"values": [], "shapes": [], "bytes": []})
-                if isinstance(value, Tensor):
-                    column["shapes"].append((value.dtype, tuple(value.shape)))
-                    column["bytes"].append(value.detach().cpu().reshape(-1).view(torch.uint8).clone())
-                else:
-                    column["values"].append(value)
-        images = self.prepare(samples)
-        if images.shape[1:] != self.prefix.image:
-            given, made = ("×".join(map(str, shape[1:])) for shape in (images.shape[1:], self.prefix.image))
-            raise ConfigError(f"cache needs images of one size, {made} here, but one is {given}; leave cache out")
-        chunk = self.prefix.flatten(self.prefix(images)).cpu().contiguous().view(torch.uint8).numpy().data
-        file.write(chunk)
-        return zlib.crc32(chunk, crc)
-
-
-def _joined(column: dict[str, list]) -> dict[str, Any]:
-    if column["values"] and column["shapes"]:
-        raise ConfigError("cache needs samples of one kind, but a field is a tensor in some and none in others")
-    return {**column, "bytes": torch.cat(column["bytes"]) if column["bytes"] else torch.empty(0, dtype=torch.uint8)}
-
-
-def _apart(sample: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Return a sample's image, and the rest by name."""
-    if isinstance(sample, Mapping):
-        return sample["img"], {k: v for k, v in sample.items() if k != "img"}
-    return sample[0], {str(i): v for i, v in enumerate(sample[1:], 1)}
-
-
-def _together(image: Tensor, rest: dict[str, Any]) -> Any:
-    """Return the sample that `_apart` took apart, with another image."""
-    return (image, *rest.values()) if "1" in rest else {"img": image, **rest}
 
 
 @contextmanager
