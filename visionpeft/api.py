@@ -24,6 +24,7 @@ from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory
+from .lean import LEVELS
 from .lean.prefix import put_on
 from .methods.base import Method, make_method, restore_method
 from .plan import Plan, make_plan
@@ -57,6 +58,7 @@ def train(
     cache: int | str | bool = 0,
     cache_limit: float = 20.0,
     prefix_dtype: str | None = None,
+    lean: str = "auto",
     quiet: bool = False,
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
@@ -95,6 +97,8 @@ def train(
         prefix_dtype: "bf16", "fp16" or "fp32"; approximate. The frozen stages before the first that trains run in this
             precision, BatchNorm folded, as at inference. By default they run as the rest does; views that are kept are
             then computed in fp32 and kept as bf16. Validation is of the exact model, and so is the result.
+        lean: How exact training saves memory: "memory" keeps the least for backward, "auto" what costs no time, "off"
+            trains as PyTorch does.
         quiet: Print no plan, and show no progress.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
@@ -117,7 +121,8 @@ def train(
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        return _train(**saved, quiet=quiet)
+        new = {k: v for k, v in defaults.items() if k in ("cache", "cache_limit", "prefix_dtype", "lean")}
+        return _train(**{**new, **saved}, quiet=quiet)  # the run may be older than these
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
         options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
@@ -205,6 +210,7 @@ def _train(
         header=_header(family, base, data, arguments),
         prefix=prefix,
         store=store,
+        lean=given["lean"],
         **settings,
     )
     if not done:
@@ -549,7 +555,7 @@ def _views(family: Family, cache: Any, extra: dict[str, Any]) -> tuple[int, dict
 def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     if str(settings["optimizer"]).lower() == "auto":
         raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
-    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32")}
+    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32"), "lean": ("off", *LEVELS)}
     for name, allowed in choices.items():
         if (value := {**given, **settings}[name]) not in allowed:
             raise ConfigError(f"{name}='{value}' is not known; it is {' or '.join(map(repr, allowed))}")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import delta as deltas
+from .. import lean
 from ..attach import merge
 from ..errors import TrainingError
-from ..lean.prefix import Prefix
+from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
@@ -89,6 +90,14 @@ class Job:
     before: dict[str, float]  # metrics before training
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
+    lean: str = "off"  # a level of lean, or "off"
+
+    def equip(self, model: nn.Module) -> None:
+        """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
+        if self.prefix:
+            put_on(model, self.prefix)
+        if self.lean != "off":
+            lean.apply(model, self.lean)
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
-from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..progress import Progress
 from .base import Family, Job, keep_best
@@ -180,9 +179,8 @@ class _Loop:
         images: Any = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
         held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
-        self.average = Average(self.own, recipe.ema)  # without what follows: validation is of the model as it is
-        if job.prefix:
-            prefixes.put_on(self.own, job.prefix)
+        self.average = Average(self.own, recipe.ema)
+        job.equip(self.own)
         if job.prefix and job.store:
             images = Views(
                 images,

@@ -25,7 +25,6 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
-from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..plan import Plan
 from ..progress import Progress
@@ -143,9 +142,8 @@ class Tuned:
 
     def resume_training(self: Any, ckpt: Any) -> None:
         model: Any = unwrap_model(self.model)
-        self.ema = TrainedEMA(model)  # without what follows: validation is of the model as it is
-        if self.job.prefix:
-            prefixes.put_on(model, self.job.prefix)
+        self.ema = TrainedEMA(model)
+        self.job.equip(model)
         self._meter = Meter(model, self.device)
         self._history: list[dict[str, float]] = []
         if not self.job.resume:
