@@ -3,9 +3,12 @@ optimizer, scaler, position and every random state. Plain tensors and values onl
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,69 @@ def save(path: Path, content: Mapping[str, Any]) -> Path:
     return files.replace(path, lambda temporary: torch.save(dict(content), temporary))
 
 
+_writing = threading.Lock()
+if hasattr(os, "register_at_fork"):  # processes that load images start between two writes, or would inherit half of one
+    os.register_at_fork(before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_writing.release)
+
+
+class Writer:
+    """Writes the files of a run while it trains on: in one thread, in order. A context manager; its end waits for the last.
+
+    >>> with Writer() as writer:
+    ...     writer.put(lambda: deltas.write(path, delta), lambda: save(other, content))
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "visionpeft-writer")
+        self._last: Future[None] | None = None
+
+    def put(self, *writes: Callable[[], object]) -> None:
+        """Have `writes` called one after the other. What they write must be a copy, see `snapshot`: training goes on.
+
+        Waits while an earlier call's are under way: a slow disk holds a run up, but never fills its memory.
+
+        Raises:
+            TrainingError: An earlier call's failed.
+        """
+        self._finish()
+        self._last = self._pool.submit(_call, writes)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        self._pool.shutdown()
+        if kind is None:  # or else that error is the one to hear of
+            self._finish()
+
+    def _finish(self) -> None:
+        last, self._last = self._last, None
+        try:
+            if last:
+                last.result()
+        except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            raise TrainingError(
+                f"the run cannot be saved ({reason}); make room on the disk, then go on with resume=..., "
+                "or give another folder with project=..."
+            ) from error
+
+
+def _call(writes: tuple[Callable[[], object], ...]) -> None:
+    for write in writes:
+        with _writing:
+            write()
+
+
+def snapshot(content: Any) -> Any:
+    """Return a copy of nested mappings and sequences, its tensors on the CPU."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {k: snapshot(v) for k, v in content.items()}
+    return type(content)(map(snapshot, content)) if isinstance(content, list | tuple) else content
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
@@ -36,10 +102,10 @@ def load(path: Path) -> dict[str, Any]:
         raise TrainingError(f"the checkpoint {path} cannot be read ({error}); start the run anew") from error
 
 
-def live(model: nn.Module, copy: bool = True) -> dict[str, Tensor]:
+def live(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training can change, by state-dict key: what requires a gradient, and all buffers."""
     wanted = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
-    return {k: v.clone() if copy else v for k, v in model.state_dict().items() if k in wanted}
+    return {k: v for k, v in model.state_dict().items() if k in wanted}
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -50,6 +116,14 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in tensors.items():
             own[key].copy_(value)
+
+
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Put back an optimizer's state. How it computes stays as it was made: fused or not is no part of a run."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    how = ("fused", "foreach", "capturable")
+    groups = [{**s, **{k: g[k] for k in how if k in g}} for s, g in zip(saved, own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def random_states() -> dict[str, Any]:
