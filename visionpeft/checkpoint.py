@@ -7,10 +7,10 @@ import os
 import pickle
 import random
 import threading
+import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,11 +25,6 @@ def save(path: Path, content: Mapping[str, Any]) -> Path:
     return files.replace(path, lambda temporary: torch.save(dict(content), temporary))
 
 
-_writing = threading.Lock()
-if hasattr(os, "register_at_fork"):  # processes that load images start between two writes, or would inherit half of one
-    os.register_at_fork(before=_writing.acquire, after_in_parent=_writing.release, after_in_child=_writing.release)
-
-
 class Writer:
     """Writes the files of a run while it trains on: in one thread, in order. A context manager; its end waits for the last.
 
@@ -37,9 +32,11 @@ class Writer:
     ...     writer.put(lambda: deltas.write(path, delta), lambda: save(other, content))
     """
 
+    under_way: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()  # or lately were
+
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "visionpeft-writer")
-        self._last: Future[None] | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def put(self, *writes: Callable[[], object]) -> None:
         """Have `writes` called one after the other. What they write must be a copy, see `snapshot`: training goes on.
@@ -50,33 +47,47 @@ class Writer:
             TrainingError: An earlier call's failed.
         """
         self._finish()
-        self._last = self._pool.submit(_call, writes)
+        self._thread = threading.Thread(target=self._call, args=writes, name="visionpeft-writer")
+        self.under_way.add(self._thread)
+        self._thread.start()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        self._pool.shutdown()
-        if kind is None:  # or else that error is the one to hear of
+        if kind is None:
             self._finish()
+        elif self._thread:  # that error is the one to hear of
+            self._thread.join()
+
+    def _call(self, *writes: Callable[[], object]) -> None:
+        try:
+            for write in writes:
+                write()
+        except BaseException as error:
+            self._error = error
 
     def _finish(self) -> None:
-        last, self._last = self._last, None
-        try:
-            if last:
-                last.result()
-        except (OSError, RuntimeError) as error:  # torch raises the latter where a disk is full
+        if self._thread:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if isinstance(error, OSError | RuntimeError):  # torch raises the latter where a disk is full
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise TrainingError(
                 f"the run cannot be saved ({reason}); make room on the disk, then go on with resume=..., "
                 "or give another folder with project=..."
             ) from error
+        if error:
+            raise error
 
 
-def _call(writes: tuple[Callable[[], object], ...]) -> None:
-    for write in writes:
-        with _writing:
-            write()
+def _wait() -> None:
+    for thread in Writer.under_way:
+        thread.join()
+
+
+if hasattr(os, "register_at_fork"):  # processes that load images must not begin with a lock that a writer holds
+    os.register_at_fork(before=_wait)
 
 
 def snapshot(content: Any) -> Any:

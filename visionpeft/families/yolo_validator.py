@@ -17,7 +17,8 @@ class Sparing:
     """
 
     def postprocess(self: Any, preds: Any) -> Any:
-        if self.end2end or self.args.task not in ("detect", "segment", "pose"):  # rotated boxes of one score have no order
+        # rotated boxes of one score are in no certain order; the others have nothing to compare
+        if self.args.task not in ("detect", "segment", "pose") or self.end2end:
             return super().postprocess(preds)  # type: ignore[misc]
         boxes = preds
         while not isinstance(boxes, Tensor):
