@@ -8,7 +8,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -246,11 +247,7 @@ class Yolo(Family):
         return {name: round(float(stats[key]), 5) for key, name in task.metrics.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
-        task = _task(model)
-        args = {"mode": "predict", "task": task.name, "save": False, **options}
-        with usable(args), quiet():
-            predictor = task.predictor(overrides=args)
-            predictor.setup_model(model=_for_inference(model), verbose=False)
+        with _predictor(model, options) as predictor:
             return predictor(source)
 
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
@@ -264,8 +261,8 @@ class Yolo(Family):
         if model is None:
             rows = [_rows(Path(label)) for label in img2label_paths(list(some))]
             return [labelled(f, r, data.task, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
-        # one at a time, or they would be padded to one size
-        return [predicted(result) for result in self.predict(model, some, batch=1, **options)]
+        with _predictor(model, options) as predictor:  # one at a time, or they would be padded to one size
+            return [predicted(predictor(file)[0]) for file in some]
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
@@ -340,6 +337,17 @@ def _amp(device: str) -> bool | str:
     if str(device) == "cpu" or not torch.cuda.is_available():
         return False
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else True
+
+
+@contextmanager
+def _predictor(model: nn.Module, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Make Ultralytics' predictor of a model, which predicts as long as this is entered."""
+    task = _task(model)
+    args = {"mode": "predict", "task": task.name, "save": False, **options}
+    with usable(args), quiet():
+        predictor = task.predictor(overrides=args)
+        predictor.setup_model(model=_for_inference(model), verbose=False)
+        yield predictor
 
 
 def _for_inference(model: Any) -> Any:
