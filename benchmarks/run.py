@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/run.py                    # three times each, in turn, every time a fresh process
     OMP_NUM_THREADS=1 python benchmarks/run.py --profile          # where the seconds of ours go
     OMP_NUM_THREADS=1 python benchmarks/run.py --model yolo11n.pt # other weights; by default the packaged detector
-    OMP_NUM_THREADS=1 python benchmarks/run.py --model yolo11n.yaml    # random weights, of which no box passes a threshold
+    OMP_NUM_THREADS=1 python benchmarks/run.py --model yolo11n.yaml   # random weights, 80 classes
 
 Both adapt the same checkpoint to the same generated scenes, draw their pictures, measure on the validation images after each
 epoch and on the best weights at the end; ours measures before training, too. "call" is the call that trains, from the
