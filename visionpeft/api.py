@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import inspect as introspection
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -141,6 +143,22 @@ def train(
     return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
 
 
+@contextmanager
+def _libraries_apart() -> Iterator[None]:
+    """Keep the garbage collector from looking through what was there before, some million objects of the libraries: that
+    took 0.2 s every time, and a run has it look several times."""
+    len(FAMILIES)  # imports them
+    if gc.get_freeze_count():  # somebody else's, who will want it to stay
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_libraries_apart()
 def _train(
     *,
     options: dict[str, Any],
@@ -240,16 +258,15 @@ def _result(
     untrained: nn.Module,
     apart: dict[str, float] | None,
 ) -> Run:
-    result: Any = job.merged  # a model without a base has left it already, and its method merges
     delta_bytes = {}
     if job.base.pretrained:
         delta = deltas.read(job.delta)
         delta_bytes = {**delta.bytes, "file": job.delta.stat().st_size}
-        adapted = _rebuild(family, job.base, delta)
+        result = _rebuild(family, job.base, delta)
         if method.merges:
-            family.save_merged(attaching.merge(adapted), delta.header, job.merged)
-        else:
-            result = adapted
+            family.save_merged(attaching.merge(result), delta.header, job.merged)
+    if method.merges:  # what is measured and drawn is the file; a model without a base has left it already
+        result = family.open_merged(job.merged)
     after = family.evaluate(result, job.data, **use)
     plan = job.plan
     run = Run(
@@ -289,17 +306,18 @@ def _measured(family: Family, job: Job, measured: Mapping[str, Any], apart: dict
     return {**kept, "prefix": {**said, "exact": job.before[metric], "approximate": apart[metric], **views}}
 
 
-def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
+def _pictures(
+    family: Family, job: Job, untrained: nn.Module, result: nn.Module, history: list, use: dict
+) -> dict[str, Path]:
     """Draw what the run did: some validation images before and after beside their labels, and the curves."""
     how = job.plan.method + (f", freeze={job.plan.freeze}" if job.plan.freeze else "")
     title = f"{how} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
     score = family.score(job.base.task)
     shown = {"imgsz": use["imgsz"], "device": use["device"]}
-    trained = family.open_merged(result) if isinstance(result, Path) else result
     columns = {
         "labels": family.draw(None, job.data, 4),
         "before training": family.draw(untrained, job.data, 4, **shown),
-        "after": family.draw(trained, job.data, 4, **shown),
+        "after": family.draw(result, job.data, 4, **shown),
     }
     return {
         "before_after": pictures.sheet(columns, job.folder / "before_after.jpg", title),

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -196,8 +197,8 @@ class Family(ABC):
         """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
-        """Return the metrics of a model, or of a merged file, on the data's validation part."""
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
+        """Return the metrics of a model on the data's validation part."""
 
     @abstractmethod
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
@@ -227,13 +228,14 @@ def out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
     )
 
 
-def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
-    """Write the best epoch's delta; of a model without a base, its merged checkpoint."""
+def keep_best(
+    family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int
+) -> Callable[[], object]:
+    """Copy the best epoch's delta; of a model without a base, its merged checkpoint. Returns what writes it."""
     header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
     if job.base.pretrained:
-        deltas.write(job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
-    else:
-        family.save_merged(merge(copy.deepcopy(model).cpu()), header, job.merged)
+        return partial(deltas.write, job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
+    return partial(family.save_merged, merge(copy.deepcopy(model).cpu()), header, job.merged)
 
 
 # ------------------------------------------------------------------------------------------------------ reading anatomies
