@@ -45,7 +45,7 @@ def adapter(boxes: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 def test_full_with_freeze_is_ultralytics_own(boxes: Path, checkpoint: Path, tmp_path: Path, nbs: int) -> None:
     """The same weights, bit for bit, as `YOLO.train(freeze=10)` with the same settings."""
     extra = {"nbs": nbs, "warmup_epochs": 0.0, "warmup_bias_lr": 0.0, "close_mosaic": 1}
-    run = visionpeft.train(boxes, model=checkpoint, freeze=10, project=tmp_path, **SMALL, **extra)
+    run = visionpeft.train(boxes, model=checkpoint, freeze=10, lean="off", project=tmp_path, **SMALL, **extra)
     args = {
         **SMALL,
         **extra,

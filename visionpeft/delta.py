@@ -83,7 +83,8 @@ def collect(model: nn.Module, base: State, header: Mapping[str, Any], dtype: str
     heads = tuple(f"{h}." for h in plan.heads)
     sizes = {"body": 0, "head": 0, "statistics": 0}
     for key, value in tensors.items():
-        kind = "statistics" if key not in parameters else "head" if key.startswith(heads) else "body"
+        moves = key not in parameters and not is_added(key)
+        kind = "statistics" if moves else "head" if key.startswith(heads) else "body"
         sizes[kind] += value.numel() * value.element_size()
     return Delta(plan, tensors, {**header, "plan": plan.to_dict(), "bytes": sizes})
 

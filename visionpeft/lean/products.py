@@ -171,12 +171,11 @@ class Product(torch.autograd.Function):
             if ctx.steps is not None:
                 x = rebuild(ctx.steps, tensors).to(g.dtype)
             shapes = ctx.shape, weight.shape
-            if up is None or not needs[5]:
+            if up is None or ctx.only_up:
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))
                 gw = gw if gw is None else _times(gw, scale)
-                if ctx.only_up:
-                    gu = _through(op, g, tensors[0], scale, ctx.scaling)
-            elif _factored(op, weight.shape, up.shape[1]):
+                gu = _through(op, g, tensors[0], scale, ctx.scaling) if ctx.only_up else None
+            elif needs[5] and _factored(op, weight.shape, up.shape[1]):
                 gx, _ = op.backward(g, x, whole, shapes, (needs[1], False)) if needs[1] else (None, None)
                 thin = op.pointwise(g, _times(up, scale).mul(ctx.scaling).t().to(g.dtype))
                 a = _like(down, weight).to(g.dtype)
@@ -186,7 +185,8 @@ class Product(torch.autograd.Function):
             else:  # through the gradient of the whole weight
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], True))
                 of_update = _times(gw, scale).flatten(1).to(up.dtype).mul_(ctx.scaling)
-                gd, gu, gw = up.t() @ of_update, of_update @ down.t() if needs[4] else None, None
+                gd = up.t() @ of_update if needs[5] else None
+                gu, gw = of_update @ down.t() if needs[4] else None, None
             return None, gx, gw, gb, gu, gd, None, None, None, None, None
 
 

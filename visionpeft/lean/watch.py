@@ -144,7 +144,7 @@ def _product(
     if not (learns or x.requires_grad or (bias is not None and bias.requires_grad)):
         return op(x, weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias)
     dtype, kept = _autocast(x), None
-    if learns and (factors is None or factors.down.requires_grad):
+    if learns and (factors is None or factors.down.requires_grad or op.groups > 1):
         kept = keep(x, watch.most(op.work(weight.shape)))
         if factors is None and scale is None and kept.itself and dtype in (None, x.dtype):
             return op(x, weight, bias)  # PyTorch keeps no more

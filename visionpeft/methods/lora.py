@@ -1,4 +1,4 @@
-"""LoRA: W + (alpha / r) B A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732"""
+"""LoRA: W + (alpha / r) B A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732; A frozen (LoRA-FA): Zhang et al. 2023, https://arxiv.org/abs/2308.03303"""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class LoraConfig(Method):
     alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
     oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
     small_layers: float = 0.055  # the smallest targets train themselves, up to this share of the body; 0: none
+    lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
     train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
 
     bn: ClassVar[str] = "train"
@@ -102,7 +103,9 @@ class LoraConfig(Method):
         r = self.rank(layer)
         alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, layer.name)), self.lora_alpha)
         scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
-        settings = {"shape": list(layer.shape), "r": r, "scaling": scaling}
+        settings: dict[str, Any] = {"shape": list(layer.shape), "r": r, "scaling": scaling}
+        if self.lora_fa:
+            settings["fixed"] = True
         if rows := self._rows(layer):
             settings["rows"] = rows
         if self.lora_dropout:
@@ -115,7 +118,15 @@ class LoraConfig(Method):
 class LowRank(nn.Module):
     """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
 
-    def __init__(self, shape: Sequence[int], r: int, scaling: float, rows: Sequence | None = None, dropout: float = 0.0):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        r: int,
+        scaling: float,
+        rows: Sequence | None = None,
+        dropout: float = 0.0,
+        fixed: bool = False,
+    ):
         super().__init__()
         self.scaling, self.dropout, self.shape = scaling, dropout, tuple(shape)
         chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
@@ -123,9 +134,14 @@ class LowRank(nn.Module):
         index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
         self.register_buffer("index", index, persistent=False)
         self.index: Tensor | None
-        self.lora_A = nn.Parameter(torch.empty(len(self.rows) * r, math.prod(shape[1:])))
+        down = nn.init.kaiming_uniform_(torch.empty(len(self.rows) * r, math.prod(shape[1:])), a=math.sqrt(5))
+        if fixed:  # LoRA-FA
+            self.register_buffer("lora_A", down)
+        else:
+            self.lora_A = nn.Parameter(down)
         self.lora_B = nn.Parameter(torch.zeros(sum(self.rows), r))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    lora_A: Tensor
 
     def update(self) -> Tensor:
         """Return the update in the weight's own shape; full precision, under autocast too."""
