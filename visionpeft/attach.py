@@ -157,12 +157,16 @@ class Delta:
     def weight(self: Any) -> Tensor:
         if self.peft_instead is not None:
             return self.peft_instead
-        weight = self._parameters["weight"]
+        base = weight = self._parameters["weight"]
         for part in self.peft_weight.values():
             weight = part(weight)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is self._parameters["weight"]:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is base:
             return weight
-        return weight.as_subclass(Computed)
+        weight = weight.as_subclass(Computed)
+        weight.peft_base, (part, *more) = base, self.peft_weight.values()
+        if not more and hasattr(part, "factors"):
+            weight.peft_factors = part.factors(base)
+        return weight
 
     @property
     def bias(self: Any) -> Tensor | None:
@@ -194,6 +198,9 @@ class Delta:
 
 class Computed(Tensor):
     """A weight that parts have computed: all reading works, writing in place is refused instead of silently lost."""
+
+    peft_base: Tensor  # the layer's own weight
+    peft_factors: tuple[Tensor, Tensor, Tensor, float] | None = None  # base, U, V and s, where this is base + s U V
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:

@@ -140,6 +140,10 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.update()
 
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
+        """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
+        return None if self.index is not None else (weight, self.lora_B, self.lora_A, self.scaling)
+
 
 def _matrix(layer: Layer) -> tuple[int, int]:
     return layer.shape[0], math.prod(layer.shape[1:])

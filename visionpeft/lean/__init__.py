@@ -1,0 +1,124 @@
+"""Exact training with the least memory: the same parameters, keys and results, and far less kept for backward.
+
+``lean.apply(model)`` lets a model of any kind run its forward under a mode (`watch.py`) that takes over the functions
+which keep too much:
+
+products.py   convolutions and linear layers keep their input only where a weight learns from it
+norms.py      BatchNorm keeps nothing where it is frozen, LayerNorm only x̂
+pointwise.py  activations keep their input or its signs; max pooling keeps one byte per output
+recipes.py    and what is kept is not the tensor where it can be rebuilt from others that are
+folds.py      frozen BatchNorms are folded into the convolutions before them
+
+Gradients are those of plain autograd to rounding. Without gradients, while tracing, compiling or exporting, and inside of
+torch's checkpoint the model runs as it is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import twins
+from ..errors import ConfigError, ModelError, nearest
+from . import folds
+from .report import Report
+from .watch import Watch, running
+
+LEVELS = {  # the costliest recipe, and whether linear layers are computed again
+    "auto": (1.0, False),
+    "memory": (8.0, True),
+}
+_last: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+
+
+class Lean:
+    """Twin of a model: its forward runs under `Watch` while gradients are recorded."""
+
+    lean_level: str
+    lean_folds: list[folds.Fold]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = super().forward  # type: ignore[misc]
+        if not _useful(args, kwargs):
+            return plain(*args, **kwargs)
+        most, recompute = LEVELS[self.lean_level]
+        with Watch(folds.current(self, self.lean_folds), most, recompute) as watch:
+            out = plain(*args, **kwargs)
+        if watch.folded:
+            raise ModelError(
+                "a BatchNorm that was folded into its convolution did not run; apply lean again after changing the model"
+            )
+        _last[self] = watch
+        return out
+
+
+def apply(model: nn.Module, level: str = "memory") -> nn.Module:
+    """Let a model train leanly, in place: the same parameters, state-dict keys and results.
+
+    Args:
+        model: Any model, also one with a delta attached, or before it is.
+        level: "memory" keeps the least; "auto" only does what does not cost time.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: It is lean already, or there is no such level.
+    """
+    if applied(model) is not None:
+        raise ConfigError(f"this model is lean already (level '{applied(model)}'); call lean.remove first")
+    if level not in LEVELS:
+        raise ConfigError(f"lean level '{level}' is not known; it is {' or '.join(LEVELS)}.{nearest(level, LEVELS)}")
+    found, _ = folds.find(model)
+    twins.put_on(model, Lean)
+    model.__dict__.update(lean_level=level, lean_folds=found)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take `apply` back, in place; no effect on a model that is not lean. Returns the model."""
+    if twins.wears(model, Lean):
+        twins.take_off(model, Lean)
+        del model.__dict__["lean_level"], model.__dict__["lean_folds"]
+    return model
+
+
+def applied(model: nn.Module) -> str | None:
+    """Return the level at which a model is lean, or None."""
+    return model.__dict__.get("lean_level")
+
+
+def report(model: nn.Module, *inputs: Any) -> Report:
+    """Say what is taken over, what is not, and why.
+
+    Args:
+        model: A lean model.
+        *inputs: What to run it on. Without, the last training step is reported.
+
+    Raises:
+        ConfigError: The model is not lean, or has not run forward with gradients.
+    """
+    if applied(model) is None:
+        raise ConfigError("this model is not lean; call lean.apply first")
+    if inputs:
+        with torch.enable_grad():
+            model(*inputs)
+    if model not in _last:
+        raise ConfigError("this model has not run forward with gradients yet; give its inputs to lean.report as well")
+    watch = _last[model]
+    return Report(dict(watch.taken), dict(watch.left), len(watch.folds), folds.find(model)[1])
+
+
+def _useful(args: tuple, kwargs: dict) -> bool:
+    """Say whether a forward is one that autograd records and that may run under a mode."""
+    return (
+        torch.is_grad_enabled()
+        and any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
+        and not running()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )

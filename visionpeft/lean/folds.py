@@ -1,0 +1,88 @@
+"""Which BatchNorm may be folded into which convolution: where it is proved to be all that reads the convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from ..twins import plain
+
+Fold = tuple[str, str]  # the names of a convolution and of its BatchNorm
+
+
+def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
+    """Return the folds of a model, and for convolutions beside a BatchNorm that have none, why.
+
+    The forward of each module that holds both is traced with its children as black boxes; a fold is a convolution whose
+    only reader is one BatchNorm that reads nothing else.
+    """
+    found: list[Fold] = []
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        convs = {k for k, m in children.items() if isinstance(m, nn.Conv2d)}
+        if not convs or not any(isinstance(m, nn.BatchNorm2d) for m in children.values()):
+            continue
+        path = f"{name}." if name else ""
+        try:
+            pairs = dict(_pairs(module))
+        except Exception as error:  # fx gives up in many ways on a forward that depends on data
+            refused |= {path + k: f"its module cannot be traced ({type(error).__name__})" for k in convs}
+            continue
+        found += [(path + conv, path + bn) for conv, bn in pairs.items()]
+        refused |= {path + k: "what reads it is not one BatchNorm" for k in convs - set(pairs)}
+    return found, refused
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return True
+
+
+def _pairs(module: nn.Module) -> Iterator[Fold]:
+    graph = _Tracer().trace(module)
+    calls = [n for n in graph.nodes if n.op == "call_module"]
+    for node in calls:
+        readers = list(node.users)
+        if not isinstance(module.get_submodule(str(node.target)), nn.Conv2d) or len(readers) != 1:
+            continue
+        reader = readers[0]
+        once = all(sum(n.target == x.target for n in calls) == 1 for x in (node, reader))
+        if once and reader.op == "call_module" and reader.args == (node,) and _known(module, str(reader.target)):
+            yield str(node.target), str(reader.target)
+
+
+def _known(module: nn.Module, name: str) -> bool:
+    """Say whether this is a BatchNorm whose forward begins with ``F.batch_norm`` of its input and its own tensors."""
+    bn: Any = module.get_submodule(name)
+    if not isinstance(bn, nn.BatchNorm2d) or not bn.track_running_stats or bn.running_mean is None:
+        return False
+    kind = plain(type(bn))
+    return kind.forward is nn.BatchNorm2d.forward or {"act", "drop"} <= set(dict(bn.named_children()))  # timm's with act
+
+
+def current(model: nn.Module, folds: list[Fold]) -> dict[int, nn.Module]:
+    """Return the BatchNorms that may be folded now, by the id of the convolution's own weight.
+
+    They are those with frozen statistics and weight. A hook between the two, or a module put in since, undoes a fold.
+    """
+    valid: dict[int, nn.Module] = {}
+    for conv_name, bn_name in folds:
+        try:
+            conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+        except AttributeError:
+            continue
+        if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
+            continue
+        learns = bn.weight is not None and bn.weight.requires_grad
+        between = (conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+        between += (bn._forward_pre_hooks, bn._backward_hooks, bn._backward_pre_hooks)
+        weight = conv._parameters.get("weight")
+        if weight is not None and not (bn.training or learns or any(between)):
+            if id(weight) in valid:
+                valid[id(weight)] = None  # type: ignore[assignment]  # shared by two convolutions
+            else:
+                valid[id(weight)] = bn
+    return {k: v for k, v in valid.items() if v is not None}

@@ -1,0 +1,108 @@
+"""Normalisations: BatchNorm that keeps its input by a recipe (frozen: nothing), LayerNorm that keeps only x̂."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .recipes import Kept
+
+_aten = torch.ops.aten
+
+
+class BatchNorm(torch.autograd.Function):
+    """Batch normalisation of (B, C, ...) by given or by the batch's statistics.
+
+    With given statistics and a frozen weight, only the scale is kept. Returns the output, and the scale and shift (C,)
+    that make it from x.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        kept: Kept | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.training, ctx.eps, ctx.kept = training, eps, kept
+        if training:
+            out, center, inverse = _aten.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+            statistics = center, inverse
+        else:
+            assert mean is not None and var is not None
+            center, inverse, statistics = mean, torch.rsqrt(var + eps), (mean, var)
+        scale = inverse if weight is None else weight * inverse
+        shift = -center * scale if bias is None else bias - center * scale
+        if not training:
+            out = affine(x, scale, shift).to(x.dtype)
+        ctx.save_for_backward(*(kept.tensors if kept else (scale,)), weight, *(statistics if kept else ()))
+        ctx.mark_non_differentiable(scale, shift)
+        return out, scale, shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[:3]
+        if ctx.kept is None:
+            scale, _weight = ctx.saved_tensors
+            gx = g * _spread(scale, g).to(g.dtype) if wanted[0] else None
+            gb = g.sum((0, *range(2, g.dim()))) if wanted[2] else None
+            return gx, None, gb, *[None] * 6
+        *tensors, weight, mean, var = ctx.saved_tensors
+        x = ctx.kept.rebuild(tensors).to(g.dtype)
+        running, batch = ((None, None), (mean, var)) if ctx.training else ((mean, var), (None, None))
+        gx, gw, gb = _aten.native_batch_norm_backward(g, x, weight, *running, *batch, ctx.training, ctx.eps, wanted)
+        return gx if wanted[0] else None, gw if wanted[1] else None, gb if wanted[2] else None, *[None] * 6
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return ``x * scale + shift`` per channel (dimension 1)."""
+    return torch.addcmul(_spread(shift, x), x, _spread(scale, x))
+
+
+def _spread(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
+class LayerNorm(torch.autograd.Function):
+    """The normalised input x̂ = (x - mean) / std over the last dimensions, then weight and bias.
+
+    Keeps x̂, which its consumers' weights learn from too, in place of x. Returns the output and x̂.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, shape: tuple, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normal, _, inverse = _aten.native_layer_norm(x, shape, None, None, eps)
+        ctx.shape = shape
+        ctx.save_for_backward(normal.detach(), inverse, weight, bias)
+        ctx.mark_non_differentiable(normal)
+        return rescale(normal, weight, bias).to(x.dtype), normal
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
+        normal, inverse, weight, bias = ctx.saved_tensors
+        zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # x̂ is its own normalised input
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        gx, gw, gb = _aten.native_layer_norm_backward(
+            g.contiguous().to(normal.dtype), normal, ctx.shape, zero, one, weight, bias, mask
+        )
+        return gx.mul_(inverse) if mask[0] else None, None, gw if mask[1] else None, gb if mask[2] else None, None
+
+
+def rescale(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return ``normal * weight + bias``."""
+    if weight is None:
+        return normal.clone()
+    return normal * weight if bias is None else torch.addcmul(bias, normal, weight)

@@ -1,0 +1,173 @@
+"""Recipes: how backward rebuilds a tensor from tensors that are kept anyway, instead of keeping it too.
+
+A recipe is a `Leaf` (a tensor in hand) or `Made` (a cheap function of recipes). A tensor carries its recipe as an
+attribute, with the version of its memory for which the recipe holds: a change in place makes the recipe void. So does a
+change of a leaf, and the tensor is then kept itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Leaf:
+    """A tensor in hand. Once `kept` is set, someone keeps it for backward, so to use it costs nothing."""
+
+    __slots__ = ("tensor", "version", "kept")
+    passes = 0.0
+
+    def __init__(self, tensor: Tensor, kept: bool = True):
+        self.tensor, self.kept = tensor.detach(), kept
+        self.version = self.tensor._version
+
+    def holds(self) -> bool:
+        """Say whether the tensor is still as it was."""
+        return self.tensor._version == self.version
+
+
+class Made:
+    """A function of recipes. `passes` is what rebuilding costs, in passes over a tensor of the result's size."""
+
+    __slots__ = ("function", "parts", "passes")
+
+    def __init__(self, function: Callable[..., Tensor], parts: Sequence[Recipe], passes: float = 1.0):
+        self.function, self.parts = function, tuple(parts)
+        self.passes = passes + sum(p.passes for p in parts)
+
+
+Recipe = Leaf | Made
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a Function keeps of a tensor: other tensors, and the steps that lead from them to it."""
+
+    tensors: tuple[Tensor, ...]
+    steps: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the tensor, from `tensors` as autograd gives them back."""
+        values = list(tensors)
+        for function, parts in self.steps:
+            values.append(function(*(values[i] for i in parts)))
+        return values[-1]
+
+
+def tag(tensor: Tensor, recipe: Recipe) -> Tensor:
+    """Let `tensor` carry `recipe`."""
+    tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
+    return tensor
+
+
+def recipe_of(tensor: Tensor) -> Recipe | None:
+    """Return the recipe that `tensor` carries, unless it was changed since."""
+    recipe, version = getattr(tensor, "_lean", (None, -1))
+    return recipe if version == tensor._version else None
+
+
+def keep(tensor: Tensor, most: float) -> Kept:
+    """Keep a tensor by its recipe, if that holds and costs at most `most` passes; else keep it itself."""
+    recipe = recipe_of(tensor)
+    if recipe is not None and recipe.passes <= most and (kept := _gather(recipe)):
+        return kept
+    # a small part of a large tensor would keep the whole
+    whole = tensor.untyped_storage().nbytes() > 4 * tensor.numel() * tensor.element_size()
+    leaf = Leaf(tensor.detach().clone() if whole else tensor)
+    tag(tensor, leaf)
+    return Kept((leaf.tensor,), ())
+
+
+def apart(recipe: Recipe, tensor: Tensor) -> bool:
+    """Say whether a recipe still holds after a change of `tensor` in place."""
+    if isinstance(recipe, Made):
+        return all(apart(part, tensor) for part in recipe.parts)
+    return recipe.tensor.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+
+
+def made(function: Callable[..., Tensor], *parts: Recipe | None, passes: float = 1.0) -> Recipe | None:
+    """Return the recipe of `function(*parts)`, or None if a part has none."""
+    return None if any(p is None for p in parts) else Made(function, parts, passes)  # type: ignore[arg-type]
+
+
+def _gather(recipe: Recipe) -> Kept | None:
+    """Return what to keep for a recipe, or None where a leaf has changed."""
+    leaves: list[Leaf] = []
+    nodes: list[Made] = []
+    seen: set[int] = set()
+
+    def visit(node: Recipe) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, Leaf):
+            leaves.append(node)
+            return
+        for part in node.parts:
+            visit(part)
+        nodes.append(node)
+
+    visit(recipe)
+    if not all(leaf.holds() for leaf in leaves):
+        return None
+    for leaf in leaves:
+        if not leaf.kept:  # others may still change it, and without us no one would mind: keep a copy
+            leaf.tensor, leaf.kept = leaf.tensor.clone(), True
+            leaf.version = leaf.tensor._version
+    places = {id(node): i for i, node in enumerate((*leaves, *nodes))}
+    for node in nodes:
+        if isinstance(node.function, Recall):
+            node.function.users += 1
+    steps = tuple((node.function, tuple(places[id(p)] for p in node.parts)) for node in nodes)
+    return Kept(tuple(leaf.tensor for leaf in leaves), steps)
+
+
+class Recall:
+    """A costly function whose users in backward share the result: made for the first of them, dropped by the last."""
+
+    def __init__(self, function: Callable[..., Tensor]):
+        self.function, self.users = function, 0
+        self.value: Tensor | None = None
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        value = self.function(*args) if self.value is None else self.value
+        self.users -= 1
+        self.value = value if self.users > 0 else None
+        return value
+
+
+# ------------------------------------------------------------------------------- functions that pass recipes on
+def of_one(function: Callable, args: tuple, kwargs: dict, passes: float) -> object:
+    """Call a function of one tensor; let what it returns (a tensor, or a tuple of them) carry its recipe."""
+    out, (x, *rest) = function(*args, **kwargs), args
+    if isinstance(x, Tensor) and (recipe := recipe_of(x)) is not None:
+        if isinstance(out, Tensor):
+            tag(out, Made(lambda t: function(t, *rest, **kwargs), (recipe,), passes))
+        else:
+            for i, part in enumerate(out):
+                tag(part, Made(lambda t, i=i: function(t, *rest, **kwargs)[i], (recipe,), passes))  # type: ignore[misc]
+    return out
+
+
+def add(function: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """Add two tensors; the sum carries a recipe where both do."""
+    out, parts = function(*args, **kwargs), [recipe_of(t) if isinstance(t, Tensor) else None for t in args]
+    if len(parts) == 2 and None not in parts and not kwargs:
+        tag(out, Made(torch.add, parts))  # type: ignore[arg-type]
+    return out
+
+
+def cat(function: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: object) -> Tensor:
+    """Concatenate; the result carries a recipe where those of at least half of it do (the rest is kept, then)."""
+    out, dim = function(tensors, dim, **kwargs), kwargs.pop("axis", dim)
+    recipes = [recipe_of(t) for t in tensors]
+    bare = sum(t.numel() for t, r in zip(tensors, recipes, strict=True) if r is None)
+    if 2 * bare <= out.numel() and out.numel() and not kwargs:
+        for i, t in enumerate(tensors):
+            if recipes[i] is None:
+                recipes[i] = recipe_of(tag(t, Leaf(t, kept=False)))
+        tag(out, Made(lambda *parts: torch.cat(parts, dim), recipes))  # type: ignore[arg-type, call-overload]
+    return out

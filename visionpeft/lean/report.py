@@ -1,0 +1,35 @@
+"""What `lean` took over in a forward, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was taken over in one forward, what not, and why. Prints as a table.
+
+    Attributes:
+        taken: Bytes of outputs, by kind of function.
+        left: Bytes of outputs of functions that could have been taken, by function and reason.
+        folded: How many frozen BatchNorms were folded into their convolutions.
+        unfolded: Convolutions beside a BatchNorm that it is never folded into, and why.
+    """
+
+    taken: Mapping[str, int]
+    left: Mapping[str, int]
+    folded: int
+    unfolded: Mapping[str, str]
+
+    @property
+    def share(self) -> float:
+        """Bytes of outputs taken over, of all that could be."""
+        return sum(self.taken.values()) / max(sum(self.taken.values()) + sum(self.left.values()), 1)
+
+    def __str__(self) -> str:
+        rows = [(kind, n, "taken") for kind, n in self.taken.items()] + [(why, n, "left") for why, n in self.left.items()]
+        width = max((len(name) for name, *_ in rows), default=0)
+        lines = [f"{name:<{width}}  {n / 2**20:9.1f} MiB  {verdict}" for name, n, verdict in rows]
+        lines.append(f"{self.share:.1%} of the outputs' bytes taken; {self.folded} frozen BatchNorms folded")
+        return "\n".join([*lines, *(f"not folded: {name}, {why}" for name, why in self.unfolded.items())])

@@ -1,0 +1,309 @@
+"""The mode under which a lean model runs forward: each function of torch that keeps too much gives way to one that does not.
+
+A handler is called in place of the function, with its arguments. It may keep tensors by their recipes, and lets its
+result carry one. Everything that is not in `HANDLERS` runs as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from . import recipes
+from .norms import BatchNorm, LayerNorm, affine, rescale
+from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
+from .products import Conv, Linear, LowRank, Product
+from .recipes import Leaf, Made, Recall, Recipe, apart, keep, made, recipe_of, tag
+
+_state = threading.local()
+
+
+class Watch(TorchFunctionMode):
+    """Runs one forward leanly.
+
+    Args:
+        folds: The frozen BatchNorm that follows a convolution, by the id of the convolution's own weight.
+        most: The costliest recipe that may be used, in passes over the tensor.
+        recompute: Whether a linear layer may be computed again for the activation that follows it.
+    """
+
+    def __init__(self, folds: Mapping[int, nn.Module], most: float, recompute: bool):
+        super().__init__()
+        self.folds, self.most, self.recompute = folds, most, recompute
+        self.folded = 0  # convolutions whose BatchNorm has not come yet
+        self.taken: Counter[str] = Counter()  # bytes of outputs by kind
+        self.left: Counter[str] = Counter()  # bytes of outputs by function and reason
+
+    def __enter__(self) -> Watch:
+        _state.watch = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _state.watch = None
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        handler = HANDLERS.get(func)
+        if handler is None or _checkpointing():
+            return func(*args, **(kwargs or {}))
+        return handler(self, func, *args, **(kwargs or {}))
+
+    def keep(self, tensor: Tensor) -> recipes.Kept:
+        """Keep a tensor the cheapest way that is allowed."""
+        return keep(tensor, self.most)
+
+    def took(self, kind: str, out: Tensor) -> Tensor:
+        """Note that a function was taken over."""
+        self.taken[kind] += out.numel() * out.element_size()
+        return out
+
+    def leave(self, func: Callable, why: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a function as it is, and note why."""
+        out = func(*args, **kwargs)
+        self.left[f"{func.__name__}: {why}"] += out.numel() * out.element_size() if isinstance(out, Tensor) else 0
+        return out
+
+
+def running() -> bool:
+    """Say whether a lean forward is under way in this thread."""
+    return getattr(_state, "watch", None) is not None
+
+
+def _checkpointing() -> bool:
+    """Say whether this runs under torch's checkpoint: its second forward runs as it is, so the first must as well."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+
+
+# ------------------------------------------------------------------------------------------------------------- products
+def _conv2d(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if isinstance(padding, str) or input.dim() != 4 or not input.numel():
+        why = "padding by name" if isinstance(padding, str) else "not (B, C, H, W)"
+        return watch.leave(func, why, input, weight, bias, stride, padding, dilation, groups)
+    op = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    bn: Any = watch.folds.get(id(getattr(weight, "peft_base", weight)))
+    if bn is None:
+        return watch.took("convolution", _product(watch, op, input, weight, bias, None))
+    scale = torch.rsqrt(bn.running_var + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.detach()
+    shift = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
+    out = _product(watch, op, input, weight, shift if bias is None else shift + bias * scale, scale)
+    out._lean_normalised = bn.running_mean  # type: ignore[attr-defined]
+    watch.folded += 1
+    return watch.took("convolution + frozen BatchNorm", out)
+
+
+def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if input.dim() < 2 or not input.numel():
+        return watch.leave(func, "no rows", input, weight, bias)
+    out = _product(watch, Linear(), input, weight, bias, None)
+    if watch.recompute and (given := recipe_of(input)) is not None and given.passes <= watch.most:
+        factors, dtype = _factors(weight), out.dtype
+        parts = [Leaf(t) for t in ((weight,) if factors is None else (factors.base, factors.up, factors.down))]
+        if weight.is_leaf or factors is not None:
+            scaling = factors.scaling if factors else 0.0
+            again = Recall(lambda x, w, *f: _linear_again(x, w, bias, f, scaling, dtype))
+            tag(out, Made(again, (given, *parts), passes=watch.most - given.passes - 1))
+    return watch.took("linear", out)
+
+
+def _linear_again(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple, scaling: float, dtype: torch.dtype) -> Tensor:
+    if factors:
+        weight = torch.addmm(weight, *factors, alpha=scaling)
+    return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _product(
+    watch: Watch, op: Conv | Linear, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    factors, learns = _factors(weight), weight.requires_grad
+    if not (learns or x.requires_grad or (bias is not None and bias.requires_grad)):
+        return op(x, weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias)
+    dtype = _autocast(x)
+    kept = watch.keep(x) if learns and (factors is None or factors.down.requires_grad) else None
+    value = weight.detach().as_subclass(Tensor)
+    if factors is None:
+        args = (weight.as_subclass(Tensor), bias, None, None, scale, None, 1.0)
+    else:
+        args = (factors.base, bias, factors.up, factors.down, scale, value, factors.scaling)  # type: ignore[assignment]
+    return Product.apply(op, x, *args, dtype, kept)
+
+
+def _factors(weight: Tensor) -> LowRank | None:
+    """Return the factors that a delta offers with a weight it has computed, where its base is frozen."""
+    offered = getattr(weight, "peft_factors", None)
+    if offered is None or offered[0].requires_grad or not offered[1].requires_grad:
+        return None
+    return LowRank(*offered)
+
+
+# ---------------------------------------------------------------------------------------------------------- activations
+def _activation(make: Callable[..., Activation], *names: str) -> Callable:
+    """Return a handler of an activation function; `names` are its arguments between input and inplace."""
+
+    def handler(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        settings = {**dict(zip((*names, "inplace"), args, strict=False)), **kwargs}
+        inplace, act = settings.pop("inplace", False) or func is torch.relu_, make(**settings)
+        given = recipe_of(input)
+        if given is not None and inplace and not apart(given, input):
+            given = None
+        if not input.requires_grad or not input.is_floating_point():
+            return _pass_on(act, given, func(input, *args, **kwargs))
+        signs = act.mask is not None and (given is None or given.passes > watch.most)
+        if inplace and not signs and given is None:
+            return watch.leave(func, "in place", input, *args, **kwargs)
+        kept = None if signs else watch.keep(input)
+        given = given if inplace else recipe_of(input)  # to keep the input may have given it one
+        return _pass_on(act, given, watch.took("activation", Pointwise.apply(input, act, kept, inplace)))
+
+    return handler
+
+
+def _pass_on(act: Activation, given: Recipe | None, out: Tensor) -> Tensor:
+    return out if given is None else tag(out, Made(act.function, (given,)))
+
+
+# ------------------------------------------------------------------------------------------------------- normalisations
+def _batch_norm(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if getattr(input, "_lean_normalised", None) is running_mean is not None:
+        del input._lean_normalised  # type: ignore[attr-defined]
+        watch.folded -= 1
+        return input
+    learns = any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if not learns or input.dim() < 2 or input.numel() <= (input.shape[1] if training else 0):
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    kept = watch.keep(input) if training or (weight is not None and weight.requires_grad) else None
+    out, scale, shift = BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, kept)
+    dtype = out.dtype
+    recipe = made(lambda x, s, t: affine(x, s, t).to(dtype), recipe_of(input), Leaf(scale), Leaf(shift))
+    if recipe is not None:
+        tag(out, recipe)
+    return watch.took("BatchNorm", out)
+
+
+def _layer_norm(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    **kwargs: Any,
+) -> Tensor:
+    if not any(t is not None and t.requires_grad for t in (input, weight, bias)) or not input.numel():
+        return func(input, normalized_shape, weight, bias, eps, **kwargs)
+    x = input.float() if _autocast(input) is not None and input.device.type == "cuda" else input  # as autocast has it
+    out, normal = LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps)
+    affines = [Leaf(t) for t in (weight, bias) if t is not None]
+    tag(out, Made(lambda n, w=None, b=None: rescale(n, w, b), (Leaf(normal), *affines)))
+    return watch.took("LayerNorm", out)
+
+
+# -------------------------------------------------------------------------------------------------------------- the rest
+def _max_pool2d(
+    watch: Watch,
+    func: Callable,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    kernel = _pair(kernel_size)
+    window = kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode
+    if not input.requires_grad or input.dim() != 4 or kernel[0] * kernel[1] > 256 or not input.numel():
+        out = func(input, *window)
+    else:
+        out = watch.took("max pooling", MaxPool.apply(input, *window))
+    recipe = made(lambda x: func(x, *window), recipe_of(input), passes=2.0)
+    return out if recipe is None else tag(out, recipe)
+
+
+def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    mode = args[2] if len(args) > 2 else kwargs.get("mode", "nearest")
+    if mode != "nearest":
+        return func(input, *args, **kwargs)
+    return recipes.of_one(func, (input, *args), kwargs, 1.0)
+
+
+def _of_one(passes: float) -> Callable:
+    return lambda watch, func, *args, **kwargs: recipes.of_one(func, args, kwargs, passes)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """Return the type in which autocast would compute with x, or None."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+_VIEWS = (
+    "chunk split unbind narrow select permute transpose movedim view reshape flatten unflatten contiguous __getitem__ "
+    "squeeze unsqueeze t mT"
+).split()
+
+HANDLERS: dict[Callable, Callable] = {
+    torch.conv2d: _conv2d,
+    functional.linear: _linear,
+    functional.batch_norm: _batch_norm,
+    functional.layer_norm: _layer_norm,
+    torch.max_pool2d: _max_pool2d,
+    functional.silu: _activation(silu),
+    functional.gelu: _activation(gelu, "approximate"),
+    functional.hardswish: _activation(hardswish),
+    functional.relu: _activation(relu),
+    torch.relu: _activation(relu),
+    torch.relu_: _activation(relu),
+    functional.relu6: _activation(lambda: hardtanh(0.0, 6.0)),
+    functional.hardtanh: _activation(hardtanh, "min_val", "max_val"),
+    functional.leaky_relu: _activation(leaky_relu, "negative_slope"),
+    functional.interpolate: _interpolate,
+    torch.cat: lambda watch, func, *args, **kwargs: recipes.cat(func, *args, **kwargs),
+    **{
+        f: lambda watch, func, *args, **kwargs: recipes.add(func, args, kwargs)
+        for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+    },
+    **{
+        f: _of_one(0.0)
+        for name in _VIEWS
+        for f in (getattr(Tensor, name, None), getattr(torch, name, None))
+        if callable(f)
+    },
+    torch.roll: _of_one(1.0),
+}
