@@ -924,7 +924,7 @@ def test_changes_in_place(forward: Callable, way: str) -> None:
 
 @pytest.mark.parametrize("kind", ["conv-bn-relu", "c3k2", "vit", "max pool", "mobilenet"])
 def test_parameters_changed_before_backward(kind: str) -> None:
-    """An optimizer's step between forward and backward: the gradients of the forward, or autograd's refusal; never others."""
+    """An optimizer steps between forward and backward: the gradients of the forward, or autograd refuses."""
     make, shape = BLOCKS[kind]
     for way in ("bias", "norm", "lora", "full"):
         plain, x = still(tuned(randomised(make()), way)), tensor(*shape)

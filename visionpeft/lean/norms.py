@@ -93,6 +93,8 @@ class LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         normal, inverse, weight, bias = ctx.saved_tensors
+        mixed = weight is not None and weight.dtype != normal.dtype  # autocast on a CPU: statistics are as the weight is
+        inverse = inverse.to(weight.dtype) if mixed else inverse
         zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # x̂ is its own normalised input
         mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         gx, gw, gb = _aten.native_layer_norm_backward(

@@ -162,7 +162,8 @@ def add(function: Callable, args: tuple, kwargs: dict) -> Tensor:
 
 def cat(function: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: object) -> Tensor:
     """Concatenate; the result carries a recipe where those of at least half of it do (the rest is kept, then)."""
-    out, dim = function(tensors, dim, **kwargs), kwargs.pop("axis", dim)
+    dim = kwargs.pop("axis", dim)  # type: ignore[assignment]
+    out = function(tensors, dim, **kwargs)
     recipes = [recipe_of(t) for t in tensors]
     bare = sum(t.numel() for t, r in zip(tensors, recipes, strict=True) if r is None)
     if 2 * bare <= out.numel() and out.numel() and not kwargs:
