@@ -29,7 +29,7 @@ from .watch import Watch, running
 
 LEVELS = {  # the costliest recipe, and whether linear layers are computed again
     "auto": (1.0, False),
-    "memory": (8.0, True),
+    "memory": (12.0, True),
 }
 _last: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
 
@@ -45,7 +45,7 @@ class Lean:
         if not _useful(args, kwargs):
             return plain(*args, **kwargs)
         most, recompute = LEVELS[self.lean_level]
-        with Watch(folds.current(self, self.lean_folds), most, recompute) as watch:
+        with Watch(folds.current(self.lean_folds), most, recompute) as watch:
             out = plain(*args, **kwargs)
         if watch.folded:
             raise ModelError(

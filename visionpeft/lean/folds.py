@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..twins import plain
 
-Fold = tuple[str, str]  # the names of a convolution and of its BatchNorm
+Fold = tuple[nn.Module, str, str]  # a module, and its names for a convolution and for the BatchNorm that reads it
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
@@ -31,7 +31,7 @@ def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
         except Exception as error:  # fx gives up in many ways on a forward that depends on data
             refused |= {path + k: f"its module cannot be traced ({type(error).__name__})" for k in convs}
             continue
-        found += [(path + conv, path + bn) for conv, bn in pairs.items()]
+        found += [(module, conv, bn) for conv, bn in pairs.items()]
         refused |= {path + k: "what reads it is not one BatchNorm" for k in convs - set(pairs)}
     return found, refused
 
@@ -41,7 +41,7 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _pairs(module: nn.Module) -> Iterator[Fold]:
+def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
     graph = _Tracer().trace(module)
     calls = [n for n in graph.nodes if n.op == "call_module"]
     for node in calls:
@@ -63,26 +63,26 @@ def _known(module: nn.Module, name: str) -> bool:
     return kind.forward is nn.BatchNorm2d.forward or {"act", "drop"} <= set(dict(bn.named_children()))  # timm's with act
 
 
-def current(model: nn.Module, folds: list[Fold]) -> dict[int, nn.Module]:
+def current(folds: list[Fold]) -> dict[int, nn.Module]:
     """Return the BatchNorms that may be folded now, by the id of the convolution's own weight.
 
     They are those with frozen statistics and weight. A hook between the two, or a module put in since, undoes a fold.
     """
     valid: dict[int, nn.Module] = {}
-    for conv_name, bn_name in folds:
-        try:
-            conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
-        except AttributeError:
-            continue
+    shared: set[int] = set()
+    for parent, conv_name, bn_name in folds:
+        conv: Any = parent._modules.get(conv_name)
+        bn: Any = parent._modules.get(bn_name)
         if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
             continue
-        learns = bn.weight is not None and bn.weight.requires_grad
-        between = (conv._forward_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-        between += (bn._forward_pre_hooks, bn._backward_hooks, bn._backward_pre_hooks)
         weight = conv._parameters.get("weight")
-        if weight is not None and not (bn.training or learns or any(between)):
-            if id(weight) in valid:
-                valid[id(weight)] = None  # type: ignore[assignment]  # shared by two convolutions
-            else:
-                valid[id(weight)] = bn
-    return {k: v for k, v in valid.items() if v is not None}
+        if weight is None or bn.training or (bn.weight is not None and bn.weight.requires_grad):
+            continue
+        if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+            continue
+        if bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks:
+            continue
+        if id(weight) in valid:
+            shared.add(id(weight))
+        valid[id(weight)] = bn
+    return {k: v for k, v in valid.items() if k not in shared}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -71,12 +71,8 @@ class Pointwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Activation, kept: Kept | None, inplace: bool) -> Tensor:  # type: ignore[override]
-        ctx.act, ctx.kept, ctx.shape = act, kept, x.shape
-        if kept is None:
-            assert act.mask is not None
-            ctx.save_for_backward(pack(act.mask(x)))
-        else:
-            ctx.save_for_backward(*kept.tensors)
+        ctx.act, ctx.kept = act, kept
+        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.tensors))
         if inplace:
             ctx.mark_dirty(x)
         return act.function(x, inplace)
@@ -84,33 +80,36 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        if ctx.kept is not None:
-            return ctx.act.gradient(g, ctx.kept.rebuild(ctx.saved_tensors)), None, None, None
-        mask = unpack(ctx.saved_tensors[0], ctx.shape)
-        return torch.where(mask, g, g * ctx.act.slope) if ctx.act.slope else g * mask, None, None, None
+        if ctx.kept is None:
+            return gate(ctx.act, ctx.saved_tensors[0], g), None, None, None
+        return ctx.act.gradient(g, ctx.kept.rebuild(ctx.saved_tensors)), None, None, None
 
 
-def pack(mask: Tensor) -> Tensor:
-    """Pack booleans of any shape into bytes, eight each."""
-    bits = functional.pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(torch.uint8)
-    if type(bits) is Tensor and bits.device.type == "cpu":
-        import numpy
-
-        return torch.from_numpy(numpy.packbits(bits.numpy(), bitorder="little"))
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bits.device)
+def pack(act: Activation, x: Tensor) -> Tensor:
+    """Return where a piecewise linear activation passes x, eight elements a byte."""
+    assert act.mask is not None
+    if _numpy(x):  # several times faster than torch here
+        return torch.from_numpy(numpy.packbits(act.mask(x.detach().numpy()), bitorder="little"))
+    bits = functional.pad(act.mask(x).reshape(-1), (0, -x.numel() % 8)).view(torch.uint8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=x.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `pack`."""
-    if type(packed) is Tensor and packed.device.type == "cpu":
-        import numpy
+def gate(act: Activation, packed: Tensor, g: Tensor) -> Tensor:
+    """Return the gradient g where `packed` says that the activation passes, `slope` times g elsewhere."""
+    if _numpy(g):
+        mask: Any = numpy.unpackbits(packed.numpy(), count=g.numel(), bitorder="little").reshape(g.shape)
+        out = torch.empty_like(g)
+        factor = numpy.where(mask, 1.0, act.slope).astype(g.numpy().dtype) if act.slope else mask.view(bool)
+        numpy.multiply(g.numpy(), factor, out=out.numpy())
+        return out
+    places = torch.arange(8, dtype=torch.uint8, device=g.device)
+    mask = (packed.unsqueeze(1) >> places).bitwise_and_(1).view(-1)[: g.numel()].view(g.shape).to(torch.bool)
+    return torch.where(mask, g, g * act.slope) if act.slope else g * mask
 
-        bits = numpy.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
-        return torch.from_numpy(bits).view(torch.bool).view(shape)
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(1) >> places).bitwise_and_(1).to(torch.bool)
-    return bits.view(-1)[: math.prod(shape)].view(shape)
+
+def _numpy(x: Tensor) -> bool:
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 class MaxPool(torch.autograd.Function):
@@ -120,31 +119,36 @@ class MaxPool(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: tuple, stride: tuple, padding: tuple, dilation: tuple, ceil: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, kernel: tuple, stride: tuple, padding: tuple, dilation: tuple, ceil: bool
+    ) -> Tensor:
         out, winners = _aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil)
         ctx.window = kernel, stride, padding, dilation, ceil
         ctx.shape = x.shape
-        top, left = _corners(out.shape, stride, padding, x.device)
-        width = x.shape[-1]
-        row = winners.div(width, rounding_mode="floor").sub_(top).div_(dilation[0], rounding_mode="floor")
-        column = winners.remainder(width).sub_(left).div_(dilation[1], rounding_mode="floor")
-        ctx.save_for_backward(row.mul_(kernel[1]).add_(column).to(torch.uint8))
+        # a winner lies r rows and c columns from its window's corner: r * width + c, where c is less than width
+        away = winners.sub_(_corners(out.shape, x.shape[-1], stride, padding, x.device)).float()
+        row = away.add(0.5).div_(x.shape[-1]).floor_()
+        column = away.sub_(row, alpha=x.shape[-1])
+        place = row.mul_(kernel[1] / dilation[0]).add_(column, alpha=1 / dilation[1])
+        ctx.save_for_backward(place.add_(0.5).to(torch.uint8))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         kernel, stride, padding, dilation, ceil = ctx.window
-        place = ctx.saved_tensors[0].long()
-        top, left = _corners(place.shape, stride, padding, g.device)
-        row = place.div(kernel[1], rounding_mode="floor").mul_(dilation[0]).add_(top)
-        winners = place.remainder_(kernel[1]).mul_(dilation[1]).add_(left).add_(row.mul_(ctx.shape[-1]))
+        place, width = ctx.saved_tensors[0], ctx.shape[-1]
+        rows, columns = (torch.arange(n, device=g.device) * d for n, d in zip(kernel, dilation, strict=True))
+        away = (rows.unsqueeze(1) * width + columns).view(-1)
+        winners = away[place.int()].add_(_corners(place.shape, width, stride, padding, g.device))
         x = g.new_empty(1).expand(ctx.shape)
         gx = _aten.max_pool2d_with_indices_backward(g, x, kernel, stride, padding, dilation, ceil, winners)
         return gx, None, None, None, None, None
 
 
-def _corners(shape: torch.Size, stride: tuple, padding: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first row and column of each output's window."""
-    rows = torch.arange(shape[-2], device=device).mul_(stride[0]).sub_(padding[0]).view(-1, 1)
-    return rows, torch.arange(shape[-1], device=device).mul_(stride[1]).sub_(padding[1])
+def _corners(shape: torch.Size, width: int, stride: tuple, padding: tuple, device: torch.device) -> Tensor:
+    """Return the index of the first element of each output's window, as if the padding were there."""
+    rows, columns = (
+        torch.arange(n, device=device).mul_(s).sub_(p) for n, s, p in zip(shape[-2:], stride, padding, strict=True)
+    )
+    return rows.unsqueeze(1) * width + columns

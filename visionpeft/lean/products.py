@@ -6,6 +6,7 @@ Here the weight is put together anew in backward, and a low-rank update has a ba
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,31 +21,51 @@ _backward = torch.ops.aten.convolution_backward
 
 
 class Conv(NamedTuple):
-    """A convolution's arguments, two numbers each."""
+    """A convolution of (B, C, H, W), by its arguments, two numbers each."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
-    channels = 1  # the dimension of channels
-
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.conv2d(x, weight, bias, *self)
 
     def backward(
         self, g: Tensor, x: Tensor | None, weight: Tensor | None, shapes: tuple[Any, Any], mask: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any]:
         """Return the gradients of x and weight, where `mask` asks; what is not needed for them may be None."""
-        x, weight = (t if t is not None else g.new_empty(1).expand(s) for t, s in zip((x, weight), shapes, strict=True))
+        if shapes[1][2:].numel() == 1 and self == _POINTWISE and not all(mask):
+            gx = self.pointwise(g, weight.flatten(1).t()) if mask[0] else None  # type: ignore[union-attr]
+            return gx, self.outer(g, x).view(shapes[1]) if mask[1] else None  # type: ignore[arg-type]
+        if x is None:  # only its shape is needed; of a tensor without strides, the CPU's kernels would make a copy
+            x = g.new_empty(shapes[0]) if g.device.type == "cpu" else g.new_empty(1).expand(shapes[0])
+        if weight is None:
+            weight = g.new_empty(1).expand(shapes[1])
         stride, padding, dilation, groups = self
         return _backward(g, x, weight, None, stride, padding, dilation, False, (0, 0), groups, (*mask, False))[:2]
 
+    def pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return x with its channels multiplied by `matrix`."""
+        if not x.is_contiguous():
+            return functional.conv2d(x, matrix[:, :, None, None])
+        return torch.matmul(matrix, x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
 
-class Linear(NamedTuple):
-    """A linear layer's arguments: none."""
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the products of a's and b's channels, summed over images and places."""
+        return torch.matmul(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
 
-    channels = -1
+    def total(self, g: Tensor) -> Tensor:
+        """Return the sum of each channel."""
+        return g.sum((0, 2, 3))
+
+
+_POINTWISE = Conv((1, 1), (0, 0), (1, 1), 1)
+
+
+class Linear:
+    """A linear layer of (..., C)."""
+
     groups = 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,11 +73,21 @@ class Linear(NamedTuple):
 
     def backward(
         self, g: Tensor, x: Tensor | None, weight: Tensor | None, shapes: tuple[Any, Any], mask: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Any]:
         """As `Conv.backward`."""
-        gx = g @ weight if mask[0] and weight is not None else None
-        gw = rows(g).t() @ rows(x) if mask[1] and x is not None else None
-        return gx, gw
+        return g @ weight if mask[0] else None, self.outer(g, x) if mask[1] else None  # type: ignore[operator, arg-type]
+
+    def pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """As `Conv.pointwise`."""
+        return x @ matrix.contiguous().t()  # this orientation of a narrow matrix is the fast one
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """As `Conv.outer`."""
+        return _rows(a).t() @ _rows(b)
+
+    def total(self, g: Tensor) -> Tensor:
+        """As `Conv.total`."""
+        return _rows(g).sum(0)
 
 
 @dataclass(frozen=True)
@@ -102,9 +133,10 @@ class Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.op, ctx.scaling, ctx.dtype, ctx.kept, ctx.shape = op, scaling, dtype, kept, x.shape
         ctx.only_up = up is not None and ctx.needs_input_grad[4] and not ctx.needs_input_grad[5] and op.groups == 1
-        with torch.autocast(x.device.type, enabled=False):
+        with exactly(x):
             whole = _times(weight if value is None else value, scale)
-            x, whole, bias = (t if t is None or dtype is None else t.to(dtype) for t in (x, whole, bias))
+            if dtype is not None:
+                x, whole, bias = (t if t is None else t.to(dtype) for t in (x, whole, bias))
             tensors: tuple[Tensor, ...] = ()
             if ctx.only_up and down is not None:  # LoRA-FA: only A x is needed, which has r channels
                 tensors, ctx.kept = (op(x, _like(down, weight).to(x.dtype)),), None
@@ -118,51 +150,56 @@ class Product(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         weight, up, down, scale, *tensors = ctx.saved_tensors
         op, needs = ctx.op, ctx.needs_input_grad
-        with torch.autocast(g.device.type, enabled=False):
+        with exactly(g):
             gx = gw = gb = gu = gd = whole = x = None
             if needs[3]:
-                gb = _sum(g, op.channels)
+                gb = op.total(g)
             if needs[1]:
                 whole = weight if up is None else _updated(weight, up, down, ctx.scaling)
                 whole = _times(whole, scale).to(g.dtype)
             if ctx.kept is not None:
                 x = ctx.kept.rebuild(tensors).to(g.dtype)
             shapes = ctx.shape, weight.shape
-            factored = needs[5] and _factored(op, weight.shape)
-            if up is None or factored or not needs[5]:
+            if up is None or not needs[5]:
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))
                 gw = gw if gw is None else _times(gw, scale)
+                if ctx.only_up:
+                    gu = _through(op, g, tensors[0], scale, ctx.scaling)
+            elif _factored(op, weight.shape, up.shape[1]):
+                gx, _ = op.backward(g, x, whole, shapes, (needs[1], False)) if needs[1] else (None, None)
+                thin = op.pointwise(g, _times(up, scale).mul(ctx.scaling).t().to(g.dtype))
+                a = _like(down, weight).to(g.dtype)
+                gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].view(down.shape)
+                if needs[4]:
+                    gu = _through(op, g, op(x, a), scale, ctx.scaling)
             else:  # through the gradient of the whole weight
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], True))
                 of_update = _times(gw, scale).flatten(1).to(up.dtype).mul_(ctx.scaling)
                 gd, gu, gw = up.t() @ of_update, of_update @ down.t() if needs[4] else None, None
-            if factored or ctx.only_up:
-                g = g if scale is None else g * _spread(scale, op.channels).to(g.dtype)
-                if factored:
-                    thin = _thin(op, g, up.mul(ctx.scaling).to(g.dtype))
-                    a = _like(down, weight).to(g.dtype)
-                    gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].reshape(down.shape)
-                    inner = op(x, a) if needs[4] else None
-                else:
-                    inner = tensors[0]
-                if inner is not None:  # the narrow matrix first: (h' g)' is up to four times faster than g' h
-                    gu = (rows(inner, op.channels).t() @ rows(g, op.channels)).mul_(ctx.scaling).t()
             return None, gx, gw, gb, gu, gd, None, None, None, None, None
 
 
-def rows(x: Tensor, channels: int = -1) -> Tensor:
-    """Return x as a matrix with one column per channel."""
-    return x.movedim(channels, -1).reshape(-1, x.shape[channels])
+def exactly(x: Tensor) -> AbstractContextManager:
+    """Return a context without autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _nothing
 
 
-def _factored(op: Conv | Linear, shape: torch.Size) -> bool:
+_nothing = nullcontext()
+
+
+def _factored(op: Conv | Linear, shape: torch.Size, r: int) -> bool:
     """Say whether a low-rank gradient is faster through r channels than through the whole weight's gradient.
 
-    Convolutions of few channels are so slow that the large one wins: `benchmarks/lean.py --layers` times both.
+    It always needs fewer operations, but convolutions of few channels are slow: benchmarks/lean.py --layers times both.
     """
-    if isinstance(op, Linear):
-        return True
-    return op.groups == 1 and shape[2:].numel() == 1 and min(shape[0], shape[1]) >= 128
+    return isinstance(op, Linear) or (op.groups == 1 and min(shape[0], shape[1]) >= 8 * r)
+
+
+def _through(op: Conv | Linear, g: Tensor, inner: Tensor, scale: Tensor | None, scaling: float) -> Tensor:
+    """Return the gradient of `up`, from `inner`, the x that went through `down`."""
+    gu = op.outer(inner, g).mul_(scaling).t()  # the narrow one first: up to four times faster than the other way round
+    return _times(gu, scale)
 
 
 def _updated(weight: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
@@ -177,16 +214,5 @@ def _like(down: Tensor, weight: Tensor) -> Tensor:
     return down.view(-1, *weight.shape[1:])
 
 
-def _spread(vector: Tensor, channels: int) -> Tensor:
-    return vector if channels == -1 else vector.view(-1, 1, 1)
-
-
-def _thin(op: Conv | Linear, g: Tensor, up: Tensor) -> Tensor:
-    """Return g's channels brought down to r."""
-    if isinstance(op, Linear):
-        return g @ up.t().contiguous().t()  # this orientation of a skinny matrix is the fast one
-    return functional.conv2d(g, up.t().reshape(up.shape[1], -1, 1, 1))
-
-
-def _sum(g: Tensor, channels: int) -> Tensor:
-    return g.sum((0, 2, 3)) if channels == 1 else rows(g).sum(0)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

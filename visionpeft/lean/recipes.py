@@ -34,9 +34,9 @@ class Made:
 
     __slots__ = ("function", "parts", "passes")
 
-    def __init__(self, function: Callable[..., Tensor], parts: Sequence[Recipe], passes: float = 1.0):
+    def __init__(self, function: Callable[..., Tensor], parts: Sequence[Recipe], passes: float):
         self.function, self.parts = function, tuple(parts)
-        self.passes = passes + sum(p.passes for p in parts)
+        self.passes = passes
 
 
 Recipe = Leaf | Made
@@ -57,9 +57,10 @@ class Kept:
         return values[-1]
 
 
-def tag(tensor: Tensor, recipe: Recipe) -> Tensor:
-    """Let `tensor` carry `recipe`."""
-    tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
+def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
+    """Let `tensor` carry `recipe`; returns it."""
+    if recipe is not None:
+        tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
     return tensor
 
 
@@ -90,7 +91,9 @@ def apart(recipe: Recipe, tensor: Tensor) -> bool:
 
 def made(function: Callable[..., Tensor], *parts: Recipe | None, passes: float = 1.0) -> Recipe | None:
     """Return the recipe of `function(*parts)`, or None if a part has none."""
-    return None if any(p is None for p in parts) else Made(function, parts, passes)  # type: ignore[arg-type]
+    if any(p is None for p in parts):
+        return None
+    return Made(function, parts, passes + sum(p.passes for p in parts))  # type: ignore[arg-type, union-attr]
 
 
 def _gather(recipe: Recipe) -> Kept | None:
@@ -145,19 +148,17 @@ def of_one(function: Callable, args: tuple, kwargs: dict, passes: float) -> obje
     out, (x, *rest) = function(*args, **kwargs), args
     if isinstance(x, Tensor) and (recipe := recipe_of(x)) is not None:
         if isinstance(out, Tensor):
-            tag(out, Made(lambda t: function(t, *rest, **kwargs), (recipe,), passes))
+            tag(out, made(lambda t: function(t, *rest, **kwargs), recipe, passes=passes))
         else:
             for i, part in enumerate(out):
-                tag(part, Made(lambda t, i=i: function(t, *rest, **kwargs)[i], (recipe,), passes))  # type: ignore[misc]
+                tag(part, made(lambda t, i=i: function(t, *rest, **kwargs)[i], recipe, passes=passes))
     return out
 
 
 def add(function: Callable, args: tuple, kwargs: dict) -> Tensor:
     """Add two tensors; the sum carries a recipe where both do."""
     out, parts = function(*args, **kwargs), [recipe_of(t) if isinstance(t, Tensor) else None for t in args]
-    if len(parts) == 2 and None not in parts and not kwargs:
-        tag(out, Made(torch.add, parts))  # type: ignore[arg-type]
-    return out
+    return tag(out, made(torch.add, *parts)) if len(parts) == 2 and not kwargs else out
 
 
 def cat(function: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: object) -> Tensor:
@@ -170,5 +171,6 @@ def cat(function: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: o
         for i, t in enumerate(tensors):
             if recipes[i] is None:
                 recipes[i] = recipe_of(tag(t, Leaf(t, kept=False)))
-        tag(out, Made(lambda *parts: torch.cat(parts, dim), recipes))  # type: ignore[arg-type, call-overload]
+        most = 1 + max(r.passes for r in recipes)  # type: ignore[union-attr]
+        tag(out, Made(lambda *parts: torch.cat(parts, dim), recipes, most))  # type: ignore[arg-type, call-overload]
     return out

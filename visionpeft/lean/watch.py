@@ -61,13 +61,13 @@ class Watch(TorchFunctionMode):
 
     def took(self, kind: str, out: Tensor) -> Tensor:
         """Note that a function was taken over."""
-        self.taken[kind] += out.numel() * out.element_size()
+        self.taken[kind] += out.nbytes
         return out
 
     def leave(self, func: Callable, why: str, *args: Any, **kwargs: Any) -> Any:
         """Run a function as it is, and note why."""
         out = func(*args, **kwargs)
-        self.left[f"{func.__name__}: {why}"] += out.numel() * out.element_size() if isinstance(out, Tensor) else 0
+        self.left[f"{func.__name__}: {why}"] += out.nbytes if isinstance(out, Tensor) else 0
         return out
 
 
@@ -121,11 +121,13 @@ def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: T
         if weight.is_leaf or factors is not None:
             scaling = factors.scaling if factors else 0.0
             again = Recall(lambda x, w, *f: _linear_again(x, w, bias, f, scaling, dtype))
-            tag(out, Made(again, (given, *parts), passes=watch.most - given.passes - 1))
+            tag(out, Made(again, (given, *parts), watch.most - 1))  # costly: only for what reads it directly
     return watch.took("linear", out)
 
 
-def _linear_again(x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple, scaling: float, dtype: torch.dtype) -> Tensor:
+def _linear_again(
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple, scaling: float, dtype: torch.dtype
+) -> Tensor:
     if factors:
         weight = torch.addmm(weight, *factors, alpha=scaling)
     return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -178,7 +180,7 @@ def _activation(make: Callable[..., Activation], *names: str) -> Callable:
 
 
 def _pass_on(act: Activation, given: Recipe | None, out: Tensor) -> Tensor:
-    return out if given is None else tag(out, Made(act.function, (given,)))
+    return tag(out, made(act.function, given))
 
 
 # ------------------------------------------------------------------------------------------------------- normalisations
@@ -204,9 +206,8 @@ def _batch_norm(
     kept = watch.keep(input) if training or (weight is not None and weight.requires_grad) else None
     out, scale, shift = BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, kept)
     dtype = out.dtype
-    recipe = made(lambda x, s, t: affine(x, s, t).to(dtype), recipe_of(input), Leaf(scale), Leaf(shift))
-    if recipe is not None:
-        tag(out, recipe)
+    again = Recall(lambda x, s, t: affine(x, s, t).to(dtype))  # for the activation and for what reads that
+    tag(out, made(again, recipe_of(input), Leaf(scale), Leaf(shift)))
     return watch.took("BatchNorm", out)
 
 
@@ -225,7 +226,7 @@ def _layer_norm(
     x = input.float() if _autocast(input) is not None and input.device.type == "cuda" else input  # as autocast has it
     out, normal = LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps)
     affines = [Leaf(t) for t in (weight, bias) if t is not None]
-    tag(out, Made(lambda n, w=None, b=None: rescale(n, w, b), (Leaf(normal), *affines)))
+    tag(out, made(lambda n, w=None, b=None: rescale(n, w, b), Leaf(normal), *affines))
     return watch.took("LayerNorm", out)
 
 
@@ -239,15 +240,17 @@ def _max_pool2d(
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-) -> Tensor:
+    return_indices: bool = False,
+) -> Any:
     kernel = _pair(kernel_size)
     window = kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode
+    if return_indices:
+        return watch.leave(func, "with indices", input, *window, return_indices=True)
     if not input.requires_grad or input.dim() != 4 or kernel[0] * kernel[1] > 256 or not input.numel():
-        out = func(input, *window)
+        out = torch.max_pool2d(input, *window)
     else:
         out = watch.took("max pooling", MaxPool.apply(input, *window))
-    recipe = made(lambda x: func(x, *window), recipe_of(input), passes=2.0)
-    return out if recipe is None else tag(out, recipe)
+    return tag(out, made(lambda x: torch.max_pool2d(x, *window), recipe_of(input), passes=2.0))
 
 
 def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -262,6 +265,8 @@ def _of_one(passes: float) -> Callable:
 
 
 def _pair(value: Any) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        return value
     return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
 
 
@@ -283,6 +288,7 @@ HANDLERS: dict[Callable, Callable] = {
     functional.linear: _linear,
     functional.batch_norm: _batch_norm,
     functional.layer_norm: _layer_norm,
+    functional.max_pool2d: _max_pool2d,
     torch.max_pool2d: _max_pool2d,
     functional.silu: _activation(silu),
     functional.gelu: _activation(gelu, "approximate"),
@@ -299,11 +305,6 @@ HANDLERS: dict[Callable, Callable] = {
         f: lambda watch, func, *args, **kwargs: recipes.add(func, args, kwargs)
         for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
     },
-    **{
-        f: _of_one(0.0)
-        for name in _VIEWS
-        for f in (getattr(Tensor, name, None), getattr(torch, name, None))
-        if callable(f)
-    },
+    **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},
     torch.roll: _of_one(1.0),
 }

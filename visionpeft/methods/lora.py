@@ -138,7 +138,9 @@ class LowRank(nn.Module):
             return whole.index_copy(0, self.index, self.scaling * update).view(self.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.update()
+        if self.index is not None or torch.is_autocast_enabled(weight.device.type):
+            return weight + self.update()
+        return torch.addmm(weight.flatten(1), self.lora_B, self.lora_A, alpha=self.scaling).view(self.shape)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
