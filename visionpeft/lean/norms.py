@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .backward import first_order
 from .recipes import Kept
 
 _aten = torch.ops.aten
@@ -49,7 +49,7 @@ class BatchNorm(torch.autograd.Function):
         return out, scale, shift
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         wanted = ctx.needs_input_grad[:3]
         if ctx.kept is None:
@@ -90,7 +90,7 @@ class LayerNorm(torch.autograd.Function):
         return rescale(normal, weight, bias).to(x.dtype), normal
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         normal, inverse, weight, bias = ctx.saved_tensors
         mixed = weight is not None and weight.dtype != normal.dtype  # autocast on a CPU: statistics are as the weight is

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .backward import first_order
 from .recipes import Kept
 
 _aten = torch.ops.aten
@@ -78,7 +78,7 @@ class Pointwise(torch.autograd.Function):
         return act.function(x, inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         if ctx.kept is None:
             return gate(ctx.act, ctx.saved_tensors[0], g), None, None, None
@@ -134,7 +134,7 @@ class MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         kernel, stride, padding, dilation, ceil = ctx.window
         place, width = ctx.saved_tensors[0], ctx.shape[-1]

@@ -7,6 +7,8 @@ change of a leaf, and the tensor is then kept itself.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +63,26 @@ def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
     """Let `tensor` carry `recipe`; returns it."""
     if recipe is not None:
         tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
+        _carriers.refs.append(weakref.ref(tensor))
     return tensor
+
+
+class _Carriers(threading.local):
+    """The tensors that carry a recipe in this thread."""
+
+    def __init__(self) -> None:
+        self.refs: list[weakref.ref[Tensor]] = []
+
+
+_carriers = _Carriers()
+
+
+def forget() -> None:
+    """Take the recipes off all tensors: those that outlive the forward would keep what the recipes are made of."""
+    for ref in _carriers.refs:
+        if (tensor := ref()) is not None:
+            tensor.__dict__.pop("_lean", None)
+    _carriers.refs.clear()
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:

@@ -48,6 +48,7 @@ class Watch(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         _state.watch = None
         super().__exit__(*error)
+        recipes.forget()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(func)
