@@ -44,7 +44,7 @@ class BatchNorm(torch.autograd.Function):
         shift = -center * scale if bias is None else bias - center * scale
         if not training:
             out = affine(x, scale, shift).to(x.dtype)
-        ctx.save_for_backward(*(kept.tensors if kept else (scale,)), weight, *(statistics if kept else ()))
+        ctx.save_for_backward(*(kept.hand_over() if kept else (scale,)), weight, *(statistics if kept else ()))
         ctx.mark_non_differentiable(scale, shift)
         return out, scale, shift
 

@@ -72,7 +72,7 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Activation, kept: Kept | None, inplace: bool) -> Tensor:  # type: ignore[override]
         ctx.act, ctx.kept = act, kept
-        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.tensors))
+        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.hand_over()))
         if inplace:
             ctx.mark_dirty(x)
         return act.function(x, inplace)

@@ -141,7 +141,7 @@ class Product(torch.autograd.Function):
             if ctx.only_up and down is not None:  # LoRA-FA: only A x is needed, which has r channels
                 tensors, ctx.kept = (op(x, _like(down, weight).to(x.dtype)),), None
             elif kept is not None:
-                tensors = kept.tensors
+                tensors = kept.hand_over()
             ctx.save_for_backward(weight, up, down, scale, *tensors)
             return op(x, whole, bias)
 

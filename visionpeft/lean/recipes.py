@@ -44,12 +44,17 @@ class Made:
 Recipe = Leaf | Made
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """What a Function keeps of a tensor: other tensors, and the steps that lead from them to it."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]  # until `hand_over`
     steps: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
+
+    def hand_over(self) -> tuple[Tensor, ...]:
+        """Return the tensors, and hold them no longer: given to autograd, they end with its backward."""
+        tensors, self.tensors = self.tensors, ()
+        return tensors
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the tensor, from `tensors` as autograd gives them back."""
