@@ -126,20 +126,7 @@ def _gather(recipe: Recipe) -> Kept | None:
     """Return what to keep for a recipe, or None where a leaf has changed."""
     leaves: list[Leaf] = []
     nodes: list[Made] = []
-    seen: set[int] = set()
-
-    def visit(node: Recipe) -> None:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if isinstance(node, Leaf):
-            leaves.append(node)
-            return
-        for part in node.parts:
-            visit(part)
-        nodes.append(node)
-
-    visit(recipe)
+    _visit(recipe, leaves, nodes, set())
     if not all(leaf.holds() for leaf in leaves):
         return None
     for leaf in leaves:
@@ -152,6 +139,20 @@ def _gather(recipe: Recipe) -> Kept | None:
             node.function.users += 1
     steps = tuple((node.function, tuple(places[id(p)] for p in node.parts)) for node in nodes)
     return Kept(tuple(leaf.tensor for leaf in leaves), steps)
+
+
+def _visit(node: Recipe, leaves: list[Leaf], nodes: list[Made], seen: set[int]) -> None:
+    """List the leaves and nodes of a recipe, parts first. (A function inside another, calling itself, would be a cycle
+    that holds the tensors until Python collects its garbage.)"""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, Leaf):
+        leaves.append(node)
+        return
+    for part in node.parts:
+        _visit(part, leaves, nodes, seen)
+    nodes.append(node)
 
 
 class Recall:
