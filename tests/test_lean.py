@@ -201,7 +201,7 @@ def filled(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(5)
     for part in (m for m in module.modules() if isinstance(m, LowRank)):
         for factor in (part.lora_A, part.lora_B):
-            factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.5 / factor.shape[1] ** 0.5)
+            factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.2 / factor.shape[1] ** 0.5)
     return module
 
 
@@ -309,6 +309,7 @@ def net(name: str, method: str, bn: str | None = None, freeze: int = 0, **settin
         model(images(SMALL[name][2]).float())
     for m in norms:
         m.momentum = 0.1
+        m.running_var *= 2.0  # nor may gradients: they would in a net without training and with statistics of few images
     return train_mode(model, plan)
 
 
@@ -416,7 +417,7 @@ CEILINGS = [  # of what "auto" and "memory" save at these sizes, as shares of wh
     ("resnet50", "lora", "frozen", 0.185, 0.16),
     ("mobilenetv2", "lora", "frozen", 0.43, 0.23),
     ("vit_small", "lora", "frozen", 0.025, 0.018),
-    ("swin", "full", "train", 0.75, 0.5),
+    ("swin", "full", "train", 0.75, 0.53),
     ("convnext", "lora", "frozen", 0.15, 0.15),
 ]
 
@@ -462,16 +463,16 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 
 
 def test_keys_outputs_and_levels() -> None:
-    plain = net("yolo11n", "lora")
+    plain = net("yolo11n", "lora").double()
     model = leaned(plain, "auto")
     assert lean.applied(model) == "auto" and lean.applied(plain) is None
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     with torch.no_grad():
-        for a, b in zip(flat(model(images().float())), flat(plain(images().float())), strict=True):
+        for a, b in zip(flat(model(images())), flat(plain(images())), strict=True):
             assert torch.equal(a, b), "without gradients it is the plain forward, bit for bit"
-    for a, b in zip(flat(model.eval()(images().float())), flat(plain.eval()(images().float())), strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+    for a, b in zip(flat(model.eval()(images())), flat(plain.eval()(images())), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
     assert type(lean.remove(model)) is type(plain) and lean.applied(model) is None
     assert lean.remove(model) is model, "without effect"
     assert model.__dict__.keys() == plain.__dict__.keys()
@@ -614,13 +615,13 @@ def test_traced_and_exported(tmp_path: Path) -> None:
 
 
 def test_fused_by_ultralytics() -> None:
-    model = leaned(net("yolo11n", "lora")).eval()
+    model = leaned(net("yolo11n", "lora").double()).eval()
     with torch.no_grad():
-        before = flat(model(images().float()))
+        before = flat(model(images()))
         fused: Any = copy.deepcopy(model).fuse(verbose=False)
-        after = flat(fused(images().float()))
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(after, before, strict=True))
-    x = images().float().requires_grad_()
+        after = flat(fused(images()))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(after, before, strict=True))
+    x = images().requires_grad_()
     loss_of(fused(x)).backward()  # and its frozen BatchNorms, no longer there, are not looked for
     assert x.grad is not None
 

@@ -169,7 +169,7 @@ class Product(torch.autograd.Function):
                 gx, _ = op.backward(g, x, whole, shapes, (needs[1], False)) if needs[1] else (None, None)
                 thin = op.pointwise(g, _times(up, scale).mul(ctx.scaling).t().to(g.dtype))
                 a = _like(down, weight).to(g.dtype)
-                gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].view(down.shape)
+                gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].reshape(down.shape)
                 if needs[4]:
                     gu = _through(op, g, op(x, a), scale, ctx.scaling)
             else:  # through the gradient of the whole weight
