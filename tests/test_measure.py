@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +92,17 @@ def test_gradients_made_by_backward_count() -> None:
     with PeakBytes() as peak:
         layer(torch.ones(1, 64)).sum().backward()
     assert peak.live == layer.weight.grad.nbytes == 16 * KB <= peak.bytes
+
+
+def test_the_table_of_lean(tmp_path: Path) -> None:
+    """The benchmark runs, at sizes at which its numbers mean nothing."""
+    script = Path(__file__).parents[1] / "benchmarks" / "lean.py"
+    table = tmp_path / "table.md"
+    command = [sys.executable, str(script), "--quick", "--only", "yolo11n.*(LoRA|freeze)", "--markdown", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
+    assert [line[1] for line in lines[2:]] == ["peft", "`auto`", "`memory`", "Ultralytics' step", "`auto`", "`memory`"]
+    assert all(len(line) == len(lines[0]) for line in lines) and "saved ≤ 0.32" in table.read_text()
+    refused = subprocess.run([*command[:3], "--only", "nothing"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "names no row" in refused.stderr
