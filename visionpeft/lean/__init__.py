@@ -15,7 +15,6 @@ torch's checkpoint the model runs as it is.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -27,11 +26,7 @@ from . import folds
 from .report import Report
 from .watch import Watch, running
 
-LEVELS = {  # the costliest recipe, and whether linear layers are computed again
-    "auto": (1.0, False),
-    "memory": (12.0, True),
-}
-_last: weakref.WeakKeyDictionary[nn.Module, Watch] = weakref.WeakKeyDictionary()
+LEVELS = ("auto", "memory")
 
 
 class Lean:
@@ -44,14 +39,13 @@ class Lean:
         plain = super().forward  # type: ignore[misc]
         if not _useful(args, kwargs):
             return plain(*args, **kwargs)
-        most, recompute = LEVELS[self.lean_level]
-        with Watch(folds.current(self.lean_folds), most, recompute) as watch:
+        current, frugal = folds.current(self.lean_folds), self.lean_level == "memory"
+        with Watch(current, frugal, self.__dict__.get("lean_report")) as watch:
             out = plain(*args, **kwargs)
         if watch.folded:
             raise ModelError(
                 "a BatchNorm that was folded into its convolution did not run; apply lean again after changing the model"
             )
-        _last[self] = watch
         return out
 
 
@@ -92,24 +86,21 @@ def applied(model: nn.Module) -> str | None:
 
 
 def report(model: nn.Module, *inputs: Any) -> Report:
-    """Say what is taken over, what is not, and why.
-
-    Args:
-        model: A lean model.
-        *inputs: What to run it on. Without, the last training step is reported.
+    """Say what is taken over in a forward of a lean model with `inputs`, what is not, and why.
 
     Raises:
-        ConfigError: The model is not lean, or has not run forward with gradients.
+        ConfigError: The model is not lean.
     """
     if applied(model) is None:
         raise ConfigError("this model is not lean; call lean.apply first")
-    if inputs:
+    made = Report(folded=len(folds.current(model.lean_folds)), unfolded=folds.find(model)[1])
+    model.__dict__["lean_report"] = made
+    try:
         with torch.enable_grad():
             model(*inputs)
-    if model not in _last:
-        raise ConfigError("this model has not run forward with gradients yet; give its inputs to lean.report as well")
-    watch = _last[model]
-    return Report(dict(watch.taken), dict(watch.left), len(watch.folds), folds.find(model)[1])
+    finally:
+        del model.__dict__["lean_report"]
+    return made
 
 
 def _useful(args: tuple, kwargs: dict) -> bool:

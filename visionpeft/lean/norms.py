@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backward import first_order
-from .recipes import Kept
+from .recipes import Kept, rebuild
 
 _aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ class BatchNorm(torch.autograd.Function):
         eps: float,
         kept: Kept | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.training, ctx.eps, ctx.kept = training, eps, kept
+        ctx.training, ctx.eps, ctx.steps = training, eps, kept and kept.steps
         if training:
             out, center, inverse = _aten.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
             statistics = center, inverse
@@ -44,7 +44,7 @@ class BatchNorm(torch.autograd.Function):
         shift = -center * scale if bias is None else bias - center * scale
         if not training:
             out = affine(x, scale, shift).to(x.dtype)
-        ctx.save_for_backward(*(kept.hand_over() if kept else (scale,)), weight, *(statistics if kept else ()))
+        ctx.save_for_backward(*(kept.tensors if kept else (scale,)), weight, *(statistics if kept else ()))
         ctx.mark_non_differentiable(scale, shift)
         return out, scale, shift
 
@@ -52,13 +52,13 @@ class BatchNorm(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         wanted = ctx.needs_input_grad[:3]
-        if ctx.kept is None:
+        if ctx.steps is None:
             scale, _weight = ctx.saved_tensors
             gx = g * _spread(scale, g).to(g.dtype) if wanted[0] else None
             gb = g.sum((0, *range(2, g.dim()))) if wanted[2] else None
             return gx, None, gb, *[None] * 6
         *tensors, weight, mean, var = ctx.saved_tensors
-        x = ctx.kept.rebuild(tensors).to(g.dtype)
+        x = rebuild(ctx.steps, tensors).to(g.dtype)
         running, batch = ((None, None), (mean, var)) if ctx.training else ((mean, var), (None, None))
         gx, gw, gb = _aten.native_batch_norm_backward(g, x, weight, *running, *batch, ctx.training, ctx.eps, wanted)
         return gx if wanted[0] else None, gw if wanted[1] else None, gb if wanted[2] else None, *[None] * 6

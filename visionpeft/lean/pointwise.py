@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backward import first_order
-from .recipes import Kept
+from .recipes import Kept, rebuild
 
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """An activation: forward (x, in place or not), backward (of g and x), and for piecewise linear ones where it passes.
 
     Where `mask` is given, the slope is 1 inside of it and `slope` outside, so one bit per element is enough.
@@ -30,10 +29,12 @@ class Activation:
     slope: float = 0.0
 
 
+@cache
 def silu() -> Activation:
     return Activation(functional.silu, lambda g, x: _aten.silu_backward(g, x))
 
 
+@cache
 def gelu(approximate: str = "none") -> Activation:
     return Activation(
         lambda x, inplace=False: functional.gelu(x, approximate=approximate),
@@ -41,10 +42,12 @@ def gelu(approximate: str = "none") -> Activation:
     )
 
 
+@cache
 def hardswish() -> Activation:
     return Activation(functional.hardswish, lambda g, x: _aten.hardswish_backward(g, x))
 
 
+@cache
 def leaky_relu(negative_slope: float = 0.01) -> Activation:
     return Activation(
         lambda x, inplace=False: functional.leaky_relu(x, negative_slope, inplace),
@@ -54,10 +57,12 @@ def leaky_relu(negative_slope: float = 0.01) -> Activation:
     )
 
 
+@cache
 def relu() -> Activation:
     return Activation(functional.relu, lambda g, x: _aten.threshold_backward(g, x, 0), lambda x: x > 0)
 
 
+@cache
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
     return Activation(
         lambda x, inplace=False: functional.hardtanh(x, min_val, max_val, inplace),
@@ -71,8 +76,8 @@ class Pointwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Activation, kept: Kept | None, inplace: bool) -> Tensor:  # type: ignore[override]
-        ctx.act, ctx.kept = act, kept
-        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.hand_over()))
+        ctx.act, ctx.steps = act, kept and kept.steps
+        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.tensors))
         if inplace:
             ctx.mark_dirty(x)
         return act.function(x, inplace)
@@ -80,9 +85,9 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        if ctx.kept is None:
+        if ctx.steps is None:
             return gate(ctx.act, ctx.saved_tensors[0], g), None, None, None
-        return ctx.act.gradient(g, ctx.kept.rebuild(ctx.saved_tensors)), None, None, None
+        return ctx.act.gradient(g, rebuild(ctx.steps, ctx.saved_tensors)), None, None, None
 
 
 def pack(act: Activation, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backward import first_order
-from .recipes import Kept
+from .recipes import Kept, rebuild
 
 _backward = torch.ops.aten.convolution_backward
 
@@ -37,7 +37,7 @@ class Conv(NamedTuple):
         """Return the gradients of x and weight, where `mask` asks; what is not needed for them may be None."""
         if shapes[1][2:].numel() == 1 and self == _POINTWISE and not all(mask):
             gx = self.pointwise(g, weight.flatten(1).t()) if mask[0] else None  # type: ignore[union-attr]
-            return gx, self.outer(g, x).view(shapes[1]) if mask[1] else None  # type: ignore[arg-type]
+            return gx, self.outer(g, x).reshape(shapes[1]) if mask[1] else None  # type: ignore[arg-type]
         if x is None:  # only its shape is needed; of a tensor without strides, the CPU's kernels would make a copy
             x = g.new_empty(shapes[0]) if g.device.type == "cpu" else g.new_empty(1).expand(shapes[0])
         if weight is None:
@@ -54,6 +54,10 @@ class Conv(NamedTuple):
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the products of a's and b's channels, summed over images and places."""
         return torch.matmul(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
+
+    def work(self, shape: torch.Size) -> float:
+        """Return the multiplications per element of the input, for a weight of this shape."""
+        return shape[0] / self.groups * shape[2:].numel() / (self.stride[0] * self.stride[1])
 
     def total(self, g: Tensor) -> Tensor:
         """Return the sum of each channel."""
@@ -84,6 +88,10 @@ class Linear:
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """As `Conv.outer`."""
         return _rows(a).t() @ _rows(b)
+
+    def work(self, shape: torch.Size) -> float:
+        """As `Conv.work`."""
+        return shape[0]
 
     def total(self, g: Tensor) -> Tensor:
         """As `Conv.total`."""
@@ -131,7 +139,7 @@ class Product(torch.autograd.Function):
         dtype: torch.dtype | None,
         kept: Kept | None,
     ) -> Tensor:
-        ctx.op, ctx.scaling, ctx.dtype, ctx.kept, ctx.shape = op, scaling, dtype, kept, x.shape
+        ctx.op, ctx.scaling, ctx.shape, ctx.steps = op, scaling, x.shape, None
         ctx.only_up = up is not None and ctx.needs_input_grad[4] and not ctx.needs_input_grad[5] and op.groups == 1
         with exactly(x):
             whole = _times(weight if value is None else value, scale)
@@ -139,9 +147,9 @@ class Product(torch.autograd.Function):
                 x, whole, bias = (t if t is None else t.to(dtype) for t in (x, whole, bias))
             tensors: tuple[Tensor, ...] = ()
             if ctx.only_up and down is not None:  # LoRA-FA: only A x is needed, which has r channels
-                tensors, ctx.kept = (op(x, _like(down, weight).to(x.dtype)),), None
+                tensors = (op(x, _like(down, weight).to(x.dtype)),)
             elif kept is not None:
-                tensors = kept.hand_over()
+                tensors, ctx.steps = kept
             ctx.save_for_backward(weight, up, down, scale, *tensors)
             return op(x, whole, bias)
 
@@ -157,8 +165,8 @@ class Product(torch.autograd.Function):
             if needs[1]:
                 whole = weight if up is None else _updated(weight, up, down, ctx.scaling)
                 whole = _times(whole, scale).to(g.dtype)
-            if ctx.kept is not None:
-                x = ctx.kept.rebuild(tensors).to(g.dtype)
+            if ctx.steps is not None:
+                x = rebuild(ctx.steps, tensors).to(g.dtype)
             shapes = ctx.shape, weight.shape
             if up is None or not needs[5]:
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))

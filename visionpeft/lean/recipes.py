@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,26 +42,30 @@ class Made:
 
 
 Recipe = Leaf | Made
+Steps = tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]  # functions, and which values so far they are given
 
 
-@dataclass
-class Kept:
-    """What a Function keeps of a tensor: other tensors, and the steps that lead from them to it."""
+class Kept(NamedTuple):
+    """What is kept of a tensor: other tensors, and the steps that lead from them to it.
 
-    tensors: tuple[Tensor, ...]  # until `hand_over`
-    steps: tuple[tuple[Callable[..., Tensor], tuple[int, ...]], ...]
+    A Function gives the tensors to autograd, which frees them once they were used, and holds only the steps.
+    """
 
-    def hand_over(self) -> tuple[Tensor, ...]:
-        """Return the tensors, and hold them no longer: given to autograd, they end with its backward."""
-        tensors, self.tensors = self.tensors, ()
-        return tensors
+    tensors: tuple[Tensor, ...]
+    steps: Steps
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the tensor, from `tensors` as autograd gives them back."""
-        values = list(tensors)
-        for function, parts in self.steps:
-            values.append(function(*(values[i] for i in parts)))
-        return values[-1]
+    @property
+    def itself(self) -> bool:
+        """Whether it is the tensor that is kept."""
+        return not self.steps
+
+
+def rebuild(steps: Steps, tensors: Sequence[Tensor]) -> Tensor:
+    """Return a tensor from what was kept of it, as autograd gives it back."""
+    values = list(tensors)
+    for function, parts in steps:
+        values.append(function(*(values[i] for i in parts)))
+    return values[-1]
 
 
 def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
@@ -101,11 +105,16 @@ def keep(tensor: Tensor, most: float) -> Kept:
     recipe = recipe_of(tensor)
     if recipe is not None and recipe.passes <= most and (kept := _gather(recipe)):
         return kept
+    return Kept((keep_itself(tensor).tensor,), ())
+
+
+def keep_itself(tensor: Tensor) -> Leaf:
+    """Keep a tensor itself, and let other recipes know."""
     # a small part of a large tensor would keep the whole
-    whole = tensor.untyped_storage().nbytes() > 4 * tensor.numel() * tensor.element_size()
-    leaf = Leaf(tensor.detach().clone() if whole else tensor)
+    part = tensor.untyped_storage().nbytes() > 4 * tensor.nbytes
+    leaf = Leaf(tensor.detach().clone() if part else tensor)
     tag(tensor, leaf)
-    return Kept((leaf.tensor,), ())
+    return leaf
 
 
 def apart(recipe: Recipe, tensor: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,16 +12,16 @@ class Report:
     """What was taken over in one forward, what not, and why. Prints as a table.
 
     Attributes:
+        folded: How many frozen BatchNorms are folded into their convolutions.
+        unfolded: Convolutions beside a BatchNorm that it is never folded into, and why.
         taken: Bytes of outputs, by kind of function.
         left: Bytes of outputs of functions that could have been taken, by function and reason.
-        folded: How many frozen BatchNorms were folded into their convolutions.
-        unfolded: Convolutions beside a BatchNorm that it is never folded into, and why.
     """
 
-    taken: Mapping[str, int]
-    left: Mapping[str, int]
     folded: int
     unfolded: Mapping[str, str]
+    taken: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
 
     @property
     def share(self) -> float:

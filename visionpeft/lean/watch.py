@@ -7,8 +7,8 @@ result carry one. Everything that is not in `HANDLERS` runs as it is.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from . import recipes
 from .norms import BatchNorm, LayerNorm, affine, rescale
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
 from .products import Conv, Linear, LowRank, Product
-from .recipes import Leaf, Made, Recall, Recipe, apart, keep, made, recipe_of, tag
+from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag
+from .report import Report
+
+MOST = 12.0  # the costliest recipe of all, in passes over the tensor
 
 _state = threading.local()
 
@@ -30,16 +33,16 @@ class Watch(TorchFunctionMode):
 
     Args:
         folds: The frozen BatchNorm that follows a convolution, by the id of the convolution's own weight.
-        most: The costliest recipe that may be used, in passes over the tensor.
-        recompute: Whether a linear layer may be computed again for the activation that follows it.
+        frugal: Whether memory goes before time: recipes may cost many passes over a tensor, and linear layers are computed
+            again for the activation that follows them. Else a recipe is used where rebuilding is little beside what the
+            tensor is then used for.
+        report: Where to count the bytes of what functions return.
     """
 
-    def __init__(self, folds: Mapping[int, nn.Module], most: float, recompute: bool):
+    def __init__(self, folds: Mapping[int, nn.Module], frugal: bool, report: Report | None = None):
         super().__init__()
-        self.folds, self.most, self.recompute = folds, most, recompute
+        self.folds, self.frugal, self.report = folds, frugal, report
         self.folded = 0  # convolutions whose BatchNorm has not come yet
-        self.taken: Counter[str] = Counter()  # bytes of outputs by kind
-        self.left: Counter[str] = Counter()  # bytes of outputs by function and reason
 
     def __enter__(self) -> Watch:
         _state.watch = self
@@ -56,19 +59,21 @@ class Watch(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return handler(self, func, *args, **(kwargs or {}))
 
-    def keep(self, tensor: Tensor) -> recipes.Kept:
-        """Keep a tensor the cheapest way that is allowed."""
-        return keep(tensor, self.most)
+    def most(self, work: float = 0.0) -> float:
+        """Return the costliest recipe, in passes, for what does `work` multiplications per element in backward."""
+        return MOST if self.frugal else work // 256
 
     def took(self, kind: str, out: Tensor) -> Tensor:
         """Note that a function was taken over."""
-        self.taken[kind] += out.nbytes
+        if self.report:
+            self.report.taken[kind] += out.nbytes
         return out
 
     def leave(self, func: Callable, why: str, *args: Any, **kwargs: Any) -> Any:
         """Run a function as it is, and note why."""
         out = func(*args, **kwargs)
-        self.left[f"{func.__name__}: {why}"] += out.nbytes if isinstance(out, Tensor) else 0
+        if self.report and isinstance(out, Tensor):
+            self.report.left[f"{func.__name__}: {why}"] += out.nbytes
         return out
 
 
@@ -115,23 +120,21 @@ def _conv2d(
 def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if input.dim() < 2 or not input.numel():
         return watch.leave(func, "no rows", input, weight, bias)
-    out = _product(watch, Linear(), input, weight, bias, None)
-    if watch.recompute and (given := recipe_of(input)) is not None and given.passes <= watch.most:
-        factors, dtype = _factors(weight), out.dtype
-        parts = [Leaf(t) for t in ((weight,) if factors is None else (factors.base, factors.up, factors.down))]
-        if weight.is_leaf or factors is not None:
-            scaling = factors.scaling if factors else 0.0
-            again = Recall(lambda x, w, *f: _linear_again(x, w, bias, f, scaling, dtype))
-            tag(out, Made(again, (given, *parts), watch.most - 1))  # costly: only for what reads it directly
+    out, given = _product(watch, Linear(), input, weight, bias, None), recipe_of(input)
+    factors = _factors(weight)
+    if watch.frugal and given is not None and given.passes < MOST and (weight.is_leaf or factors is not None):
+        again = Recall(partial(_linear_again, out.dtype, factors.scaling if factors else None, bias is not None))
+        tensors = (weight,) if factors is None else (factors.base, factors.up, factors.down)
+        # costly, so only for what reads it directly
+        tag(out, Made(again, (given, *map(Leaf, (*tensors, *(() if bias is None else (bias,))))), MOST - 1))
     return watch.took("linear", out)
 
 
-def _linear_again(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple, scaling: float, dtype: torch.dtype
-) -> Tensor:
-    if factors:
+def _linear_again(dtype: torch.dtype, scaling: float | None, biased: bool, x: Tensor, *tensors: Tensor) -> Tensor:
+    (weight, *factors), bias = (tensors[:-1], tensors[-1].to(dtype)) if biased else (tensors, None)
+    if scaling is not None:
         weight = torch.addmm(weight, *factors, alpha=scaling)
-    return functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def _product(
@@ -140,14 +143,15 @@ def _product(
     factors, learns = _factors(weight), weight.requires_grad
     if not (learns or x.requires_grad or (bias is not None and bias.requires_grad)):
         return op(x, weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias)
-    dtype = _autocast(x)
-    kept = watch.keep(x) if learns and (factors is None or factors.down.requires_grad) else None
-    value = weight.detach().as_subclass(Tensor)
+    dtype, kept = _autocast(x), None
+    if learns and (factors is None or factors.down.requires_grad):
+        kept = keep(x, watch.most(op.work(weight.shape)))
+        if factors is None and scale is None and kept.itself and dtype in (None, x.dtype):
+            return op(x, weight, bias)  # PyTorch keeps no more
     if factors is None:
-        args = (weight.as_subclass(Tensor), bias, None, None, scale, None, 1.0)
-    else:
-        args = (factors.base, bias, factors.up, factors.down, scale, value, factors.scaling)  # type: ignore[assignment]
-    return Product.apply(op, x, *args, dtype, kept)
+        return Product.apply(op, x, weight.as_subclass(Tensor), bias, None, None, scale, None, 1.0, dtype, kept)
+    value = weight.detach().as_subclass(Tensor)
+    return Product.apply(op, x, factors.base, bias, factors.up, factors.down, scale, value, factors.scaling, dtype, kept)
 
 
 def _factors(weight: Tensor) -> LowRank | None:
@@ -163,25 +167,25 @@ def _activation(make: Callable[..., Activation], *names: str) -> Callable:
     """Return a handler of an activation function; `names` are its arguments between input and inplace."""
 
     def handler(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        settings = {**dict(zip((*names, "inplace"), args, strict=False)), **kwargs}
+        settings = dict(zip((*names, "inplace"), args, strict=False), **kwargs)
         inplace, act = settings.pop("inplace", False) or func is torch.relu_, make(**settings)
         given = recipe_of(input)
         if given is not None and inplace and not apart(given, input):
             given = None
         if not input.requires_grad or not input.is_floating_point():
-            return _pass_on(act, given, func(input, *args, **kwargs))
-        signs = act.mask is not None and (given is None or given.passes > watch.most)
-        if inplace and not signs and given is None:
+            return tag(func(input, *args, **kwargs), made(act.function, given))
+        if given is not None and 0 < given.passes <= watch.most():
+            kept: Kept | None = keep(input, watch.most())
+        elif act.mask is not None:
+            kept, given = None, None
+        elif inplace:
             return watch.leave(func, "in place", input, *args, **kwargs)
-        kept = None if signs else watch.keep(input)
-        given = given if inplace else recipe_of(input)  # to keep the input may have given it one
-        return _pass_on(act, given, watch.took("activation", Pointwise.apply(input, act, kept, inplace)))
+        else:  # PyTorch keeps no more than the input itself; what reads the result may be rebuilt from it
+            leaf = keep_itself(input)
+            return tag(watch.took("activation", func(input, *args, **kwargs)), made(act.function, leaf))
+        return tag(watch.took("activation", Pointwise.apply(input, act, kept, inplace)), made(act.function, given))
 
     return handler
-
-
-def _pass_on(act: Activation, given: Recipe | None, out: Tensor) -> Tensor:
-    return tag(out, made(act.function, given))
 
 
 # ------------------------------------------------------------------------------------------------------- normalisations
@@ -204,7 +208,11 @@ def _batch_norm(
     learns = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not learns or input.dim() < 2 or input.numel() <= (input.shape[1] if training else 0):
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    kept = watch.keep(input) if training or (weight is not None and weight.requires_grad) else None
+    keeps = training or (weight is not None and weight.requires_grad)
+    if keeps and not watch.frugal:  # PyTorch keeps no more
+        out = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return watch.took("BatchNorm", out)
+    kept = keep(input, watch.most()) if keeps else None
     out, scale, shift = BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, kept)
     dtype = out.dtype
     again = Recall(lambda x, s, t: affine(x, s, t).to(dtype))  # for the activation and for what reads that
