@@ -423,14 +423,14 @@ def test_autocast(kind: str, way: str, precision: torch.dtype) -> None:
 
 
 CEILINGS = [  # of what "auto" and "memory" save at these sizes, as shares of what autograd does: measured, and 5 % of it
-    ("yolo11n", "lora", "frozen", 0.26, 0.145),
-    ("yolo11n", "full", "train", 0.76, 0.43),
-    ("resnet50", "bitfit", "frozen", 0.145, 0.145),
-    ("resnet50", "lora", "frozen", 0.185, 0.16),
-    ("mobilenetv2", "lora", "frozen", 0.43, 0.23),
-    ("vit_small", "lora", "frozen", 0.025, 0.018),
-    ("swin", "full", "train", 0.75, 0.53),
-    ("convnext", "lora", "frozen", 0.15, 0.15),
+    ("yolo11n", "lora", "frozen", 0.335, 0.115),
+    ("yolo11n", "full", "train", 0.99, 0.35),
+    ("resnet50", "bitfit", "frozen", 0.028, 0.028),
+    ("resnet50", "lora", "frozen", 0.165, 0.135),
+    ("mobilenetv2", "lora", "frozen", 0.435, 0.225),
+    ("vit_small", "lora", "frozen", 0.023, 0.015),
+    ("swin", "full", "train", 1.0, 0.53),
+    ("convnext", "lora", "frozen", 0.26, 0.146),
 ]
 
 
@@ -499,7 +499,7 @@ def test_copies_stay_lean(way: Callable[[nn.Module], nn.Module]) -> None:
     lean.remove(model)
     assert lean.applied(twin) == "memory"
     assert_same(results(twin, images()), wanted)
-    assert lean.report(twin).taken
+    assert lean.report(twin, images()).taken
 
 
 def test_a_moving_average_follows() -> None:
@@ -722,10 +722,8 @@ def test_bad_calls() -> None:
         lean.apply(model)
     with pytest.raises(ConfigError, match="'fast'.*auto"):
         lean.apply(conv_bn(nn.SiLU()), "fast")
-    with pytest.raises(ConfigError, match="has not run"):
-        lean.report(model)
     with pytest.raises(ConfigError, match="not lean"):
-        lean.report(conv_bn(nn.SiLU()))
+        lean.report(conv_bn(nn.SiLU()), torch.zeros(MAP))
 
 
 @pytest.mark.parametrize("kind", ["conv-bn-silu", "c2f"])
