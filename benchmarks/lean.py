@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/lean.py                        # every row, on a GPU where there is one
     OMP_NUM_THREADS=1 python benchmarks/lean.py --only "yolo11n.*LoRA" --rounds 5 --markdown table.md
+    OMP_NUM_THREADS=1 python benchmarks/lean.py --layers               # which backward suits which layer
 
 Every row trains the same parameters of the same network, with the same BatchNorm mode, on both sides: the peer's, and ours
 at lean="auto" and lean="memory". Weights are random, statistics too, the batch is generated; nothing is downloaded.
@@ -28,10 +29,12 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("YOLO_OFFLINE", "True")
@@ -45,10 +48,11 @@ from ultralytics.cfg import get_cfg
 
 from visionpeft import api, files, lean
 from visionpeft.attach import attach, train_mode
+from visionpeft.lean import products
 from visionpeft.measure import PeakBytes, SavedBytes
 from visionpeft.methods.base import Method, make_method
 from visionpeft.methods.lora import LoraConfig
-from visionpeft.plan import Plan, make_plan
+from visionpeft.plan import Edit, Plan, make_plan
 
 MIB = 2**20
 RANK = 8
@@ -143,20 +147,20 @@ class Side:
             parameter.grad = None
 
 
-def network(row: Row) -> tuple[Any, nn.Module]:
-    """Return the row's family and its network, with random weights and statistics that are not trivial."""
+def network(row: Row) -> tuple[Any, Any]:
+    """Return the row's family and its base, with random weights and statistics that are not trivial."""
     family = api.find_family(row.net)
-    model = family.load(row.net, **({"pretrained": False, "num_classes": 100} if row.net.startswith("timm/") else {})).model
+    base = family.load(row.net, **({"pretrained": False, "num_classes": 100} if row.net.startswith("timm/") else {}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for module in model.modules():
+        for module in base.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 n = module.num_features
                 module.running_mean.copy_(torch.randn(n, generator=generator) * 0.1)
                 module.running_var.copy_(torch.rand(n, generator=generator) + 0.5)
                 module.weight.copy_(torch.rand(n, generator=generator) * 0.5 + 0.5)
                 module.bias.copy_(torch.randn(n, generator=generator) * 0.1)
-    return family, model
+    return family, base
 
 
 def planned(row: Row, family: Any, model: nn.Module) -> Plan:
@@ -187,7 +191,8 @@ def with_peft(model: nn.Module, plan: Plan) -> None:
 
 def sides(row: Row, device: torch.device) -> dict[str, Side]:
     """Return the peer and ours at both levels, ready to train."""
-    family, model = network(row)
+    family, base = network(row)
+    model = base.model
     plan = planned(row, family, model)
     theirs = planned(dataclasses.replace(row, method=row.peer_method), family, model) if row.peer_method else plan
     levels = {row.peer: (None, theirs), "auto": ("auto", plan), "memory": ("memory", plan)}
@@ -195,8 +200,30 @@ def sides(row: Row, device: torch.device) -> dict[str, Side]:
 
 
 def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
-    """Return the same for a row whose frozen stages' outputs are computed once."""
-    raise Skip("this version of visionpeft cannot keep the frozen stages' outputs")
+    """Return the same for a row whose frozen stages' outputs are computed once, and in our steps read from the disk."""
+    try:
+        from visionpeft.lean.prefix import Prefix, put_on
+    except ImportError:
+        raise Skip("this version of visionpeft cannot keep the frozen stages' outputs") from None
+    family, base = network(row)
+    leading = family.leading(base, row.freeze, row.pixels)
+    plan = planned(row, family, base.model)
+    found = {row.peer: prepare(row, None, base.model, plan, device)}
+    images = found[row.peer].given[0].cpu()
+    prefix = Prefix(base.model, leading.modules, images, leading.read, stored=torch.bfloat16)
+    vectors = prefix.flatten(prefix(images))
+    with tempfile.NamedTemporaryFile() as file:  # mapped, it lives on until the table is done
+        files.write(file.name, vectors.contiguous().view(torch.uint8).numpy().tobytes())
+        stored = torch.from_file(file.name, shared=False, size=vectors.numel(), dtype=vectors.dtype).view(vectors.shape)
+    for level in ("auto", "memory"):
+        model = put_on(train_mode(attach(copy.deepcopy(base.model), plan), plan), prefix).to(device)
+        batch = detection_batch(row, model, device)
+
+        def loss(model: Any = model, batch: dict[str, Tensor] = batch) -> Tensor:
+            return model({**batch, "img": torch.stack(list(stored)).to(device)})[0].sum()
+
+        found[level] = Side(lean.apply(model, level), loss, list(batch.values()))
+    return found
 
 
 class Skip(Exception):
@@ -219,7 +246,18 @@ def prepare(row: Row, level: str | None, network: nn.Module, plan: Plan, device:
 
 
 def detection(row: Row, model: Any, device: torch.device) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """Return Ultralytics' own loss on generated images with five boxes each."""
+    """Return Ultralytics' own loss on a batch, and the batch."""
+    batch = detection_batch(row, model, device)
+
+    def loss() -> Tensor:
+        with precision(row, device):
+            return model(batch)[0].sum()
+
+    return loss, list(batch.values())
+
+
+def detection_batch(row: Row, model: Any, device: torch.device) -> dict[str, Tensor]:
+    """Return generated images with five boxes each, and let the model know Ultralytics' arguments."""
     generator, boxes, n = torch.Generator().manual_seed(3), 5, row.batch
 
     def uniform(*shape: int) -> Tensor:
@@ -232,14 +270,8 @@ def detection(row: Row, model: Any, device: torch.device) -> tuple[Callable[[], 
         "cls": torch.randint(0, int(model.yaml["nc"]), (n * boxes, 1), generator=generator).float(),
         "bboxes": torch.cat([uniform(n * boxes, 2) * 0.6 + 0.2, uniform(n * boxes, 2) * 0.2 + 0.1], 1),
     }
-    batch = {k: v.to(device) for k, v in batch.items()}
     model.args = get_cfg()
-
-    def loss() -> Tensor:
-        with precision(row, device):
-            return model(batch)[0].sum()
-
-    return loss, list(batch.values())
+    return {k: v.to(device) for k, v in batch.items()}
 
 
 def classification(row: Row, model: nn.Module, device: torch.device) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -311,18 +343,23 @@ def peak_bytes(side: Side, device: torch.device) -> int:
 
 
 def seconds(side: Side, device: torch.device) -> float:
-    """Return what one step takes: of the CPU's time, or of a GPU's."""
+    """Return what one step takes."""
     gc.collect()
+    return clock(side.step, device)
+
+
+def clock(run: Callable[[], object], device: torch.device) -> float:
+    """Return what something takes: of the CPU's time, or of a GPU's."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         start.record()
-        side.step()
+        run()
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3
     began = time.process_time()
-    side.step()
+    run()
     return time.process_time() - began
 
 
@@ -361,8 +398,42 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows))
+def markdown(rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+# ------------------------------------------------------------------------------------------------------ layers by themselves
+SHAPES = ((16, 160), (32, 80), (64, 80), (64, 40), (128, 40), (128, 20), (256, 20), (512, 14))  # channels, pixels
+
+
+def time_layers(rounds: int, device: torch.device) -> str:
+    """Return what backward takes of convolutions with LoRA: through the whole weight's gradient, and through r channels.
+
+    `visionpeft.lean.products` chooses between the two by shape.
+    """
+    rows = []
+    for channels, pixels in SHAPES:
+        for size in (1, 3):
+            layer = nn.Conv2d(channels, channels, size, padding=size // 2, bias=False)
+            settings = {"shape": list(layer.weight.shape), "r": RANK, "scaling": 1.0}
+            edit = Edit("", "weight", "lora", settings)
+            attach(layer.to(device), Plan("none", "layer", "lora", {}, 0, "frozen", (), (), {}, (edit,), (), ()))
+            lean.apply(layer)
+            x = torch.randn(4, channels, pixels, pixels, device=device, requires_grad=True)
+            chosen = products._factored(products.Conv((1, 1), (0, 0), (1, 1), 1), layer.weight.shape, RANK)
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(rounds + 1):
+                for factored, found in times.items():
+                    with mock.patch.object(products, "_factored", lambda *_, factored=factored: factored):
+                        y = layer(x).sum()
+                        found.append(clock(y.backward, device))
+            whole, thin = (statistics.median(t[1:]) for t in times.values())
+            ratio = statistics.median(b / a for a, b in zip(times[False][1:], times[True][1:], strict=True))
+            name = f"{channels} channels, {size}×{size}, 4×{pixels}²"
+            rows.append(
+                (name, f"{whole * 1e3:.1f}", f"{thin * 1e3:.1f}", f"{ratio:.2f}", "r channels" if chosen else "whole")
+            )
+    return markdown(rows, ("convolution", "whole ms", "r channels ms", "×", "chosen"))
 
 
 def machine(device: torch.device) -> str:
@@ -378,9 +449,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
     parser.add_argument("--quick", action="store_true", help="one picture of 64 pixels, one round: does it run?")
+    parser.add_argument("--layers", action="store_true", help="time LoRA's two backward passes, layer by layer, instead")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(1)
+    if args.layers:
+        print(machine(device), time_layers(1 if args.quick else args.rounds, device), sep="\n")
+        return
     rows = [row for row in ROWS + (ON_CUDA if device.type == "cuda" else ()) if re.search(args.only, row.name)]
     if not rows or args.rounds < 1:
         parser.error(f"--only {args.only!r} names no row" if not rows else f"--rounds {args.rounds} must be at least 1")
