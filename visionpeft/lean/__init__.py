@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import twins
 from ..errors import ConfigError, ModelError, nearest
 from . import folds
+from .recipes import Leaf, made, tag
 from .report import Report
 from .watch import Watch, running
 
@@ -41,7 +42,7 @@ class Lean:
             return plain(*args, **kwargs)
         current, frugal = folds.current(self.lean_folds), self.lean_level == "memory"
         with Watch(current, frugal, self.__dict__.get("lean_report")) as watch:
-            out = plain(*args, **kwargs)
+            out = plain(*map(_channels_last, args), **kwargs)
         if watch.folded:
             raise ModelError(
                 "a BatchNorm that was folded into its convolution did not run; apply lean again after changing the model"
@@ -101,6 +102,15 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     finally:
         del model.__dict__["lean_report"]
     return made
+
+
+def _channels_last(x: Any) -> Any:
+    """Return images with their channels side by side in memory, which convolutions pass on: faster on CPUs, and on GPUs
+    in half precision."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or not (x.device.type == "cpu" or torch.is_autocast_enabled("cuda")):
+        return x
+    turned = x.contiguous(memory_format=torch.channels_last)
+    return x if turned is x else tag(turned, made(lambda t: t.contiguous(memory_format=torch.channels_last), Leaf(x)))
 
 
 def _useful(args: tuple, kwargs: dict) -> bool:

@@ -77,7 +77,11 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Activation, kept: Kept | None, inplace: bool) -> Tensor:  # type: ignore[override]
         ctx.act, ctx.steps = act, kept and kept.steps
-        ctx.save_for_backward(*((pack(act, x),) if kept is None else kept.tensors))
+        if kept is None:
+            ctx.order = _order(x)
+            ctx.save_for_backward(pack(act, x.permute(ctx.order)))
+        else:
+            ctx.save_for_backward(*kept.tensors)
         if inplace:
             ctx.mark_dirty(x)
         return act.function(x, inplace)
@@ -85,9 +89,15 @@ class Pointwise(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        if ctx.steps is None:
-            return gate(ctx.act, ctx.saved_tensors[0], g), None, None, None
-        return ctx.act.gradient(g, rebuild(ctx.steps, ctx.saved_tensors)), None, None, None
+        if ctx.steps is not None:
+            return ctx.act.gradient(g, rebuild(ctx.steps, ctx.saved_tensors)), None, None, None
+        back = sorted(range(g.dim()), key=ctx.order.__getitem__)
+        return gate(ctx.act, ctx.saved_tensors[0], g.permute(ctx.order)).permute(back), None, None, None
+
+
+def _order(x: Tensor) -> list[int]:
+    """Return the dimensions in the order in which they lie in memory."""
+    return sorted(range(x.dim()), key=lambda i: (-x.stride(i), i))
 
 
 def pack(act: Activation, x: Tensor) -> Tensor:

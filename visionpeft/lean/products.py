@@ -39,7 +39,8 @@ class Conv(NamedTuple):
             gx = self.pointwise(g, weight.flatten(1).t()) if mask[0] else None  # type: ignore[union-attr]
             return gx, self.outer(g, x).reshape(shapes[1]) if mask[1] else None  # type: ignore[arg-type]
         if x is None:  # only its shape is needed; of a tensor without strides, the CPU's kernels would make a copy
-            x = g.new_empty(shapes[0]) if g.device.type == "cpu" else g.new_empty(1).expand(shapes[0])
+            cpu = g.device.type == "cpu"
+            x = torch.empty(shapes[0], dtype=g.dtype, memory_format=layout(g)) if cpu else g.new_empty(1).expand(shapes[0])
         if weight is None:
             weight = g.new_empty(1).expand(shapes[1])
         stride, padding, dilation, groups = self
@@ -47,12 +48,14 @@ class Conv(NamedTuple):
 
     def pointwise(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Return x with its channels multiplied by `matrix`."""
-        if not x.is_contiguous():
-            return functional.conv2d(x, matrix[:, :, None, None])
+        if layout(x) is torch.channels_last:
+            return (x.movedim(1, -1) @ matrix.t()).movedim(-1, 1)
         return torch.matmul(matrix, x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
 
     def outer(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the products of a's and b's channels, summed over images and places."""
+        if layout(a) is layout(b) is torch.channels_last:
+            return _rows(a.movedim(1, -1)).t() @ _rows(b.movedim(1, -1))
         return torch.matmul(a.flatten(2), b.flatten(2).transpose(1, 2)).sum(0)
 
     def work(self, shape: torch.Size) -> float:
@@ -194,6 +197,12 @@ def exactly(x: Tensor) -> AbstractContextManager:
 
 
 _nothing = nullcontext()
+
+
+def layout(x: Tensor) -> torch.memory_format:
+    """Return how (B, C, H, W) lies in memory."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _factored(op: Conv | Linear, shape: torch.Size, r: int) -> bool:

@@ -262,6 +262,13 @@ def _max_pool2d(
     return tag(out, made(lambda x: torch.max_pool2d(x, *window), recipe_of(input), passes=2.0))
 
 
+def _view(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return recipes.of_one(func, args, kwargs, 0.0)
+    except RuntimeError:  # it counts on the layout that tensors have without lean
+        return recipes.of_one(Tensor.reshape, args, kwargs, 0.0)
+
+
 def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     mode = args[2] if len(args) > 2 else kwargs.get("mode", "nearest")
     if mode != "nearest":
@@ -288,7 +295,7 @@ def _autocast(x: Tensor) -> torch.dtype | None:
 
 
 _VIEWS = (
-    "chunk split unbind narrow select permute transpose movedim view reshape flatten unflatten contiguous __getitem__ "
+    "chunk split unbind narrow select permute transpose movedim reshape flatten unflatten contiguous __getitem__ "
     "squeeze unsqueeze t mT"
 ).split()
 
@@ -315,5 +322,6 @@ HANDLERS: dict[Callable, Callable] = {
         for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
     },
     **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},
+    Tensor.view: _view,
     torch.roll: _of_one(1.0),
 }
