@@ -27,6 +27,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "methods": 3,
     "attach": 3,
     "data": 4,
+    "lean": 4,
     "delta": 4,
     "run": 4,
     "families": 5,

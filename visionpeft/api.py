@@ -22,7 +22,9 @@ from . import checkpoint, files, pictures, scenes
 from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
+from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory
+from .lean.prefix import put_on
 from .methods.base import Method, make_method, restore_method
 from .plan import Plan, make_plan
 from .registry import FAMILIES, METHODS
@@ -52,6 +54,9 @@ def train(
     seed: int = 0,
     amp: bool | str | None = None,
     delta_dtype: str = "fp16",
+    cache: int | str | bool = 0,
+    cache_limit: float = 20.0,
+    prefix_dtype: str | None = None,
     quiet: bool = False,
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
@@ -83,6 +88,13 @@ def train(
         seed: Of every random choice.
         amp: True (fp16), "bf16" or False; by default bf16 where the GPU has it.
         delta_dtype: How the delta stores trained weights, "fp16" or "fp32"; statistics keep their own type.
+        cache: K, at least 1; approximate. What the frozen stages before the first that trains (freeze=10) make of K
+            augmented views of every image is computed once and kept on the disk; epochs then read one view after the other
+            instead of images. 0: off. For YOLO, "ram", "disk" and True are Ultralytics' own, which keep the images.
+        cache_limit: GB that all kept views together may take; those of earlier runs that were used longest ago make room.
+        prefix_dtype: "bf16", "fp16" or "fp32"; approximate. The frozen stages before the first that trains run in this
+            precision, BatchNorm folded, as at inference. By default they run as the rest does; views that are kept are
+            then computed in fp32 and kept as bf16. Validation is of the exact model, and so is the result.
         quiet: Print no plan, and show no progress.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
@@ -142,7 +154,9 @@ def _train(
     }
     family = find_family(source)
     before, configured = given.pop("before", None), given.pop("method_settings", None)
+    apart = given.pop("before_apart", None)
     tuning, extra = _split_options(family, given["method"], given["freeze"], options, configured)
+    views, extra = _views(family, given["cache"], extra)
     base = family.load(source, **given["model_args"])
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
     given["device"] = _device(given["device"])
@@ -160,6 +174,7 @@ def _train(
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
+    prefix, store = set_apart(family, base, data, made, {**settings, **given}, extra, views)
     if not quiet:
         print(made)
     folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
@@ -168,7 +183,10 @@ def _train(
         use["batch"] = family.defaults["batch"]
     if before is None:
         before = family.evaluate(fitted, data, **use)
-    files.write(folder / "train.json", json.dumps({**arguments, "before": before}, indent=2, default=str) + "\n")
+    if prefix and apart is None:
+        apart = family.evaluate(put_on(copy.deepcopy(fitted), prefix), data, **use)
+    scores = {"before": before, "before_apart": apart}
+    files.write(folder / "train.json", json.dumps({**arguments, **scores}, indent=2, default=str) + "\n")
     job = Job(
         base=base,
         data=data,
@@ -185,12 +203,14 @@ def _train(
         before=before,
         delta_dtype=given["delta_dtype"],
         header=_header(family, base, data, arguments),
+        prefix=prefix,
+        store=store,
         **settings,
     )
     if not done:
         _run(family, job)
     saved = checkpoint.load(job.checkpoint)
-    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use, fitted)
+    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use, fitted, apart)
 
 
 def _run(family: Family, job: Job) -> None:
@@ -212,6 +232,7 @@ def _result(
     seconds: float,
     use: dict,
     untrained: nn.Module,
+    apart: dict[str, float] | None,
 ) -> Run:
     result: Any = job.merged  # a model without a base has left it already, and its method merges
     delta_bytes = {}
@@ -237,7 +258,7 @@ def _result(
             "statistics": sum(r.moving for r in plan.rows),
         },
         seconds=round(seconds, 2),
-        measured=saved["measured"],
+        measured=_measured(family, job, saved["measured"], apart),
         delta=job.delta if job.base.pretrained else None,
         delta_bytes=delta_bytes,
         merged=job.merged if method.merges else None,
@@ -249,6 +270,17 @@ def _result(
     run = dataclasses.replace(run, pictures=_pictures(family, job, untrained, result, saved["history"], use))
     run.save()
     return run
+
+
+def _measured(family: Family, job: Job, measured: Mapping[str, Any], apart: dict[str, float] | None) -> dict[str, Any]:
+    """Return what a run measured, with what its frozen stages, run apart, did to the score of the untrained model."""
+    kept = {k: v for k, v in measured.items() if k != "views"}
+    if job.prefix is None or apart is None:
+        return kept
+    metric = family.score(job.base.task)
+    said = {"stages": job.plan.untouched, "dtype": str(job.prefix.stored).removeprefix("torch."), "metric": metric}
+    views = {"views": job.store.rounds.total, **measured["views"]} if job.store else {}
+    return {**kept, "prefix": {**said, "exact": job.before[metric], "approximate": apart[metric], **views}}
 
 
 def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
@@ -498,6 +530,20 @@ def _split_options(
             raise ConfigError(f"'{name}' is no setting of train or of the {family.name} family; {has}.{hint}")
     tuning = make_method(method, {k: v for k, v in options.items() if k in fields}, freeze)
     return tuning, {k: v for k, v in options.items() if k not in fields}
+
+
+def _views(family: Family, cache: Any, extra: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Tell a number of stored views from a family's own argument of that name; returns it and the family's arguments."""
+    if cache is False or cache is None:
+        return 0, extra
+    if isinstance(cache, int) and not isinstance(cache, bool):
+        if cache < 0:
+            raise ConfigError(f"cache={cache} is not usable; give the number of views of every image to keep, 0 for none")
+        return cache, extra
+    if "cache" not in family.arguments() or cache not in (True, "ram", "disk"):
+        own = ", or 'ram', 'disk' or True (keep the images)" if "cache" in family.arguments() else ""
+        raise ConfigError(f"cache={cache!r} is not known; give the number of views of every image to keep{own}")
+    return 0, {**extra, "cache": cache}
 
 
 def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:

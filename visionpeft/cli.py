@@ -49,6 +49,7 @@ _TEXT = (
     "optimizer",
     "head",
     "bn",
+    "prefix_dtype",
     "target_modules",
 )  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
@@ -73,6 +74,9 @@ def train(
     workers: Annotated[int | None, _HOW] = None,
     seed: Annotated[int | None, _HOW] = None,
     amp: Annotated[str | None, _HOW] = None,
+    cache: Annotated[str | None, _HOW] = None,
+    cache_limit: Annotated[float | None, _HOW] = None,
+    prefix_dtype: Annotated[str | None, _HOW] = None,
     model_args: Annotated[str | None, _ON] = None,
     delta_dtype: Annotated[str | None, _RUN] = None,
     project: Annotated[str | None, _RUN] = None,
@@ -123,6 +127,12 @@ def train(
         Of every random choice.
     amp
         true, bf16 or false.
+    cache
+        K: keep what the frozen stages make of K views of each image (approximate); ram, disk: keep the images.
+    cache_limit
+        GB that such views may take.
+    prefix_dtype
+        bf16, fp16 or fp32: the precision of the frozen stages before the first that trains (approximate).
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
     delta_dtype

@@ -189,6 +189,21 @@ class Plan:
         return self.rows[-1].trained + self.rows[-1].added
 
     @property
+    def untouched(self) -> int:
+        """How many stages, counted from the first, come before all that trains, is edited or has moving statistics.
+
+        Those without parameters at their end do not count: nothing is gained by them.
+        """
+        if any(edit.module == "" for edit in self.edits):  # it works on all of the model
+            return 0
+        count = 0
+        for i, row in enumerate(self.rows[:-1], 1):
+            if row.trained or row.edits or row.moving:
+                break
+            count = i if row.params else count
+        return count
+
+    @property
     def body(self) -> int:
         """Parameters of the model outside the head."""
         return sum(r.params for r in self.rows[:-1])

@@ -49,6 +49,8 @@ class Run:
             ("saved for backward", tables.size(self.measured.get("saved_bytes"))),
             ("peak memory", f"{tables.size(self.measured.get('peak_bytes'))} ({self.measured.get('peak_measure')})"),
         ]
+        if prefix := self.measured.get("prefix"):
+            facts.append(("frozen stages", _apart(prefix)))
         if self.delta:
             parts = ", ".join(f"{k} {tables.size(v)}" for k, v in self.delta_bytes.items() if k != "file")
             facts.append(("delta", f"{_near(self.delta)}, {tables.size(self.delta_bytes['file'])} ({parts})"))
@@ -62,6 +64,16 @@ class Run:
                 tables.text("", ("", ""), facts),
             )
         )
+
+
+def _apart(prefix: dict[str, Any]) -> str:
+    """Say how the frozen stages ran, and what that did to the score of the untrained model."""
+    said = f"{prefix['stages']} run in {prefix['dtype']}"
+    if "views" in prefix:
+        kept = f"{tables.size(prefix['stored_bytes'])}, {prefix['fill_seconds']:.1f} s to fill"
+        said = f"{prefix['stages']}, {prefix['views']} views of each image kept in {prefix['dtype']} ({kept})"
+    scores = f"{_number(prefix['approximate'])} instead of {_number(prefix['exact'])}"
+    return f"{said}: approximate; before, {prefix['metric']} is {scores}"
 
 
 def _near(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from .. import delta as deltas
 from ..attach import merge
 from ..errors import TrainingError
+from ..lean.prefix import Prefix
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
+from .views import Rounds, Store
 
 
 # -------------------------------------------------------------------------------------------------- what passes between
@@ -51,6 +53,15 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Leading:
+    """The first stages of a model."""
+
+    modules: Sequence[str]  # paths; together they are the stages
+    read: Sequence[str]  # those whose outputs later stages read; none: that of the last to run
+    image: tuple[int, int, int]  # what the model reads at an image size, (C, H, W)
+
+
+@dataclass(frozen=True)
 class Job:
     """One training run, all questions settled."""
 
@@ -76,6 +87,8 @@ class Job:
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
+    prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
+    store: Store | None = None  # where their outputs are kept
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
@@ -152,6 +165,22 @@ class Family(ABC):
     @abstractmethod
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:
         """Read a model's facts."""
+
+    @abstractmethod
+    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
+        """Return what the model's first stages (at least one) consist of, to run them apart from the rest or not at all."""
+
+    @abstractmethod
+    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+        """Say how a run of these settings would store `views` views of every image.
+
+        Raises:
+            ConfigError: Something in the settings is at odds with stored views; with 0, with stages that run apart.
+        """
+
+    @abstractmethod
+    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those settings on which an augmented view of an image may depend, beside image size and seed."""
 
     @abstractmethod
     def train(self, job: Job) -> None:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
+from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..progress import Progress
 from .base import Family, Job, keep_best
 from .images import Images, loader, score
 from .launch import check_shares, devices, launch
+from .views import Rounds, Views
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,25 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     for name in devices(settings["device"]):
         _precision(settings["amp"], select_device(name).type == "cpu")
     return recipe
+
+
+def rounds(views: int, settings: Mapping[str, Any]) -> Rounds:
+    """Return how `views` views of every image are stored: all are augmented alike.
+
+    Raises:
+        ConfigError: A setting does not go with stored views.
+    """
+    if views and (mixing := next((name for name in ("mixup", "cutmix") if settings.get(name)), None)):
+        raise ConfigError(f"{mixing}={settings[mixing]} mixes images, but with cache there are none to mix; leave one out")
+    if views and len(devices(settings["device"])) > 1:
+        raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
+    return Rounds(min(views, settings["epochs"]))
+
+
+def augmentation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings on which what is made of an image depends."""
+    names = ("scale", "fliplr", "flipud", "color_jitter", "auto_augment", "erasing")
+    return {k: settings.get(k, getattr(Recipe, k)) for k in names}
 
 
 # ------------------------------------------------------------------------------------------------------------ the average
@@ -156,17 +177,31 @@ class _Loop:
         self.family, self.job, self.recipe, self.accelerator = family, job, recipe, accelerator
         set_seed(job.seed)
         own = family.fit(job.base, job.data.names, job.head)
-        images = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
+        images: Any = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
         held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
-        self.average = Average(self.own, recipe.ema)
+        self.average = Average(self.own, recipe.ema)  # without what follows: validation is of the model as it is
+        if job.prefix:
+            prefixes.put_on(self.own, job.prefix)
+        if job.prefix and job.store:
+            images = Views(
+                images,
+                job.store,
+                job.prefix,
+                lambda samples: torch.stack([image for image, _ in samples]).to(accelerator.device),
+                seed=job.seed,
+                batch=job.batch,
+                workers=job.workers,
+                quiet=job.quiet,
+            )
+        self.images, workers = images, 0 if job.store else job.workers
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
         self.meter = Meter(self.own, accelerator.device)
         self.batch = max(job.batch // accelerator.num_processes, 1)
         self.generator = torch.Generator().manual_seed(job.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
         alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
-        batches = loader(images, self.batch, job.workers, self.generator, drop_last=alone, pin_memory=_cuda(accelerator))
+        batches = loader(images, self.batch, workers, self.generator, drop_last=alone, pin_memory=_cuda(accelerator))
         self.batches = accelerator.prepare(batches)
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
@@ -201,6 +236,8 @@ class _Loop:
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once; return the mean loss."""
         train_mode(self.own, self.job.plan)
+        if self.job.store:
+            self.images.epoch = epoch  # each reads another view
         total, seen = 0.0, 0
         for images, labels in self.batches:
             count = len(images)
@@ -263,7 +300,7 @@ class _Loop:
                 "scaler": scaler.state_dict() if scaler else None,
                 "best": self.best,
                 "history": self.history,
-                "measured": self.meter.report(),
+                "measured": {**self.meter.report(), "views": getattr(self.images, "report", None)},
                 "random": checkpoint.random_states(),
                 "sampler": self.generator.get_state(),
             },

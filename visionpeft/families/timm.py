@@ -29,9 +29,10 @@ from ..pictures import Picture
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
-from .base import Base, Data, Family, Job
+from .base import Base, Data, Family, Job, Leading
 from .images import Images, draw, few, loader, open_image, read_folders, score, sources
-from .timm_anatomy import classifiers, input_size, read_anatomy
+from .timm_anatomy import classifiers, input_size, leading, read_anatomy
+from .views import Rounds
 
 LOGGER = logging.getLogger("visionpeft")
 KEY = "timm"  # the metadata of a merged file: what opens it again
@@ -106,6 +107,15 @@ class Timm(Family):
 
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:
         return read_anatomy(model, self.name, name)
+
+    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
+        return Leading(leading(base.model, stages), (), (3, imgsz, imgsz))
+
+    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+        return loop.rounds(views, settings)
+
+    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return loop.augmentation(settings)
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:

@@ -51,6 +51,18 @@ def classifiers(model: Any) -> tuple[str, ...]:
     return names or ((model.pretrained_cfg["classifier"],) if isinstance(model.pretrained_cfg["classifier"], str) else ())
 
 
+def leading(model: nn.Module, count: int) -> list[str]:
+    """Return the outermost modules that hold parameters of the first `count` stages and of no other."""
+    groups = _groups(model, tuple(f"{h}." for h in classifiers(model)))
+    later = {path for name in dict(model.named_parameters()) if groups.get(name, count) >= count for path in _parents(name)}
+    found: list[str] = []
+    for name, module in model.named_modules():  # those that hold others come before them
+        holds = any(True for _ in module.parameters())
+        if name and holds and name not in later and not name.startswith(tuple(f"{f}." for f in found)):
+            found.append(name)
+    return found
+
+
 class _Reader:
     """Stages and blocks of one model: what belongs where, and the shapes that come out."""
 

@@ -17,11 +17,12 @@ import torch
 import ultralytics
 from torch import nn
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
-from ultralytics.data.utils import check_det_dataset, img2label_paths
+from ultralytics.data.utils import check_det_dataset, get_split_fraction, img2label_paths
 from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import guess_model_task, torch_safe_load, yaml_model_load
+from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
@@ -33,9 +34,10 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..scenes import find
 from ..twins import plain
-from .base import Base, Data, Family, Job, observe, read_layers, read_params, read_statistics
+from .base import Base, Data, Family, Job, Leading, observe, read_layers, read_params, read_statistics
 from .images import draw, read_folders
-from .launch import check_shares
+from .launch import check_shares, devices
+from .views import Rounds
 from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable
@@ -45,6 +47,9 @@ from .yolo_voice import aside, quiet
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
 _OURS |= {"freeze", "project", "name", "exist_ok", "save_dir", "task", "mode", "pretrained", "cfg", "distill_model"}
 _OURS |= {"save", "save_period", "single_cls", "quantize"}
+_NO_VIEW = {"lrf", "momentum", "weight_decay", "warmup_epochs", "warmup_momentum", "warmup_bias_lr", "cos_lr", "nbs"}
+_NO_VIEW |= {"box", "cls", "cls_pw", "dfl", "pose", "kobj", "rle", "angle", "dropout", "patience", "val", "plots", "verbose"}
+_NO_VIEW |= {"iou", "conf", "max_det", "deterministic", "profile", "half", "save_json"}  # what no augmentation reads
 _OPTIMIZERS = ("AdamW", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD", "MuSGD")
 _REFUSED = {
     "RTDETRDetectionModel": "RT-DETR",
@@ -217,6 +222,37 @@ class Yolo(Family):
             ),
             statistics=read_statistics(model, stage_of),
         )
+
+    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
+        model: Any = base.model
+        read: set[int] = set()
+        for module in model.model[stages:]:
+            sources = [module.f] if isinstance(module.f, int) else module.f
+            read |= {s if s >= 0 else module.i + s for s in sources}
+        side = check_imgsz(imgsz, stride := max(int(model.stride.max()), 32), floor=stride, max_dim=1)  # as when it trains
+        names = [f"model.{i}" for i in range(stages)]
+        return Leading(names, [names[i] for i in sorted(read) if i < stages], (base.facts["channels"], side, side))
+
+    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+        use = {**DEFAULT_CFG_DICT, **{k: v for k, v in settings.items() if v is not None}}
+        clashes = {"compile": "the frozen stages run apart from the rest"}
+        if views:
+            clashes |= {"multi_scale": "stored views are of one size", "rect": "stored views are of one size"}
+            clashes |= {"time": "how many epochs read the stored views must be known"}
+        if clash := next((name for name in clashes if use[name]), None):
+            raise ConfigError(
+                f"{clash}={use[clash]} does not go with cache or prefix_dtype ({clashes[clash]}); leave one out"
+            )
+        if views and len(devices(use["device"])) > 1:
+            raise ConfigError(f"device='{use['device']}' does not go with cache, which serves one device; leave one out")
+        closing, share = max(use["epochs"] - use["close_mosaic"], 0), get_split_fraction(use["fraction"], "train")
+        mixes = any(use[name] for name in ("mosaic", "mixup", "cutmix", "copy_paste"))
+        if not (mixes and use["close_mosaic"]) or use["task"] == "classify":
+            return Rounds(min(views, use["epochs"]), share=share)
+        return Rounds(min(views, closing), min(views, use["epochs"] - closing), closing, share)
+
+    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k not in _NO_VIEW}
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:

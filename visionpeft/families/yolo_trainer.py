@@ -8,6 +8,7 @@ import math
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.cfg import DEFAULT_CFG_DICT
-from ultralytics.data.build import InfiniteDataLoader
+from ultralytics.data.build import InfiniteDataLoader, build_dataloader
 from ultralytics.data.utils import IMG_FORMATS
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
@@ -24,12 +25,14 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
+from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Job, keep_best
 from .launch import failure, started, told
+from .views import Views
 from .yolo_tasks import TASKS, Task, fit
 from .yolo_voice import quiet
 
@@ -110,6 +113,7 @@ class Tuned:
         with readable(self.job.data.source):
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
         if mode == "train":
+            loader = self._stored(loader) if self.job.store else loader
             loader.__class__ = ReplayableLoader
         if self.args.fraction < 1.0 or not hasattr(loader.dataset, "im_files"):  # a classifier's were looked at before
             return loader
@@ -118,9 +122,30 @@ class Tuned:
             log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
         return loader
 
+    def _stored(self: Any, loader: Any) -> Any:
+        """Return a loader of stored views of the images that `loader` loads."""
+
+        def prepare(samples: Any) -> torch.Tensor:
+            return super(Tuned, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
+
+        views = Views(
+            dataset := loader.dataset,
+            self.job.store,
+            self.job.prefix,
+            prepare,
+            seed=self.job.seed,
+            batch=loader.batch_size,
+            workers=loader.num_workers,
+            close=lambda: dataset.close_mosaic(copy(self.args)),
+            quiet=self.job.quiet,
+        )
+        return build_dataloader(views, loader.batch_size, workers=0, device=self.device)  # there is nothing to decode
+
     def resume_training(self: Any, ckpt: Any) -> None:
         model: Any = unwrap_model(self.model)
-        self.ema = TrainedEMA(model)
+        self.ema = TrainedEMA(model)  # without what follows: validation is of the model as it is
+        if self.job.prefix:
+            prefixes.put_on(model, self.job.prefix)
         self._meter = Meter(model, self.device)
         self._history: list[dict[str, float]] = []
         if not self.job.resume:
@@ -149,11 +174,21 @@ class Tuned:
         super()._model_train()  # type: ignore[misc]
         train_mode(unwrap_model(self.model), self._plan)
         self._batch = 0
+        if self.job.store:
+            self.train_loader.dataset.epoch = self.epoch  # each reads another view
         self._progress.start(self.epoch, len(self.train_loader))
 
     def preprocess_batch(self: Any, batch: dict) -> dict:
         self._meter.start()
-        return super().preprocess_batch(batch)  # type: ignore[misc]
+        if not self.job.store:
+            return super().preprocess_batch(batch)  # type: ignore[misc]
+        vectors = batch["img"].to(self.device, non_blocking=self.device.type == "cuda")
+        none = vectors.new_empty(0, 1, 1, 1)  # Ultralytics would divide by 255
+        return {**super().preprocess_batch({**batch, "img": none}), "img": vectors}  # type: ignore[misc]
+
+    def plot_training_samples(self: Any, batch: dict, ni: int) -> None:
+        if not self.job.store:  # of stored views there are no pictures
+            super().plot_training_samples(batch, ni)  # type: ignore[misc]
 
     def optimizer_step(self: Any) -> None:
         self._meter.stop()
@@ -200,7 +235,7 @@ class Tuned:
                 "best_fitness": None if self.best_fitness is None else float(self.best_fitness),
                 "stopper": {"best_fitness": float(self.stopper.best_fitness), "best_epoch": self.stopper.best_epoch},
                 "history": self._history,
-                "measured": self._meter.report(),
+                "measured": {**self._meter.report(), "views": getattr(self.train_loader.dataset, "report", None)},
                 "random": checkpoint.random_states(),
                 "sampler": self.train_loader.position(),
                 "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
