@@ -119,6 +119,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "max pool, odd": (
         lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d((2, 3), (3, 2), (1, 0), (2, 1), ceil_mode=True)), MAP,
     ),
+    "max pool wider than the map": (lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d(5, 1, 2), Conv(8, 8, 1)), (4, 4, 4, 4)),
+    "max pool as wide as the map": (lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d(5, 1, 2), Conv(8, 8, 1)), (4, 4, 5, 5)),
     "ultralytics conv": (lambda: nn.Sequential(Conv(4, 8, 3, 2), DWConv(8, 8, 3), Conv(8, 8, 1, act=False)), MAP),
     "bottleneck": (lambda: Bottleneck(32, 32), WIDE),
     "c2f": (lambda: C2f(32, 32, 2, shortcut=True), WIDE),
@@ -349,7 +351,7 @@ def driving(method: str) -> nn.Module:
     return train_mode(attach(model, plan), plan)
 
 
-def losses(model: Any, steps: int = 20) -> list[float]:
+def losses(model: Any, rate: float, steps: int = 20) -> list[float]:
     """Train and return the losses: Ultralytics' own, or the cross-entropy."""
     generator = torch.Generator().manual_seed(3)
     x = torch.rand(2, 3, 64, 64, generator=generator)
@@ -360,7 +362,7 @@ def losses(model: Any, steps: int = 20) -> list[float]:
         "bboxes": torch.rand(4, 4, generator=generator) * 0.3 + 0.3,
     }
     model.args = get_cfg()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
     found = []
     for _ in range(steps):
         loss = model(batch)[0].sum() if hasattr(model, "stride") else F.cross_entropy(model(x), torch.tensor([0, 1]))
@@ -371,12 +373,14 @@ def losses(model: Any, steps: int = 20) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["driving", "vit_tiny"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_twenty_steps(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "rate"),  # at higher rates the detector's assignment of boxes flips between runs without lean, too
+    [("driving", "lora", 3e-5), ("driving", "full", 1e-5), ("vit_tiny", "lora", 1e-4), ("vit_tiny", "full", 1e-4)],
+)
+def test_twenty_steps(name: str, method: str, rate: float) -> None:
     plain = driving(method) if name == "driving" else net(name, method)
-    ours = {level: losses(leaned(plain, level)) for level in LEVELS}
-    wanted = losses(plain)
+    ours = {level: losses(leaned(plain, level), rate) for level in LEVELS}
+    wanted = losses(plain, rate)
     assert wanted[-1] < 0.95 * wanted[0]
     for found in ours.values():
         assert found == pytest.approx(wanted, rel=1e-3)
@@ -429,7 +433,7 @@ CEILINGS = [  # of what "auto" and "memory" save at these sizes, as shares of wh
     ("resnet50", "lora", "frozen", 0.165, 0.135),
     ("mobilenetv2", "lora", "frozen", 0.435, 0.225),
     ("vit_small", "lora", "frozen", 0.023, 0.015),
-    ("swin", "full", "train", 1.0, 0.53),
+    ("swin", "full", "train", 1.05, 0.53),
     ("convnext", "lora", "frozen", 0.26, 0.146),
 ]
 

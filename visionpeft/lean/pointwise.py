@@ -130,7 +130,7 @@ def _numpy(x: Tensor) -> bool:
 class MaxPool(torch.autograd.Function):
     """Max pooling of (B, C, H, W) that keeps the winner's place in its window, one byte per output.
 
-    PyTorch keeps the input and eight bytes per output.
+    PyTorch keeps the input and eight bytes per output. The window must not be wider than the input.
     """
 
     @staticmethod
