@@ -933,7 +933,21 @@ def _skipped_in_place(m: Any, x: Tensor) -> Tensor:
     return m.b(F.relu(z, inplace=True))
 
 
-CHANGES = [_changed_part, _changed_bare_part, _changed_piece, _changed_index, _changed_before_use, _changed_through_a_view]
+def _changed_by_a_view(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y.view(y.shape[0], -1).add_(1.0)
+    return m.b(y)
+
+
+CHANGES = [
+    _changed_by_a_view,
+    _changed_part,
+    _changed_bare_part,
+    _changed_piece,
+    _changed_index,
+    _changed_before_use,
+    _changed_through_a_view,
+]
 CHANGES += [_activated_in_place, _skipped_in_place]
 
 
