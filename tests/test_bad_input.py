@@ -348,17 +348,19 @@ def slow(content, path, **more):
     if len(calls) == 2:  # the second epoch's checkpoint is half on disk ...
         open(path, "wb").write(b"half a checkpoint")
         print("HALF", flush=True)
-        import time; time.sleep(60)
-    real(content, path, **more)
+        import time; time.sleep({seconds})
+    real(content, path, **more)  # after Ctrl-C, all of it after all
 torch.save = slow
 visionpeft.train({data!r}, model={model!r}, method="norm", project={project!r}, epochs=3, imgsz=64, batch=4,
                  device="cpu", plots=False)
 """
 
 
-@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_mid_save_and_resumed(by: signal.Signals, boxes: Path, checkpoint: Path, tmp_path: Path, capsys) -> None:
-    code = START.format(data=str(boxes), model=str(checkpoint), project=str(tmp_path))
+@pytest.mark.parametrize(("by", "epoch", "seconds"), [(signal.SIGKILL, 0, 60), (signal.SIGINT, 1, 3)])
+def test_killed_in_mid_save_and_resumed(
+    by: signal.Signals, epoch: int, seconds: int, boxes: Path, checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    code = START.format(data=str(boxes), model=str(checkpoint), project=str(tmp_path), seconds=seconds)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     began = time.monotonic()
@@ -367,7 +369,7 @@ def test_killed_in_mid_save_and_resumed(by: signal.Signals, boxes: Path, checkpo
     os.kill(process.pid, by)
     process.wait(timeout=60)
     folder = tmp_path / "train"
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 0
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == epoch
     deltas.read(folder / "delta.safetensors")
     code_, said = run(capsys, "train", "--resume", folder)
     assert code_ == 0, said

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import inspect as introspection
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory
+from .lean import LEVELS
 from .lean.prefix import put_on
 from .methods.base import Method, make_method, restore_method
 from .plan import Plan, make_plan
@@ -57,6 +60,7 @@ def train(
     cache: int | str | bool = 0,
     cache_limit: float = 20.0,
     prefix_dtype: str | None = None,
+    lean: str = "auto",
     quiet: bool = False,
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
@@ -95,6 +99,8 @@ def train(
         prefix_dtype: "bf16", "fp16" or "fp32"; approximate. The frozen stages before the first that trains run in this
             precision, BatchNorm folded, as at inference. By default they run as the rest does; views that are kept are
             then computed in fp32 and kept as bf16. Validation is of the exact model, and so is the result.
+        lean: How exact training saves memory: "memory" keeps the least for backward, "auto" what costs no time, "off"
+            trains as PyTorch does.
         quiet: Print no plan, and show no progress.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
@@ -117,7 +123,8 @@ def train(
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        return _train(**saved, quiet=quiet)
+        new = {k: v for k, v in defaults.items() if k in ("cache", "cache_limit", "prefix_dtype", "lean")}
+        return _train(**{**new, **saved}, quiet=quiet)  # the run may be older than these
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
         options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
@@ -136,6 +143,22 @@ def train(
     return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
 
 
+@contextmanager
+def _libraries_apart() -> Iterator[None]:
+    """Keep the garbage collector from looking through what was there before, some million objects of the libraries: that
+    took 0.2 s every time, and a run has it look several times."""
+    len(FAMILIES)  # imports them
+    if gc.get_freeze_count():  # somebody else's, who will want it to stay
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_libraries_apart()
 def _train(
     *,
     options: dict[str, Any],
@@ -205,6 +228,7 @@ def _train(
         header=_header(family, base, data, arguments),
         prefix=prefix,
         store=store,
+        lean=given["lean"],
         **settings,
     )
     if not done:
@@ -234,16 +258,15 @@ def _result(
     untrained: nn.Module,
     apart: dict[str, float] | None,
 ) -> Run:
-    result: Any = job.merged  # a model without a base has left it already, and its method merges
     delta_bytes = {}
     if job.base.pretrained:
         delta = deltas.read(job.delta)
         delta_bytes = {**delta.bytes, "file": job.delta.stat().st_size}
-        adapted = _rebuild(family, job.base, delta)
+        result = _rebuild(family, job.base, delta)
         if method.merges:
-            family.save_merged(attaching.merge(adapted), delta.header, job.merged)
-        else:
-            result = adapted
+            family.save_merged(attaching.merge(result), delta.header, job.merged)
+    if method.merges:  # what is measured and drawn is the file; a model without a base has left it already
+        result = family.open_merged(job.merged)
     after = family.evaluate(result, job.data, **use)
     plan = job.plan
     run = Run(
@@ -283,17 +306,18 @@ def _measured(family: Family, job: Job, measured: Mapping[str, Any], apart: dict
     return {**kept, "prefix": {**said, "exact": job.before[metric], "approximate": apart[metric], **views}}
 
 
-def _pictures(family: Family, job: Job, untrained: nn.Module, result: Any, history: list, use: dict) -> dict[str, Path]:
+def _pictures(
+    family: Family, job: Job, untrained: nn.Module, result: nn.Module, history: list, use: dict
+) -> dict[str, Path]:
     """Draw what the run did: some validation images before and after beside their labels, and the curves."""
     how = job.plan.method + (f", freeze={job.plan.freeze}" if job.plan.freeze else "")
     title = f"{how} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
     score = family.score(job.base.task)
     shown = {"imgsz": use["imgsz"], "device": use["device"]}
-    trained = family.open_merged(result) if isinstance(result, Path) else result
     columns = {
         "labels": family.draw(None, job.data, 4),
         "before training": family.draw(untrained, job.data, 4, **shown),
-        "after": family.draw(trained, job.data, 4, **shown),
+        "after": family.draw(result, job.data, 4, **shown),
     }
     return {
         "before_after": pictures.sheet(columns, job.folder / "before_after.jpg", title),
@@ -549,7 +573,7 @@ def _views(family: Family, cache: Any, extra: dict[str, Any]) -> tuple[int, dict
 def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     if str(settings["optimizer"]).lower() == "auto":
         raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
-    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32")}
+    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32"), "lean": ("off", *LEVELS)}
     for name, allowed in choices.items():
         if (value := {**given, **settings}[name]) not in allowed:
             raise ConfigError(f"{name}='{value}' is not known; it is {' or '.join(map(repr, allowed))}")

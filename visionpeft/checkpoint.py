@@ -3,11 +3,14 @@ optimizer, scaler, position and every random state. Plain tensors and values onl
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +23,80 @@ from .errors import TrainingError
 def save(path: Path, content: Mapping[str, Any]) -> Path:
     """Write a checkpoint, whole or not at all."""
     return files.replace(path, lambda temporary: torch.save(dict(content), temporary))
+
+
+class Writer:
+    """Writes the files of a run while it trains on: in one thread, in order. A context manager; its end waits for the last.
+
+    >>> with Writer() as writer:
+    ...     writer.put(lambda: deltas.write(path, delta), lambda: save(other, content))
+    """
+
+    under_way: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()  # or lately were
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def put(self, *writes: Callable[[], object]) -> None:
+        """Have `writes` called one after the other. What they write must be a copy, see `snapshot`: training goes on.
+
+        Waits while an earlier call's are under way: a slow disk holds a run up, but never fills its memory.
+
+        Raises:
+            TrainingError: An earlier call's failed.
+        """
+        self._finish()
+        self._thread = threading.Thread(target=self._call, args=writes, name="visionpeft-writer")
+        self.under_way.add(self._thread)
+        self._thread.start()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self._finish()
+        elif self._thread:  # that error is the one to hear of
+            self._thread.join()
+
+    def _call(self, *writes: Callable[[], object]) -> None:
+        try:
+            for write in writes:
+                write()
+        except BaseException as error:
+            self._error = error
+
+    def _finish(self) -> None:
+        if self._thread:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if isinstance(error, OSError | RuntimeError):  # torch raises the latter where a disk is full
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            raise TrainingError(
+                f"the run cannot be saved ({reason}); make room on the disk, then go on with resume=..., "
+                "or give another folder with project=..."
+            ) from error
+        if error:
+            raise error
+
+
+def _wait() -> None:
+    for thread in Writer.under_way:
+        thread.join()
+
+
+if hasattr(os, "register_at_fork"):  # processes that load images must not begin with a lock that a writer holds
+    os.register_at_fork(before=_wait)
+
+
+def snapshot(content: Any) -> Any:
+    """Return a copy of nested mappings and sequences, its tensors on the CPU."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {k: snapshot(v) for k, v in content.items()}
+    return type(content)(map(snapshot, content)) if isinstance(content, list | tuple) else content
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -36,10 +113,10 @@ def load(path: Path) -> dict[str, Any]:
         raise TrainingError(f"the checkpoint {path} cannot be read ({error}); start the run anew") from error
 
 
-def live(model: nn.Module, copy: bool = True) -> dict[str, Tensor]:
+def live(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that training can change, by state-dict key: what requires a gradient, and all buffers."""
     wanted = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
-    return {k: v.clone() if copy else v for k, v in model.state_dict().items() if k in wanted}
+    return {k: v for k, v in model.state_dict().items() if k in wanted}
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -50,6 +127,14 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in tensors.items():
             own[key].copy_(value)
+
+
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Put back an optimizer's state. How it computes stays as it was made: fused or not is no part of a run."""
+    own, saved = optimizer.param_groups, state["param_groups"]
+    how = ("fused", "foreach", "capturable")
+    groups = [{**s, **{k: g[k] for k in how if k in g}} for s, g in zip(saved, own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def random_states() -> dict[str, Any]:

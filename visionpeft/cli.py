@@ -50,6 +50,7 @@ _TEXT = (
     "head",
     "bn",
     "prefix_dtype",
+    "lean",
     "target_modules",
 )  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
@@ -77,6 +78,7 @@ def train(
     cache: Annotated[str | None, _HOW] = None,
     cache_limit: Annotated[float | None, _HOW] = None,
     prefix_dtype: Annotated[str | None, _HOW] = None,
+    lean: Annotated[str | None, _HOW] = None,
     model_args: Annotated[str | None, _ON] = None,
     delta_dtype: Annotated[str | None, _RUN] = None,
     project: Annotated[str | None, _RUN] = None,
@@ -133,6 +135,8 @@ def train(
         GB that such views may take.
     prefix_dtype
         bf16, fp16 or fp32: the precision of the frozen stages before the first that trains (approximate).
+    lean
+        memory: keep the least for backward; auto: what costs no time (exact, both); off.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
     delta_dtype

@@ -6,6 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import delta as deltas
+from .. import lean
 from ..attach import merge
 from ..errors import TrainingError
-from ..lean.prefix import Prefix
+from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
@@ -89,6 +91,14 @@ class Job:
     before: dict[str, float]  # metrics before training
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
+    lean: str = "off"  # a level of lean, or "off"
+
+    def equip(self, model: nn.Module) -> None:
+        """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
+        if self.prefix:
+            put_on(model, self.prefix)
+        if self.lean != "off":
+            lean.apply(model, self.lean)
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
@@ -187,8 +197,8 @@ class Family(ABC):
         """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
-        """Return the metrics of a model, or of a merged file, on the data's validation part."""
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
+        """Return the metrics of a model on the data's validation part."""
 
     @abstractmethod
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
@@ -218,13 +228,14 @@ def out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
     )
 
 
-def keep_best(family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> None:
-    """Write the best epoch's delta; of a model without a base, its merged checkpoint."""
+def keep_best(
+    family: Family, job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int
+) -> Callable[[], object]:
+    """Copy the best epoch's delta; of a model without a base, its merged checkpoint. Returns what writes it."""
     header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
     if job.base.pretrained:
-        deltas.write(job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
-    else:
-        family.save_merged(merge(copy.deepcopy(model).cpu()), header, job.merged)
+        return partial(deltas.write, job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
+    return partial(family.save_merged, merge(copy.deepcopy(model).cpu()), header, job.merged)
 
 
 # ------------------------------------------------------------------------------------------------------ reading anatomies

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import DataError
@@ -86,6 +84,9 @@ def loader(
 @torch.no_grad()
 def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Any = None) -> dict[str, float]:
     """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
+    from torchmetrics import MeanMetric, MetricCollection  # a second, for it imports transformers where that is installed
+    from torchmetrics.classification import MulticlassAccuracy
+
     device = next(model.parameters()).device
     shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
     metrics = MetricCollection(shares, compute_groups=False).to(device)

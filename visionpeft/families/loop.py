@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import timm.optim
@@ -23,7 +25,6 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
-from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..progress import Progress
 from .base import Family, Job, keep_best
@@ -120,7 +121,7 @@ class Average:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        given, live = _tensors(model), checkpoint.live(model, copy=False)
+        given, live = _tensors(model), checkpoint.live(model)
         for name, own in _tensors(self.model).items():
             if name in live:  # the tensors themselves, for several processes exchange what they hold
                 self._pairs.append((own, given[name]))
@@ -180,9 +181,8 @@ class _Loop:
         images: Any = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
         held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
-        self.average = Average(self.own, recipe.ema)  # without what follows: validation is of the model as it is
-        if job.prefix:
-            prefixes.put_on(self.own, job.prefix)
+        self.average = Average(self.own, recipe.ema)
+        job.equip(self.own)
         if job.prefix and job.store:
             images = Views(
                 images,
@@ -218,7 +218,8 @@ class _Loop:
         set_seed(self.job.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
         shown = self.accelerator.is_main_process and not self.job.quiet
-        with Progress(self.job.epochs, self.family.score(self.job.base.task), shown) as progress:
+        progress = Progress(self.job.epochs, self.family.score(self.job.base.task), shown)
+        with progress, checkpoint.Writer() as self.writer:
             for epoch in range(start, self.job.epochs):
                 progress.start(epoch, len(self.batches))
                 loss = self._epoch(epoch, lambda loss: progress.batch(loss, self.meter.memory))
@@ -283,12 +284,10 @@ class _Loop:
             self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}
         if not self.accelerator.is_main_process:
             return
-        if best:
-            keep_best(self.family, self.job, self.average.model, metrics, epoch + 1)
+        kept = [keep_best(self.family, self.job, self.average.model, metrics, epoch + 1)] if best else []
         live = checkpoint.live(self.own)
         scaler = self.accelerator.scaler
-        checkpoint.save(
-            self.job.checkpoint,
+        content = checkpoint.snapshot(
             {
                 "epoch": epoch,
                 "done": epoch + 1 >= self.job.epochs or self._patient(epoch),
@@ -303,15 +302,16 @@ class _Loop:
                 "measured": {**self.meter.report(), "views": getattr(self.images, "report", None)},
                 "random": checkpoint.random_states(),
                 "sampler": self.generator.get_state(),
-            },
+            }
         )
+        self.writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
 
     def _resume(self) -> int:
         """Put everything back as the last complete epoch left it; return the next epoch."""
         saved = checkpoint.load(self.job.checkpoint)
         checkpoint.restore(self.own, saved["model"])
         checkpoint.restore(self.average.model, saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
         self.schedule.load_state_dict(saved["scheduler"])
         if saved["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -378,6 +378,9 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
             groups.setdefault((job.rate(key), decays), []).append(parameter)
+    kind = timm.optim.get_optimizer_class(job.optimizer.lower(), bind_defaults=False)
+    # one kernel for all parameters, where the optimizer has such, as most of torch's own do
+    how: dict[str, Any] = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
     return timm.optim.create_optimizer_v2(
         [
             # timm's schedules multiply what they set by the group's lr_scale
@@ -387,6 +390,7 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
         job.optimizer.lower(),
         lr=job.lr0,
         momentum=recipe.momentum,
+        **how,
     )
 
 

@@ -121,10 +121,10 @@ class Timm(Family):
     def train(self, job: Job) -> None:
         loop.run(self, job, transform)
 
-    def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
         use = _use(options, imgsz=None, batch=32, device=None, workers=0)
         device = loop.select_device(use["device"])
-        own: Any = (open_merged(model) if isinstance(model, Path) else copy.deepcopy(model)).to(device)
+        own: Any = copy.deepcopy(model).to(device)
         index = {name: i for i, name in getattr(own, "names", data.names).items()}
         if strange := [name for name in data.names.values() if name not in index]:
             raise DataError(

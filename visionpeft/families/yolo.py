@@ -8,7 +8,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -263,9 +264,8 @@ class Yolo(Family):
         finally:
             trainer.close()
 
-    def evaluate(self, model: nn.Module | Path, data: Data, **options: Any) -> dict[str, float]:
-        source = str(model) if isinstance(model, Path) else None
-        names = dict(data.names if isinstance(model, Path) else model.names)  # type: ignore[arg-type, call-overload]
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
+        names = dict(model.names)  # type: ignore[arg-type, call-overload]
         if names != dict(data.names):
             raise DataError(
                 f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
@@ -273,22 +273,17 @@ class Yolo(Family):
             )
         task = TASKS[data.task]
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
-        if isinstance(model, nn.Module) and shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
         args = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
-                validator = task.validator(args={**args, "model": source}, save_dir=Path(folder))
-                stats = validator(model=None if source else _for_inference(model))
+                stats = task.validator(args=args, save_dir=Path(folder))(model=_for_inference(model))
         return {name: round(float(stats[key]), 5) for key, name in task.metrics.items()}
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
-        task = _task(model)
-        args = {"mode": "predict", "task": task.name, "save": False, **options}
-        with usable(args), quiet():
-            predictor = task.predictor(overrides=args)
-            predictor.setup_model(model=_for_inference(model), verbose=False)
+        with _predictor(model, options) as predictor:
             return predictor(source)
 
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
@@ -302,7 +297,8 @@ class Yolo(Family):
         if model is None:
             rows = [_rows(Path(label)) for label in img2label_paths(list(some))]
             return [labelled(f, r, data.task, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
-        return [predicted(self.predict(model, file, **options)[0]) for file in some]
+        with _predictor(model, options) as predictor:  # one at a time, or they would be padded to one size
+            return [predicted(predictor(file)[0]) for file in some]
 
     def export(self, model: Any, format: str, out: Path, **options: Any) -> Path:
         model = _for_inference(model)
@@ -377,6 +373,17 @@ def _amp(device: str) -> bool | str:
     if str(device) == "cpu" or not torch.cuda.is_available():
         return False
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else True
+
+
+@contextmanager
+def _predictor(model: nn.Module, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Make Ultralytics' predictor of a model, which predicts as long as this is entered."""
+    task = _task(model)
+    args = {"mode": "predict", "task": task.name, "save": False, **options}
+    with usable(args), quiet():
+        predictor = task.predictor(overrides=args)
+        predictor.setup_model(model=_for_inference(model), verbose=False)
+        yield predictor
 
 
 def _for_inference(model: Any) -> Any:

@@ -15,6 +15,7 @@ from ultralytics.utils.torch_utils import intersect_dicts
 
 from ..errors import DataError
 from ..twins import plain
+from .yolo_validator import sparing
 from .yolo_voice import quiet
 
 
@@ -58,7 +59,7 @@ TASKS = {
             "detect",
             DetectionModel,
             yolo.detect.DetectionTrainer,
-            yolo.detect.DetectionValidator,
+            sparing(yolo.detect.DetectionValidator),
             yolo.detect.DetectionPredictor,
             _metrics("B"),
             "mAP50-95",
@@ -69,7 +70,7 @@ TASKS = {
             "segment",
             SegmentationModel,
             yolo.segment.SegmentationTrainer,
-            yolo.segment.SegmentationValidator,
+            sparing(yolo.segment.SegmentationValidator),
             yolo.segment.SegmentationPredictor,
             _metrics("B", "M"),
             "mAP50-95(M)",
@@ -79,7 +80,7 @@ TASKS = {
             "pose",
             PoseModel,
             yolo.pose.PoseTrainer,
-            yolo.pose.PoseValidator,
+            sparing(yolo.pose.PoseValidator),
             yolo.pose.PosePredictor,
             _metrics("B", "P"),
             "mAP50-95(P)",
@@ -90,7 +91,7 @@ TASKS = {
             "obb",
             OBBModel,
             yolo.obb.OBBTrainer,
-            yolo.obb.OBBValidator,
+            sparing(yolo.obb.OBBValidator),
             yolo.obb.OBBPredictor,
             _metrics("B"),
             "mAP50-95",
@@ -100,7 +101,7 @@ TASKS = {
             "classify",
             ClassificationModel,
             yolo.classify.ClassificationTrainer,
-            yolo.classify.ClassificationValidator,
+            sparing(yolo.classify.ClassificationValidator),
             yolo.classify.ClassificationPredictor,
             {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5"},
             "top1",

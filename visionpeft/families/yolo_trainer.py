@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
-from ..lean import prefix as prefixes
 from ..measure import Meter
 from ..plan import Plan
 from ..progress import Progress
@@ -65,7 +65,8 @@ class Tuned:
             # for several GPUs, Ultralytics starts processes, which come here too
             with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
                 try:
-                    super().train()  # type: ignore[misc]
+                    with checkpoint.Writer() as self._writer:
+                        super().train()  # type: ignore[misc]
                 except subprocess.CalledProcessError:
                     raise failure(self.job.folder) from None
 
@@ -73,9 +74,13 @@ class Tuned:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
         self.resume = True  # or else its multi-GPU launcher removes the run's folder
 
+    def setup_model(self: Any) -> None:
+        self.model = self.get_model()  # the base is at hand, so Ultralytics need not open its file
+        return super().setup_model()  # type: ignore[misc]
+
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
-        source, outputs = weights or self.job.base.model, self.job.data.outputs
-        model = fit(source, self.data["names"], self.data["channels"], self.job.head, outputs)
+        outputs = self.job.data.outputs
+        model = fit(self.job.base.model, self.data["names"], self.data["channels"], self.job.head, outputs)
         if self._task.name == "classify" and self.args.dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -143,9 +148,8 @@ class Tuned:
 
     def resume_training(self: Any, ckpt: Any) -> None:
         model: Any = unwrap_model(self.model)
-        self.ema = TrainedEMA(model)  # without what follows: validation is of the model as it is
-        if self.job.prefix:
-            prefixes.put_on(model, self.job.prefix)
+        self.ema.__class__ = TrainedEMA
+        self.job.equip(model)
         self._meter = Meter(model, self.device)
         self._history: list[dict[str, float]] = []
         if not self.job.resume:
@@ -154,7 +158,7 @@ class Tuned:
         checkpoint.restore(model, saved["model"])
         checkpoint.restore(self.ema.ema, saved["ema"])
         self.ema.updates = saved["updates"]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.best_fitness, self.start_epoch = saved["best_fitness"], saved["epoch"] + 1
         self.stopper.__dict__.update(saved["stopper"])
@@ -169,6 +173,11 @@ class Tuned:
             dataset.load_image(index)
         self._saved_states = saved["random"], saved["sampler"]
         self.add_callback("on_train_start", _restore_random_states)
+
+    def get_validator(self: Any) -> Any:
+        validator = super().get_validator()  # type: ignore[misc]
+        validator.__class__ = self._task.validator
+        return validator
 
     def _model_train(self: Any) -> None:
         super()._model_train()  # type: ignore[misc]
@@ -220,10 +229,9 @@ class Tuned:
         names = {k: seen.get(key) for key, k in self._task.metrics.items()}
         losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
         self._history.append({"epoch": self.epoch + 1, **losses, **names})
-        if self.fitness == self.best_fitness:
-            keep_best(FAMILIES["yolo"](), self.job, self.ema.ema, names, self.epoch + 1)
-        checkpoint.save(
-            self.job.checkpoint,
+        best = self.fitness == self.best_fitness
+        kept = [keep_best(FAMILIES["yolo"](), self.job, self.ema.ema, names, self.epoch + 1)] if best else []
+        content = checkpoint.snapshot(
             {
                 "epoch": self.epoch,
                 "done": bool(self.stop),
@@ -239,8 +247,9 @@ class Tuned:
                 "random": checkpoint.random_states(),
                 "sampler": self.train_loader.position(),
                 "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
-            },
+            }
         )
+        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
         self._progress.end(self.epoch, sum(losses.values()), names)
         return True
 
@@ -289,7 +298,7 @@ class TrainedEMA(ModelEMA):
     def update(self, model: nn.Module) -> None:
         if self._pairs is None:
             model = unwrap_model(model)
-            own, live = self.ema.state_dict(), checkpoint.live(model, copy=False)
+            own, live = self.ema.state_dict(), checkpoint.live(model)
             keys = [k for k in live if live[k].is_floating_point()]
             self._pairs = [own[k] for k in keys], [live[k] for k in keys]
         super().update(model)

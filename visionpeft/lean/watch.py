@@ -24,6 +24,7 @@ from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, r
 from .report import Report
 
 MOST = 12.0  # the costliest recipe of all, in passes over the tensor
+WORTH = 64.0  # multiplications per element beside which a pass over the tensor is little
 
 _state = threading.local()
 
@@ -61,7 +62,7 @@ class Watch(TorchFunctionMode):
 
     def most(self, work: float = 0.0) -> float:
         """Return the costliest recipe, in passes, for what does `work` multiplications per element in backward."""
-        return MOST if self.frugal else work // 256
+        return MOST if self.frugal else work // WORTH
 
     def took(self, kind: str, out: Tensor) -> Tensor:
         """Note that a function was taken over."""
