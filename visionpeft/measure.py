@@ -5,25 +5,33 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
     """Counts the unique storages that autograd keeps for backward while it is entered, parameters and buffers apart.
 
-    The number is exact and the same on any device.
+    The number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts;
+    what it keeps as attributes of its context does not: `PeakBytes` sees that, too.
 
     >>> with SavedBytes(model) as saved:
     ...     loss = model(x).sum()
     >>> saved.bytes
+
+    Args:
+        model: Whose parameters and buffers do not count.
+        *given: Tensors that do not count either, for they live anyway: the batch.
     """
 
-    def __init__(self, model: nn.Module):
-        own: Iterable[Tensor] = (*model.parameters(), *model.buffers())
+    def __init__(self, model: nn.Module, *given: Tensor):
+        own: Iterable[Tensor] = (*model.parameters(), *model.buffers(), *given)
         self._own = {t.untyped_storage().data_ptr() for t in own}
         self._kept: dict[int, int] = {}
 
@@ -46,6 +54,54 @@ class SavedBytes:
             # a storage freed and another made at its address cannot both be kept, so the larger of the two is right
             self._kept[storage.data_ptr()] = max(self._kept.get(storage.data_ptr(), 0), storage.nbytes())
         return tensor
+
+
+class PeakBytes(TorchDispatchMode):
+    """Follows the storages of the tensors that are made while it is entered, each from its making to its end.
+
+    Counted is what lives, for whatever reason: saved for backward, kept on a Function's context, held by a variable, a
+    gradient. Views and changes in place add nothing. The numbers are exact and the same on any device; what an allocator
+    rounds up or an operation takes inside and gives back is not in them.
+
+    >>> with PeakBytes() as peak:
+    ...     loss = model(x).sum()
+    ...     after_forward = peak.live
+    ...     loss.backward()
+    >>> peak.bytes
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0  # bytes that live now
+        self.bytes = 0  # the most that ever lived
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = None
+        for storage in _storages(output):
+            key = storage._cdata
+            if key not in self._sizes:
+                if given is None:  # looked at only where something is new: most operations on views are not
+                    given = {s._cdata for s in _storages((args, kwargs))}
+                if key in given:  # older than this mode
+                    continue
+                weakref.finalize(storage, self._end, key)
+            self._size(key, storage.nbytes())  # of a known storage, too: it may have been resized
+        return output
+
+    def _size(self, key: int, size: int) -> None:
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.bytes = max(self.bytes, self.live)
+
+    def _end(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    """Return the storages of all dense tensors in `values`, however nested."""
+    return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout == torch.strided]
 
 
 class Meter:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..twins import plain
 
@@ -20,6 +22,8 @@ def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     """
     found: list[Fold] = []
     refused: dict[str, str] = {}
+    owned = [x for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
+    owners = Counter(map(id, owned))
     for name, module in model.named_modules():
         children = dict(module.named_children())
         convs = {k for k, m in children.items() if isinstance(m, nn.Conv2d)}
@@ -31,8 +35,10 @@ def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
         except Exception as error:  # fx gives up in many ways on a forward that depends on data
             refused |= {path + k: f"its module cannot be traced ({type(error).__name__})" for k in convs}
             continue
-        found += [(module, conv, bn) for conv, bn in pairs.items()]
+        shared = {k for k in pairs if owners[id(children[k])] > 1 or owners[id(children[k]._parameters.get("weight"))] > 1}
+        found += [(module, conv, bn) for conv, bn in pairs.items() if conv not in shared]
         refused |= {path + k: "what reads it is not one BatchNorm" for k in convs - set(pairs)}
+        refused |= {path + k: "it, or its weight, is used elsewhere, too" for k in shared}
     return found, refused
 
 
@@ -68,6 +74,8 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
 
     They are those with frozen statistics and weight. A hook between the two, or a module put in since, undoes a fold.
     """
+    if _has_any_global_hook():
+        return {}
     valid: dict[int, nn.Module] = {}
     shared: set[int] = set()
     for parent, conv_name, bn_name in folds:
@@ -80,8 +88,8 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
             continue
         if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks:
             continue
-        if bn._forward_pre_hooks or bn._backward_hooks or bn._backward_pre_hooks:
-            continue
+        if bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or bn._backward_pre_hooks:
+            continue  # one behind is shown the input, too
         if id(weight) in valid:
             shared.add(id(weight))
         valid[id(weight)] = bn

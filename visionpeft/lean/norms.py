@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .backward import first_order
 from .recipes import Kept, rebuild
 
 _aten = torch.ops.aten
@@ -49,7 +49,7 @@ class BatchNorm(torch.autograd.Function):
         return out, scale, shift
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         wanted = ctx.needs_input_grad[:3]
         if ctx.steps is None:
@@ -90,9 +90,11 @@ class LayerNorm(torch.autograd.Function):
         return rescale(normal, weight, bias).to(x.dtype), normal
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         normal, inverse, weight, bias = ctx.saved_tensors
+        mixed = weight is not None and weight.dtype != normal.dtype  # autocast on a CPU: statistics are as the weight is
+        inverse = inverse.to(weight.dtype) if mixed else inverse
         zero, one = torch.zeros_like(inverse), torch.ones_like(inverse)  # x̂ is its own normalised input
         mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         gx, gw, gb = _aten.native_layer_norm_backward(

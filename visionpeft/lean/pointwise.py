@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .backward import first_order
 from .recipes import Kept, rebuild
 
 _aten = torch.ops.aten
@@ -87,7 +87,7 @@ class Pointwise(torch.autograd.Function):
         return act.function(x, inplace)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         if ctx.steps is not None:
             return ctx.act.gradient(g, rebuild(ctx.steps, ctx.saved_tensors)), None, None, None
@@ -130,7 +130,7 @@ def _numpy(x: Tensor) -> bool:
 class MaxPool(torch.autograd.Function):
     """Max pooling of (B, C, H, W) that keeps the winner's place in its window, one byte per output.
 
-    PyTorch keeps the input and eight bytes per output.
+    PyTorch keeps the input and eight bytes per output. The window must not be wider than the input.
     """
 
     @staticmethod
@@ -149,7 +149,7 @@ class MaxPool(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         kernel, stride, padding, dilation, ceil = ctx.window
         place, width = ctx.saved_tensors[0], ctx.shape[-1]

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .backward import first_order
 from .recipes import Kept, rebuild
 
 _backward = torch.ops.aten.convolution_backward
@@ -157,7 +157,7 @@ class Product(torch.autograd.Function):
             return op(x, whole, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         weight, up, down, scale, *tensors = ctx.saved_tensors
         op, needs = ctx.op, ctx.needs_input_grad

@@ -7,6 +7,8 @@ change of a leaf, and the tensor is then kept itself.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -70,7 +72,26 @@ def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
     """Let `tensor` carry `recipe`; returns it."""
     if recipe is not None:
         tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
+        _carriers.refs.append(weakref.ref(tensor))
     return tensor
+
+
+class _Carriers(threading.local):
+    """The tensors that carry a recipe in this thread."""
+
+    def __init__(self) -> None:
+        self.refs: list[weakref.ref[Tensor]] = []
+
+
+_carriers = _Carriers()
+
+
+def forget() -> None:
+    """Take the recipes off all tensors: those that outlive the forward would keep what the recipes are made of."""
+    for ref in _carriers.refs:
+        if (tensor := ref()) is not None:
+            tensor.__dict__.pop("_lean", None)
+    _carriers.refs.clear()
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
@@ -114,20 +135,7 @@ def _gather(recipe: Recipe) -> Kept | None:
     """Return what to keep for a recipe, or None where a leaf has changed."""
     leaves: list[Leaf] = []
     nodes: list[Made] = []
-    seen: set[int] = set()
-
-    def visit(node: Recipe) -> None:
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if isinstance(node, Leaf):
-            leaves.append(node)
-            return
-        for part in node.parts:
-            visit(part)
-        nodes.append(node)
-
-    visit(recipe)
+    _visit(recipe, leaves, nodes, set())
     if not all(leaf.holds() for leaf in leaves):
         return None
     for leaf in leaves:
@@ -140,6 +148,20 @@ def _gather(recipe: Recipe) -> Kept | None:
             node.function.users += 1
     steps = tuple((node.function, tuple(places[id(p)] for p in node.parts)) for node in nodes)
     return Kept(tuple(leaf.tensor for leaf in leaves), steps)
+
+
+def _visit(node: Recipe, leaves: list[Leaf], nodes: list[Made], seen: set[int]) -> None:
+    """List the leaves and nodes of a recipe, parts first. (A function inside another, calling itself, would be a cycle
+    that holds the tensors until Python collects its garbage.)"""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, Leaf):
+        leaves.append(node)
+        return
+    for part in node.parts:
+        _visit(part, leaves, nodes, seen)
+    nodes.append(node)
 
 
 class Recall:
@@ -177,7 +199,8 @@ def add(function: Callable, args: tuple, kwargs: dict) -> Tensor:
 
 def cat(function: Callable, tensors: Sequence[Tensor], dim: int = 0, **kwargs: object) -> Tensor:
     """Concatenate; the result carries a recipe where those of at least half of it do (the rest is kept, then)."""
-    out, dim = function(tensors, dim, **kwargs), kwargs.pop("axis", dim)
+    dim = kwargs.pop("axis", dim)  # type: ignore[assignment]
+    out = function(tensors, dim, **kwargs)
     recipes = [recipe_of(t) for t in tensors]
     bare = sum(t.numel() for t, r in zip(tensors, recipes, strict=True) if r is None)
     if 2 * bare <= out.numel() and out.numel() and not kwargs:

@@ -52,6 +52,7 @@ class Watch(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         _state.watch = None
         super().__exit__(*error)
+        recipes.forget()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(func)
@@ -255,7 +256,8 @@ def _max_pool2d(
     window = kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode
     if return_indices:
         return watch.leave(func, "with indices", input, *window, return_indices=True)
-    if not input.requires_grad or input.dim() != 4 or kernel[0] * kernel[1] > 256 or not input.numel():
+    known = input.dim() == 4 and input.numel() > 0 and kernel[0] * kernel[1] <= 256
+    if not input.requires_grad or not known or input.shape[-1] <= window[3][1] * (kernel[1] - 1):  # see MaxPool
         out = torch.max_pool2d(input, *window)
     else:
         out = watch.took("max pooling", MaxPool.apply(input, *window))

@@ -57,6 +57,9 @@ class Magnitude(LowRank):
             ).flatten(0, 1)
         )
 
+    def factors(self, weight: Tensor) -> None:
+        """Offer none: the result is no sum of the weight and a product of two factors."""
+
     def _by_output(self, weight: Tensor) -> Tensor:
         """Return the weight as (outputs, everything else)."""
         if self.output == 0:
