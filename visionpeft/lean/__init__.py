@@ -94,14 +94,14 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     """
     if applied(model) is None:
         raise ConfigError("this model is not lean; call lean.apply first")
-    made = Report(folded=len(folds.current(model.lean_folds)), unfolded=folds.find(model)[1])
-    model.__dict__["lean_report"] = made
+    said = Report(len(folds.current(model.__dict__["lean_folds"])), folds.find(model)[1])
+    model.__dict__["lean_report"] = said
     try:
         with torch.enable_grad():
             model(*inputs)
     finally:
         del model.__dict__["lean_report"]
-    return made
+    return said
 
 
 def _channels_last(x: Any) -> Any:

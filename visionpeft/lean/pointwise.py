@@ -25,7 +25,7 @@ class Activation(NamedTuple):
 
     function: Callable[..., Tensor]
     gradient: Callable[[Tensor, Tensor], Tensor]
-    mask: Callable[[Tensor], Tensor] | None = None
+    mask: Callable[[Any], Any] | None = None  # of a tensor or an array
     slope: float = 0.0
 
 
@@ -97,7 +97,8 @@ class Pointwise(torch.autograd.Function):
 
 def _order(x: Tensor) -> list[int]:
     """Return the dimensions in the order in which they lie in memory."""
-    return sorted(range(x.dim()), key=lambda i: (-x.stride(i), i))
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda i: (-strides[i], i))
 
 
 def pack(act: Activation, x: Tensor) -> Tensor:

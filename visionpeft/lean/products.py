@@ -147,7 +147,7 @@ class Product(torch.autograd.Function):
         with exactly(x):
             whole = _times(weight if value is None else value, scale)
             if dtype is not None:
-                x, whole, bias = (t if t is None else t.to(dtype) for t in (x, whole, bias))
+                x, whole, bias = x.to(dtype), whole.to(dtype), None if bias is None else bias.to(dtype)
             tensors: tuple[Tensor, ...] = ()
             if ctx.only_up and down is not None:  # LoRA-FA: only A x is needed, which has r channels
                 tensors = (op(x, _like(down, weight).to(x.dtype)),)

@@ -121,14 +121,13 @@ def apart(recipe: Recipe, tensor: Tensor) -> bool:
     """Say whether a recipe still holds after a change of `tensor` in place."""
     if isinstance(recipe, Made):
         return all(apart(part, tensor) for part in recipe.parts)
-    return recipe.tensor.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+    return recipe.tensor.untyped_storage()._cdata != tensor.untyped_storage()._cdata
 
 
 def made(function: Callable[..., Tensor], *parts: Recipe | None, passes: float = 1.0) -> Recipe | None:
     """Return the recipe of `function(*parts)`, or None if a part has none."""
-    if any(p is None for p in parts):
-        return None
-    return Made(function, parts, passes + sum(p.passes for p in parts))  # type: ignore[arg-type, union-attr]
+    known = [p for p in parts if p is not None]
+    return Made(function, known, passes + sum(p.passes for p in known)) if len(known) == len(parts) else None
 
 
 def _gather(recipe: Recipe) -> Kept | None:

@@ -16,12 +16,14 @@ class Report:
         unfolded: Convolutions beside a BatchNorm that it is never folded into, and why.
         taken: Bytes of outputs, by kind of function.
         left: Bytes of outputs of functions that could have been taken, by function and reason.
+        others: Bytes of outputs of functions that have no leaner form, by function.
     """
 
     folded: int
     unfolded: Mapping[str, str]
     taken: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
+    others: Counter[str] = field(default_factory=Counter)
 
     @property
     def share(self) -> float:
@@ -29,7 +31,8 @@ class Report:
         return sum(self.taken.values()) / max(sum(self.taken.values()) + sum(self.left.values()), 1)
 
     def __str__(self) -> str:
-        rows = [(kind, n, "taken") for kind, n in self.taken.items()] + [(why, n, "left") for why, n in self.left.items()]
+        counts = {"taken": self.taken, "left": self.left, "as it is": self.others}
+        rows = [(name, n, verdict) for verdict, counter in counts.items() for name, n in counter.most_common()]
         width = max((len(name) for name, *_ in rows), default=0)
         lines = [f"{name:<{width}}  {n / 2**20:9.1f} MiB  {verdict}" for name, n, verdict in rows]
         lines.append(f"{self.share:.1%} of the outputs' bytes taken; {self.folded} frozen BatchNorms folded")

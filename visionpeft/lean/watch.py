@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import recipes
 from .norms import BatchNorm, LayerNorm, affine, rescale
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
-from .products import Conv, Linear, LowRank, Product
+from .products import Conv, Linear, LowRank, Product, exactly
 from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag
 from .report import Report
 
@@ -57,7 +57,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(func)
         if handler is None or _checkpointing():
-            return func(*args, **(kwargs or {}))
+            out = func(*args, **(kwargs or {}))
+            if self.report and isinstance(out, Tensor) and out.requires_grad and not out._is_view():
+                self.report.others[func.__name__] += out.nbytes
+            return out
         return handler(self, func, *args, **(kwargs or {}))
 
     def most(self, work: float = 0.0) -> float:
@@ -133,9 +136,10 @@ def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: T
 
 def _linear_again(dtype: torch.dtype, scaling: float | None, biased: bool, x: Tensor, *tensors: Tensor) -> Tensor:
     (weight, *factors), bias = (tensors[:-1], tensors[-1].to(dtype)) if biased else (tensors, None)
-    if scaling is not None:
-        weight = torch.addmm(weight, *factors, alpha=scaling)
-    return functional.linear(x.to(dtype), weight.to(dtype), bias)
+    with exactly(x):
+        if scaling is not None:
+            weight = torch.addmm(weight, *factors, alpha=scaling)
+        return functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
 def _product(
