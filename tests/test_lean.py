@@ -119,8 +119,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "max pool, odd": (
         lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d((2, 3), (3, 2), (1, 0), (2, 1), ceil_mode=True)), MAP,
     ),
-    "max pool wider than the map": (lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d(5, 1, 2), Conv(8, 8, 1)), (4, 4, 4, 4)),
-    "max pool as wide as the map": (lambda: nn.Sequential(Conv(4, 8, 3), nn.MaxPool2d(5, 1, 2), Conv(8, 8, 1)), (4, 4, 5, 5)),
+    "max pool wider than the map": (lambda: nn.Sequential(Conv(4, 8), nn.MaxPool2d(5, 1, 2), Conv(8, 8)), (4, 4, 4, 4)),
+    "max pool as wide as the map": (lambda: nn.Sequential(Conv(4, 8), nn.MaxPool2d(5, 1, 2), Conv(8, 8)), (4, 4, 5, 5)),
     "ultralytics conv": (lambda: nn.Sequential(Conv(4, 8, 3, 2), DWConv(8, 8, 3), Conv(8, 8, 1, act=False)), MAP),
     "bottleneck": (lambda: Bottleneck(32, 32), WIDE),
     "c2f": (lambda: C2f(32, 32, 2, shortcut=True), WIDE),
@@ -1004,6 +1004,15 @@ def test_channels_last(kind: str) -> None:
     assert_same(results(leaned(plain), x), results(plain, x))
     outputs = [flat(m(x))[0].is_contiguous(memory_format=torch.channels_last) for m in (plain, leaned(plain))]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("kind", ["conv-bn-silu", "bare conv", "c2f", "detect", "resnet", "convnext"])
+def test_outputs_lie_in_memory_as_without_lean(kind: str) -> None:
+    """A loss may view them in another shape."""
+    make, shape = BLOCKS[kind]
+    plain = tuned(randomised(make()), "full")
+    outputs = [flat(model(tensor(*shape))) for model in (leaned(plain), plain)]
+    assert [t.stride() for t in outputs[0]] == [t.stride() for t in outputs[1]]
 
 
 @pytest.mark.parametrize(
