@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .. import twins
 from ..errors import ConfigError, ModelError, nearest
 from . import folds
+from .products import layout
 from .recipes import Leaf, made, tag
 from .report import Report
 from .watch import Watch, running
@@ -42,12 +44,14 @@ class Lean:
             return plain(*args, **kwargs)
         current, frugal = folds.current(self.lean_folds), self.lean_level == "memory"
         with Watch(current, frugal, self.__dict__.get("lean_report")) as watch:
-            out = plain(*map(_channels_last, args), **kwargs)
+            turned = [_channels_last(x) for x in args]
+            out = plain(*turned, **kwargs)
         if watch.folded:
             raise ModelError(
                 "a BatchNorm that was folded into its convolution did not run; apply lean again after changing the model"
             )
-        return out
+        same = all(a is b for a, b in zip(turned, args, strict=True))
+        return out if same else tree_map_only(Tensor, _contiguous, out)
 
 
 def apply(model: nn.Module, level: str = "memory") -> nn.Module:
@@ -111,6 +115,11 @@ def _channels_last(x: Any) -> Any:
         return x
     turned = x.contiguous(memory_format=torch.channels_last)
     return x if turned is x else tag(turned, made(lambda t: t.contiguous(memory_format=torch.channels_last), Leaf(x)))
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """Return what was computed from turned images in the layout that it has without lean."""
+    return x.contiguous() if layout(x) is torch.channels_last else x
 
 
 def _useful(args: tuple, kwargs: dict) -> bool:

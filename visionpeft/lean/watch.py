@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ModelError
 from . import recipes
 from .norms import BatchNorm, LayerNorm, affine, rescale
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
-from .products import Conv, Linear, LowRank, Product, exactly
+from .products import Conv, Linear, LowRank, Product, exactly, layout
 from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag
 from .report import Report
 
@@ -268,11 +269,28 @@ def _max_pool2d(
     return tag(out, made(lambda x: torch.max_pool2d(x, *window), recipe_of(input), passes=2.0))
 
 
-def _view(watch: Watch, func: Callable, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return recipes.of_one(func, args, kwargs, 0.0)
-    except RuntimeError:  # it counts on the layout that tensors have without lean
-        return recipes.of_one(Tensor.reshape, args, kwargs, 0.0)
+def _view(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if layout(input) is torch.channels_last and not torch.is_inference_mode_enabled():
+        try:
+            return recipes.of_one(func, (input, *args), kwargs, 0.0)
+        except RuntimeError:  # it counts on the layout without lean
+            _lay_out(input)
+    return recipes.of_one(func, (input, *args), kwargs, 0.0)
+
+
+def _random(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if layout(input) is torch.channels_last:  # numbers are drawn in the order of memory
+        _lay_out(input)
+    return func(input, *args, **kwargs)
+
+
+def _lay_out(x: Tensor) -> None:
+    """Lay a tensor out in memory as it would be without lean: the same tensor, elsewhere."""
+    if x._is_view():
+        raise ModelError(
+            "this model reads a view of a map in a layout that lean changes; use lean='off', or leave lean.apply out"
+        )
+    x.data = x.data.contiguous()
 
 
 def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -329,5 +347,6 @@ HANDLERS: dict[Callable, Callable] = {
     },
     **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},
     Tensor.view: _view,
+    **{f: _random for f in (functional.dropout, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_)},
     torch.roll: _of_one(1.0),
 }
