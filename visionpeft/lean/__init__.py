@@ -48,7 +48,8 @@ class Lean:
             out = plain(*turned, **kwargs)
         if watch.folded:
             raise ModelError(
-                "a BatchNorm that was folded into its convolution did not run; apply lean again after changing the model"
+                "a BatchNorm was folded into its convolution, but did not run behind it: the model was changed, or uses the "
+                "convolution's weight elsewhere too; call lean.apply anew after a change, else train without lean"
             )
         same = all(a is b for a, b in zip(turned, args, strict=True))
         return out if same else tree_map_only(Tensor, _contiguous, out)
@@ -94,10 +95,12 @@ def report(model: nn.Module, *inputs: Any) -> Report:
     """Say what is taken over in a forward of a lean model with `inputs`, what is not, and why.
 
     Raises:
-        ConfigError: The model is not lean.
+        ConfigError: The model is not lean, or no inputs are given.
     """
     if applied(model) is None:
         raise ConfigError("this model is not lean; call lean.apply first")
+    if not inputs:
+        raise ConfigError("nothing to run the model on was given; call lean.report(model, images)")
     said = Report(len(folds.current(model.__dict__["lean_folds"])), folds.find(model)[1])
     model.__dict__["lean_report"] = said
     try:
