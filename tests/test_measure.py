@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,17 @@ def test_what_a_function_keeps_is_seen(declared: bool) -> None:
     assert live == 2 * KB, "the kept input and the output"
     y.sum().backward()
     assert torch.equal(weight.grad, torch.full((256,), 2.0))
+
+
+def test_what_is_kept_ends_with_the_loss() -> None:
+    """Also where backward is never called, as when a step runs out of memory."""
+    x = torch.randn(256, requires_grad=True)
+    with PeakBytes() as peak, SavedBytes(nn.ParameterList([x])) as saved:
+        loss = x.exp().sigmoid().sum()  # both keep their results
+        assert saved.bytes == 2 * KB <= peak.live
+        del loss
+        gc.collect()
+        assert peak.live == 0
 
 
 def test_saved_bytes_leave_out_parameters_buffers_and_what_is_given() -> None:

@@ -53,7 +53,7 @@ class SavedBytes:
         if storage.data_ptr() not in self._own:
             # a storage freed and another made at its address cannot both be kept, so the larger of the two is right
             self._kept[storage.data_ptr()] = max(self._kept.get(storage.data_ptr(), 0), storage.nbytes())
-        return tensor
+        return tensor.detach()  # a result kept with its own graph would keep that for ever, where backward is never called
 
 
 class PeakBytes(TorchDispatchMode):
