@@ -5,9 +5,9 @@
 
 Bytes saved for backward are counted, not estimated (`visionpeft.measure.SavedBytes`): two and three images go forward
 through the net with random weights and on to its loss with ten objects each, in bf16 autocast as on a GPU; the difference
-is what every image keeps, the rest what a step keeps once (LoRA's updated weights). The sum adds weights, gradients,
-optimizer, moving average, and an allowance for the CUDA context and tensors in passing. It runs on a CPU: no figure was
-taken on a GPU.
+is what every image keeps, the rest what a step keeps once (without lean: LoRA's updated weights). A recipe is counted at
+its own level of lean, which is "auto" where it names none. The sum adds weights, gradients, optimizer, moving average, and
+an allowance for the CUDA context and tensors in passing. It runs on a CPU: no figure was taken on a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.nn import functional
 os.environ.setdefault("YOLO_VERBOSE", "False")
 
 from visionpeft import attach
+from visionpeft import lean as leanly
 from visionpeft.api import find_family
 from visionpeft.errors import ConfigError
 from visionpeft.measure import SavedBytes
@@ -35,10 +36,13 @@ from visionpeft.registry import METHODS
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {i: f"class {i}" for i in range(10)}
 ALLOWANCE = 0.7e9  # CUDA context, cuDNN workspaces and tensors in passing; an assumption
-OWN = {"model", "model_args", "method", "freeze", "bn", "head", "epochs", "imgsz", "batch"}
+LEVELS = ("off", *leanly.LEVELS)
+OWN = {"model", "model_args", "method", "freeze", "bn", "head", "epochs", "imgsz", "batch", "lean"}
 
 
-def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **given: Any) -> tuple[int, int, Plan]:
+def saved(
+    model: str, imgsz: int, *, amp: bool = True, head: str = "keep", lean: str = "auto", **given: Any
+) -> tuple[int, int, Plan]:
     """Return the bytes that a step saves for backward for every image, those that it saves once, and the plan.
 
     Args:
@@ -46,6 +50,7 @@ def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **giv
         imgsz: Size of the image in pixels.
         amp: In bf16 autocast, or else in fp32.
         head: As for `train`.
+        lean: As for `train`.
         **given: method, freeze, bn, and the method's fields.
     """
     family = find_family(model)
@@ -56,6 +61,8 @@ def saved(model: str, imgsz: int, *, amp: bool = True, head: str = "keep", **giv
     fitted = family.fit(base, NAMES, head)
     plan = make_plan(method, family.anatomy(fitted, model), given.get("freeze", 0), given.get("bn"))
     attach.train_mode(attach.attach(fitted, plan), plan)
+    if lean != "off":
+        leanly.apply(fitted, lean)
     two, three = (_step(fitted, torch.rand(n, 3, imgsz, imgsz), base.task, amp) for n in (2, 3))
     return three - two, max(3 * two - 2 * three, 0), plan
 
@@ -116,11 +123,12 @@ def methods(net: str, imgsz: int) -> list[tuple[str, ...]]:
     cases += [(f"full, freeze {n}", {"method": "full", "freeze": n}) for n in (5, 10)]
     for name, given in cases:
         try:
-            (whole, once, plan), (half, *_) = (saved(net, imgsz, amp=amp, **given) for amp in (False, True))
+            counts = [saved(net, imgsz, amp=amp, lean=level, **given) for amp in (False, True) for level in LEVELS]
         except ConfigError:  # it does not fit this net
             continue
+        plan = counts[0][2]
         trained = plan.trained_body + plan.trained_head
-        rows.append((name, f"{trained:,}", f"{whole / 1e6:.0f}", f"{half / 1e6:.0f}", f"{once / 1e6:.0f}"))
+        rows.append((name, f"{trained:,}", *(f"{one / 1e6:.0f}" for one, *_ in counts), f"{counts[0][1] / 1e6:.0f}"))
     return rows
 
 
@@ -131,7 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.methods:
-        head: tuple[str, ...] = ("method", "trained", "MB per image, fp32", "MB per image, bf16", "MB once a step, fp32")
+        sizes = (f"{precision} {level}" for precision in ("fp32", "bf16") for level in LEVELS)
+        head: tuple[str, ...] = ("method", "trained", *sizes, "once, fp32 off")
         rows = methods(args.methods, args.imgsz)
     else:
         head = ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card")

@@ -139,6 +139,7 @@ ARGUMENTS = {
     "optimizer auto": (["--optimizer", "auto"], "ignores lr0"),
     "unknown bn": (["--bn", "maybe"], "'frozen' or 'train'"),
     "unknown head": (["--head", "none"], "'keep' or 'rebuild'"),
+    "unknown level of lean": (["--lean", "nonsense"], "lean='nonsense' is not known; it is 'off' or 'auto' or 'memory'"),
     "no epochs": (["--epochs", "0"], "epochs=0"),
     "negative rate": (["--lr0", "-1"], "lr0=-1"),
     "unknown optimizer": (["--optimizer", "Adamm"], "Adamm"),

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from timm.models import group_parameters
 
 import visionpeft
+from visionpeft import cli, lean
 from visionpeft import delta as deltas
 from visionpeft.attach import attach
 from visionpeft.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
@@ -235,6 +236,47 @@ def test_resumed_equals_uninterrupted(
         visionpeft.train(resume=tmp_path / "parts")
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_lean_keeps_less_and_learns_the_same(name: str, squares: Path, base, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Without it, from Python and on the command line; a resumed run stays at its level."""
+    model = base(name, **({"img_size": 32} if name == "test_vit" else {}))
+    # steps that are smooth in the gradient: AdamW's first ones are its sign, and near zero that is rounding
+    arguments = {**SMALL, "method": "lora", "optimizer": "SGD", "lr0": 0.01, "delta_dtype": "fp32", "project": tmp_path}
+    runs = {x: visionpeft.train(squares, **model, **arguments, lean=x, name=x) for x in ("off", "auto", "memory")}
+    levels, real, epoch = [], lean.apply, _Loop._epoch
+    monkeypatch.setattr(lean, "apply", lambda model, level: levels.append(level) or real(model, level))
+
+    def ctrl_c(loop: _Loop, *args: Any) -> float:
+        monkeypatch.setattr(_Loop, "_epoch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        return epoch(loop, *args)
+
+    monkeypatch.setattr(_Loop, "_epoch", ctrl_c)
+    flags = [f"--{k}={v}" for k, v in {**arguments, "lean": "memory", "name": "flags"}.items()]
+    given = ["--data", squares, "--model", model["model"], "--model_args", json.dumps(model["model_args"])]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *map(str, given), *flags])
+    assert stopped.value.code == 130
+    monkeypatch.setattr(_Loop, "_epoch", epoch)
+    runs["flags"] = visionpeft.train(resume=tmp_path / "flags")
+    assert levels == ["memory", "memory"]
+
+    saved = {x: run.measured["saved_bytes"] for x, run in runs.items()}
+    assert saved["memory"] <= saved["auto"] < saved["off"] and saved["memory"] < 0.6 * saved["off"], saved
+    tensors = {x: deltas.read(run.delta).tensors for x, run in runs.items()}
+    for level, run in runs.items():
+        said = json.loads((run.folder / "run.json").read_text())
+        assert said["arguments"]["lean"] == {"flags": "memory"}.get(level, level)
+        assert tensors[level].keys() == tensors["off"].keys()
+        for key, value in tensors[level].items():
+            assert torch.allclose(value, tensors["off"][key], rtol=2e-3, atol=1e-3), key
+        moved, apart = (  # all lora_B start at 0
+            torch.cat([(v - without * tensors["off"][k]).flatten() for k, v in tensors[level].items() if "lora_B" in k])
+            for without in (0, 1)
+        )
+        assert apart.norm() <= 0.01 * moved.norm() > 0
+    assert runs["flags"].delta.read_bytes() == runs["memory"].delta.read_bytes()
+
+
 def test_patience_ends_a_run(squares: Path, base, tmp_path: Path) -> None:
     arguments = {**SMALL, "epochs": 9, "lr0": 1e-12, "patience": 2, "ema": 0.0}
     run = visionpeft.train(squares, **base("test_resnet"), method="head", project=tmp_path, **arguments)
@@ -427,6 +469,7 @@ def test_weights_of_timm_know_their_classes(monkeypatch: pytest.MonkeyPatch) -> 
         ({"auto_augment": "rnd-x"}, "auto_augment='rnd-x' is not one of timm's policies"),
         ({"device": "77"}, "device='77' is not there"),
         ({"device": "0,1"}, "no GPU that torch can use"),
+        ({"lean": "nonsense"}, "lean='nonsense' is not known; it is 'off' or 'auto' or 'memory'"),
         ({"imgsz": 48}, "cannot read images of imgsz=48: it was made for 32.*'img_size': 48"),
         ({"mosaic": 1.0}, "'mosaic' is no setting of train or of the timm family"),
     ],

@@ -19,8 +19,8 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import dist
 
 import visionpeft
+from visionpeft import cli, lean, twins
 from visionpeft import delta as deltas
-from visionpeft import twins
 from visionpeft.attach import is_added
 from visionpeft.errors import Interrupted, ModelError, TrainingError
 from visionpeft.families.yolo import Tuned
@@ -93,6 +93,45 @@ def test_resumed_equals_uninterrupted(
     assert deltas.read(whole.delta).header["checksum"] and whole.after == rest.after
     a, b = (deltas.read(r.delta).tensors for r in (whole, rest))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_lean_keeps_less_and_learns_the_same(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Without it, from Python and on the command line; a resumed run stays at its level."""
+    # steps that are smooth in the gradient: AdamW's first ones are its sign, and near zero that is rounding
+    arguments = {**SMALL, "method": "lora", "r": 2, "optimizer": "SGD", "delta_dtype": "fp32", "project": tmp_path}
+    runs = {x: visionpeft.train(boxes, model=checkpoint, **arguments, lean=x, name=x) for x in ("off", "auto", "memory")}
+    levels, real, epoch = [], lean.apply, Tuned._model_train
+    monkeypatch.setattr(lean, "apply", lambda model, level: levels.append(level) or real(model, level))
+
+    def ctrl_c(trainer: Tuned) -> None:
+        if trainer.epoch:
+            raise KeyboardInterrupt
+        epoch(trainer)
+
+    monkeypatch.setattr(Tuned, "_model_train", ctrl_c)
+    flags = [f"--{k}={v}" for k, v in {**arguments, "lean": "memory", "name": "flags"}.items()]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--data", str(boxes), "--model", str(checkpoint), *flags])
+    assert stopped.value.code == 130
+    monkeypatch.setattr(Tuned, "_model_train", epoch)
+    runs["flags"] = visionpeft.train(resume=tmp_path / "flags")
+    assert levels == ["memory", "memory"]
+
+    saved = {x: run.measured["saved_bytes"] for x, run in runs.items()}
+    assert saved["memory"] <= saved["auto"] < saved["off"] and saved["memory"] < 0.6 * saved["off"], saved
+    tensors = {x: deltas.read(run.delta).tensors for x, run in runs.items()}
+    for level, run in runs.items():
+        said = json.loads((run.folder / "run.json").read_text())
+        assert said["arguments"]["lean"] == {"flags": "memory"}.get(level, level)
+        assert tensors[level].keys() == tensors["off"].keys()
+        for key, value in tensors[level].items():
+            assert torch.allclose(value, tensors["off"][key], rtol=2e-3, atol=1e-3), key
+        moved, apart = (  # all lora_B start at 0
+            torch.cat([(v - without * tensors["off"][k]).flatten() for k, v in tensors[level].items() if "lora_B" in k])
+            for without in (0, 1)
+        )
+        assert apart.norm() <= 0.01 * moved.norm() > 0
+    assert all(torch.equal(value, tensors["memory"][key]) for key, value in tensors["flags"].items())
 
 
 WORKER = """
