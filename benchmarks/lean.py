@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/lean.py                        # every row, on a GPU where there is one
     OMP_NUM_THREADS=1 python benchmarks/lean.py --only "yolo11n.*LoRA" --rounds 5 --markdown table.md
     OMP_NUM_THREADS=1 python benchmarks/lean.py --layers               # which backward suits which layer
+    OMP_NUM_THREADS=1 python benchmarks/lean.py --report               # what of seven nets lean takes over
 
 Every row trains the same parameters of the same network, with the same BatchNorm mode, on both sides: the peer's, and ours
 at lean="auto" and lean="memory". Weights are random, statistics too, the batch is generated; nothing is downloaded.
@@ -388,7 +389,7 @@ def lines(row: Row, costs: Mapping[str, Cost]) -> list[tuple[str, ...]]:
 
 
 def verdict(column: str, ratio: float, goal: float) -> str:
-    return f"{column} ≤ {goal:.2f} {'reached' if round(ratio, 2) <= goal else 'missed'}"
+    return f"{column} ≤ {goal:.2f} {'reached' if ratio <= goal else 'missed'}"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -436,6 +437,18 @@ def time_layers(rounds: int, device: torch.device) -> str:
     return markdown(rows, ("convolution", "whole ms", "r channels ms", "×", "chosen"))
 
 
+REPORTED = ("yolo11n.yaml", "yolov8n.yaml", "yolo26n.yaml", "timm/resnet50", "timm/mobilenetv2_100")
+REPORTED += ("timm/vit_small_patch16_224", "timm/convnext_tiny")
+
+
+def report(device: torch.device) -> None:
+    """Print `lean.report` of seven nets, with LoRA and BatchNorm frozen."""
+    for name in REPORTED:
+        row = Row(name, 2, 320 if name.endswith(".yaml") else 224, "lora", "peft", bn="frozen")
+        side = sides(row, device)["memory"]
+        print(f"{row.name}\n{lean.report(side.model, next(t for t in side.given if t.dim() == 4))}\n")
+
+
 def machine(device: torch.device) -> str:
     """Return on what and with which versions the table was made."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, one thread"
@@ -450,12 +463,15 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="file to write the table to")
     parser.add_argument("--quick", action="store_true", help="one picture of 64 pixels, one round: does it run?")
     parser.add_argument("--layers", action="store_true", help="time LoRA's two backward passes, layer by layer, instead")
+    parser.add_argument("--report", action="store_true", help="say what lean takes over in seven nets, instead")
     args = parser.parse_args()
     device = torch.device(args.device)
     torch.set_num_threads(1)
     if args.layers:
         print(machine(device), time_layers(1 if args.quick else args.rounds, device), sep="\n")
         return
+    if args.report:
+        return report(device)
     rows = [row for row in ROWS + (ON_CUDA if device.type == "cuda" else ()) if re.search(args.only, row.name)]
     if not rows or args.rounds < 1:
         parser.error(f"--only {args.only!r} names no row" if not rows else f"--rounds {args.rounds} must be at least 1")

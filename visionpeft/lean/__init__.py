@@ -37,6 +37,7 @@ class Lean:
 
     lean_level: str
     lean_folds: list[folds.Fold]
+    lean_unfolded: dict[str, str]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = super().forward  # type: ignore[misc]
@@ -72,9 +73,9 @@ def apply(model: nn.Module, level: str = "memory") -> nn.Module:
         raise ConfigError(f"this model is lean already (level '{applied(model)}'); call lean.remove first")
     if level not in LEVELS:
         raise ConfigError(f"lean level '{level}' is not known; it is {' or '.join(LEVELS)}.{nearest(level, LEVELS)}")
-    found, _ = folds.find(model)
+    found, refused = folds.find(model)
     twins.put_on(model, Lean)
-    model.__dict__.update(lean_level=level, lean_folds=found)
+    model.__dict__.update(lean_level=level, lean_folds=found, lean_unfolded=refused)
     return model
 
 
@@ -82,7 +83,8 @@ def remove(model: nn.Module) -> nn.Module:
     """Take `apply` back, in place; no effect on a model that is not lean. Returns the model."""
     if twins.wears(model, Lean):
         twins.take_off(model, Lean)
-        del model.__dict__["lean_level"], model.__dict__["lean_folds"]
+        for name in Lean.__annotations__:
+            del model.__dict__[name]
     return model
 
 
@@ -101,7 +103,7 @@ def report(model: nn.Module, *inputs: Any) -> Report:
         raise ConfigError("this model is not lean; call lean.apply first")
     if not inputs:
         raise ConfigError("nothing to run the model on was given; call lean.report(model, images)")
-    said = Report(len(folds.current(model.__dict__["lean_folds"])), folds.find(model)[1])
+    said = Report(len(folds.current(model.__dict__["lean_folds"])), model.__dict__["lean_unfolded"])
     model.__dict__["lean_report"] = said
     try:
         with torch.enable_grad():

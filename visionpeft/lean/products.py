@@ -165,23 +165,26 @@ class Product(torch.autograd.Function):
             gx = gw = gb = gu = gd = whole = x = None
             if needs[3]:
                 gb = op.total(g)
-            if needs[1]:
-                whole = weight if up is None else _updated(weight, up, down, ctx.scaling)
-                whole = _times(whole, scale).to(g.dtype)
             if ctx.steps is not None:
                 x = rebuild(ctx.steps, tensors).to(g.dtype)
             shapes = ctx.shape, weight.shape
-            if up is None or ctx.only_up:
-                gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))
-                gw = gw if gw is None else _times(gw, scale)
-                gu = _through(op, g, tensors[0], scale, ctx.scaling) if ctx.only_up else None
-            elif needs[5] and _factored(op, weight.shape, up.shape[1]):
-                gx, _ = op.backward(g, x, whole, shapes, (needs[1], False)) if needs[1] else (None, None)
+            factored = up is not None and needs[5] and _factored(op, weight.shape, up.shape[1])
+            if factored:
                 thin = op.pointwise(g, _times(up, scale).mul(ctx.scaling).t().to(g.dtype))
                 a = _like(down, weight).to(g.dtype)
                 gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].reshape(down.shape)
                 if needs[4]:
                     gu = _through(op, g, op(x, a), scale, ctx.scaling)
+                x = x if isinstance(op, Conv) else None  # a linear layer's can go before its gradient comes
+            if needs[1]:
+                whole = weight if up is None else _updated(weight, up, down, ctx.scaling)
+                whole = _times(whole, scale).to(g.dtype)
+            if factored:
+                gx = op.backward(g, x, whole, shapes, (True, False))[0] if needs[1] else None
+            elif up is None or ctx.only_up:
+                gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))
+                gw = gw if gw is None else _times(gw, scale)
+                gu = _through(op, g, tensors[0], scale, ctx.scaling) if ctx.only_up else None
             else:  # through the gradient of the whole weight
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], True))
                 of_update = _times(gw, scale).flatten(1).to(up.dtype).mul_(ctx.scaling)
