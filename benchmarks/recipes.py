@@ -6,8 +6,8 @@
 Bytes saved for backward are counted, not estimated (`visionpeft.measure.SavedBytes`): two and three images go forward
 through the net with random weights and on to its loss with ten objects each, in bf16 autocast as on a GPU; the difference
 is what every image keeps, the rest what a step keeps once (without lean: LoRA's updated weights). A recipe is counted at
-its own level of lean, which is "auto" where it names none. The sum adds weights, gradients, optimizer, moving average, and
-an allowance for the CUDA context and tensors in passing. It runs on a CPU: no figure was taken on a GPU.
+its own level of lean, which is "auto" where it names none, and at "memory". The sum adds weights, gradients, optimizer,
+moving average, and an allowance for the CUDA context and tensors in passing. It runs on a CPU: no figure was taken on a GPU.
 """
 
 from __future__ import annotations
@@ -106,21 +106,24 @@ def recipes(folder: Path) -> list[tuple[str, ...]]:
     for path in sorted(folder.rglob("*.yaml")):
         given = yaml.safe_load(path.read_text())
         fields = {f for part in make_method(given["method"]).parts for f in part.settings()}
-        one, once, plan = saved(
-            **{k: v for k, v in given.items() if k in (OWN | fields) - {"epochs", "batch", "model_args"}}
-        )
+        own = {k: v for k, v in given.items() if k in (OWN | fields) - {"epochs", "batch", "model_args"}}
         card = float(re.search(r"(\d+)gb", path.stem).group(1)) * 1e9  # type: ignore[union-attr]
-        total = one * given["batch"] + once + resident(plan) + ALLOWANCE
-        sizes = (f"{one / 1e6:.0f} MB", str(given["batch"]), f"{total / 1e9:.1f} GB", f"{total / card:.0%}")
-        rows.append((path.stem, str(given["model"]), str(given["imgsz"]), *sizes))
+        sizes: list[str] = []
+        for arguments in (own, {**own, "lean": "memory"}):
+            one, once, plan = saved(**arguments)
+            total = one * given["batch"] + once + resident(plan) + ALLOWANCE
+            sizes += (f"{one / 1e6:.0f} MB", f"{total / 1e9:.1f} GB", f"{total / card:.0%}")
+        rows.append((path.stem, str(given["model"]), str(given["imgsz"]), str(given["batch"]), *sizes))
     return rows
 
 
 def methods(net: str, imgsz: int) -> list[tuple[str, ...]]:
-    """Return a row of the table for every method that fits, and for two depths of freezing."""
+    """Return a row of the table for every method that fits, for two depths of freezing, and for LoRA on frozen norms."""
     rows = []
     cases: list[tuple[str, dict]] = [(n, {"method": n}) for n in METHODS]
     cases += [(f"full, freeze {n}", {"method": "full", "freeze": n}) for n in (5, 10)]
+    still = {"method": "lora", "bn": "frozen", "train_norms": False}
+    cases += [("lora, norms still", still), ("lora, norms still, lora_fa", {**still, "lora_fa": True})]
     for name, given in cases:
         try:
             counts = [saved(net, imgsz, amp=amp, lean=level, **given) for amp in (False, True) for level in LEVELS]
@@ -139,11 +142,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.methods:
-        sizes = (f"{precision} {level}" for precision in ("fp32", "bf16") for level in LEVELS)
+        sizes = tuple(f"{precision} {level}" for precision in ("fp32", "bf16") for level in LEVELS)
         head: tuple[str, ...] = ("method", "trained", *sizes, "once, fp32 off")
         rows = methods(args.methods, args.imgsz)
     else:
-        head = ("recipe", "model", "imgsz", "saved per image", "batch", "sum", "of the card")
+        sizes = ("saved per image", "sum", "of the card")
+        head = ("recipe", "model", "imgsz", "batch", *sizes, *(f"memory: {x}" for x in sizes))
         rows = recipes(ROOT / "configs" / "train")
     print("\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)))
 

@@ -24,6 +24,7 @@ from typing import Any
 
 DETECT = {"epochs": 12, "imgsz": 320, "seed": 0, "device": "cpu", "plots": False}
 CLASSIFY = {"epochs": 4, "seed": 0, "device": "cpu", "workers": 0}
+OFF = {"lean": "off"}  # bytes are then those of the method alone, and of Ultralytics; benchmarks/lean.py has the others
 TASKS = {"seg": "yolo11n-seg.pt", "obb": "yolo11n-det-from-seg.pt"}  # the latter's body under a new head
 TIMM = {
     "mobilenetv2_100": ("mobilenetv2_100.tf2_in1k_dequant.safetensors", {"pad_type": "same"}, {"imgsz": 96}),
@@ -128,7 +129,9 @@ def _ultralytics(root: Path, folder: str, data: str, weights: str, ours: bool, *
 def _detect(root: Path, folder: str, data: str, weights: str, **more: Any) -> dict[str, Any]:
     import visionpeft
 
-    run = visionpeft.train(root / data / "data.yaml", model=root / "weights" / weights, project=folder, **{**DETECT, **more})
+    run = visionpeft.train(
+        root / data / "data.yaml", model=root / "weights" / weights, project=folder, **{**DETECT, **OFF, **more}
+    )
     check = _plain_val(run.merged, root / data / "data.yaml") if run.merged else {}
     return {**_row(run), "plain val": check, "merged bytes": run.merged.stat().st_size if run.merged else None}
 
@@ -142,7 +145,7 @@ def _scenes(root: Path, folder: str, data: str, weights: str, **more: Any) -> di
     if data.endswith("-obb"):
         model, given = Path(folder) / "base.pt", model
         YOLO("yolo11n-obb.yaml").load(str(given)).save(str(model))
-    return _row(visionpeft.train(data, model=model, project=folder, **{**DETECT, **more}))
+    return _row(visionpeft.train(data, model=model, project=folder, **{**DETECT, **OFF, **more}))
 
 
 def _plain_val(merged: Path, data: Path) -> dict[str, float]:
@@ -169,7 +172,7 @@ def _classify(root: Path, folder: str, net: str, method: str, **more: Any) -> di
     }
     run = visionpeft.train(
         root / "eurosat_rgb_2000", model=f"timm/{net}", method=method, model_args=model_args, project=folder,
-        **{**CLASSIFY, **settings, **more},
+        **{**CLASSIFY, **OFF, **settings, **more},
     )  # fmt: skip
     return _row(run)
 

@@ -50,6 +50,13 @@ def test_python_snippets(where: str, code: str) -> None:
             assert {k.arg for k in call.keywords} <= known, f"{where}: {ast.unparse(call)}"
 
 
+def test_lean_on_your_own_model_runs_as_shown(capsys: pytest.CaptureFixture) -> None:
+    code = [code for where, code in blocks("python") if where.startswith("docs/lean.md")]
+    exec(compile("\n".join(code), "docs/lean.md", "exec"), {"__name__": "page"})
+    before, after = re.findall(r"([\d.]+) MiB", capsys.readouterr().out.splitlines()[0])
+    assert float(after) < 0.1 * float(before)
+
+
 @pytest.mark.parametrize(("where", "line"), list(commands()))
 def test_commands(where: str, line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
