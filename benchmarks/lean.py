@@ -388,6 +388,20 @@ def lines(row: Row, costs: Mapping[str, Cost]) -> list[tuple[str, ...]]:
     return found
 
 
+SHORT = ("work", "peer", "saved", "peak", "`auto`: saved", "peak", "time", "`memory`: saved", "peak", "time")
+
+
+def line(row: Row, costs: Mapping[str, Cost]) -> tuple[str, ...]:
+    """Return a row in one line: the peer's MiB, then at each level our ratios to it."""
+    peer = costs[row.peer]
+    found = [row.name, row.peer, f"{peer.saved / MIB:.0f}", f"{peer.peak / MIB:.0f}"]
+    for level in lean.LEVELS:
+        cost = costs[level]
+        times = statistics.median(ours / theirs for ours, theirs in zip(cost.times, peer.times, strict=True))
+        found += [f"{cost.saved / peer.saved:.2f}×", f"{cost.peak / peer.peak:.2f}×", f"{times:.2f}×"]
+    return tuple(found)
+
+
 def verdict(column: str, ratio: float, goal: float) -> str:
     return f"{column} ≤ {goal:.2f} {'reached' if ratio <= goal else 'missed'}"
 
@@ -460,7 +474,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression, searched for in a row's name")
     parser.add_argument("--rounds", type=int, default=9, help="steps of each side that are timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--markdown", type=Path, help="file to write the table to")
+    parser.add_argument("--markdown", type=Path, help="file to write a short table to, a line per row")
     parser.add_argument("--quick", action="store_true", help="one picture of 64 pixels, one round: does it run?")
     parser.add_argument("--layers", action="store_true", help="time LoRA's two backward passes, layer by layer, instead")
     parser.add_argument("--report", action="store_true", help="say what lean takes over in seven nets, instead")
@@ -487,12 +501,15 @@ def main() -> None:
         except Skip as reason:
             print(f"left out: {row.name}: {reason}", file=sys.stderr)
             continue
-        table += (new := lines(row, measure(found, 1 if args.quick else args.rounds, device)))
-        print("\n".join(markdown(new).splitlines()[2:]), flush=True)
+        costs = measure(found, 1 if args.quick else args.rounds, device)
+        table.append(line(row, costs))
+        print("\n".join(markdown(lines(row, costs)).splitlines()[2:]), flush=True)
         del found
         gc.collect()
     if args.markdown:
-        files.write(args.markdown, f"{markdown(table)}\n\n{machine(device)}\n".encode())
+        files.write(
+            args.markdown, f"{markdown(table, SHORT)}\n\nMiB of the peer, and ratios to it. {machine(device)}.\n".encode()
+        )
 
 
 if __name__ == "__main__":
