@@ -27,7 +27,7 @@ from . import folds
 from .products import layout
 from .recipes import Leaf, made, tag
 from .report import Report
-from .watch import Watch, running
+from .watch import Watch, checkpointing, running
 
 LEVELS = ("auto", "memory")
 
@@ -131,6 +131,7 @@ def _useful(args: tuple, kwargs: dict) -> bool:
         torch.is_grad_enabled()
         and any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
         and not running()
+        and not checkpointing()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
