@@ -28,6 +28,7 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as VitBlock
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from ultralytics.cfg import get_cfg
@@ -914,6 +915,7 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "what is between the layers of a container": lambda: Sends(
         _each_layer, layers=nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
     ),
+    "strides by hand": lambda: Sends(lambda m, x: m.a(x).as_strided((2, 36), (8 * 36, 8)), a=nn.Conv2d(4, 8, 3)),
     "dropout on tokens laid out as a map": lambda: Sends(
         lambda m, x: F.dropout(m.b(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 0.5), a=Conv(4, 8), b=nn.Linear(8, 4)
     ),
@@ -924,6 +926,36 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
 def test_lists_of_layers_are_folded() -> None:
     model = leaned(still(tuned(randomised(UNUSUAL["lists of layers"]()), "frozen")))
     assert lean.report(model, tensor(*MAP)).folded == 3
+
+
+def test_large_gradients_in_half_precision() -> None:
+    """A shift's gradient is a sum over images and places, beyond what half precision holds; a BatchNorm's is in single."""
+    plain = still(tuned(randomised(nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Identity())), "bias")).float()
+    plain[0].requires_grad_(False)
+    apart = nn.Sequential(plain[0], nn.ReLU(), plain[1])  # not folded
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        with torch.autocast("cpu", torch.float16):
+            y = model(x)
+        y.float().mul(4096).sum().backward()
+
+    x = tensor(2, 4, 8, 8).float()
+    for module in (plain, apart):
+        wanted = results(module, x, step=step)
+        assert all(torch.isfinite(t).all() for t in wanted.values())
+        for level in LEVELS:
+            assert_same(results(leaned(module, level), x, step=step), wanted, 1e-2)
+
+
+def test_forward_derivatives_and_meta_tensors() -> None:
+    """What is neither recorded nor computed runs as it is."""
+    plain, x = still(tuned(randomised(conv_bn(nn.SiLU())), "full")), tensor(*MAP)
+    tangents = []
+    for model in (plain, leaned(plain)):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    assert torch.equal(*tangents)
+    assert leaned(plain).to("meta")(x.to("meta")).shape == plain(x).shape
 
 
 def test_folds_hold_while_training_and_not() -> None:
@@ -1050,7 +1082,23 @@ def _changed_by_a_view(m: Any, x: Tensor) -> Tensor:
     return m.b(y)
 
 
+def _changed_data(m: Any, x: Tensor) -> Tensor:
+    y = F.silu(m.a(x))
+    z = y + y
+    z.data.clamp_(max=0.2)
+    return m.b(z)
+
+
+def _assigned_data(m: Any, x: Tensor) -> Tensor:
+    y = F.silu(m.a(x))
+    z = y + y
+    z.data = z.detach() * 3
+    return m.b(z)
+
+
 CHANGES = [
+    _changed_data,
+    _assigned_data,
     _changed_by_a_view,
     _changed_part,
     _changed_bare_part,

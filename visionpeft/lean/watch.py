@@ -280,10 +280,17 @@ def _view(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any
     return recipes.of_one(func, (input, *args), kwargs, 0.0)
 
 
-def _random(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if layout(input) is torch.channels_last and not input._is_view():  # numbers are drawn in the order of memory
+def _in_order(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run what goes by the order of memory: strides, and random numbers, which are drawn in it."""
+    if layout(input) is torch.channels_last and not input._is_view():
         _lay_out(input)
     return func(input, *args, **kwargs)
+
+
+def _data(watch: Watch, func: Callable, input: Tensor, *args: Any) -> Any:
+    """Read or set ``x.data``: what is changed by that does not count as a change of x."""
+    input.__dict__.pop("_lean", None)
+    return func(input, *args)
 
 
 def _lay_out(x: Tensor) -> None:
@@ -349,6 +356,8 @@ HANDLERS: dict[Callable, Callable] = {
     },
     **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},
     Tensor.view: _view,
-    **{f: _random for f in (functional.dropout, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_)},
+    **{f: _in_order for f in (functional.dropout, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_)},
+    **{f: _in_order for f in (torch.as_strided, Tensor.as_strided)},
     torch.roll: _of_one(1.0),
+    **{f: _data for f in (Tensor.data.__get__, Tensor.data.__set__)},  # type: ignore[attr-defined]
 }
