@@ -28,6 +28,7 @@ from timm.models.resnet import Bottleneck as ResNetBottleneck
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as VitBlock
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from ultralytics.cfg import get_cfg
@@ -548,6 +549,16 @@ def test_torch_checkpoint_inside(reentrant: bool) -> None:
     assert_same(results(leaned(plain), tensor(*MAP)), results(plain, tensor(*MAP)))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_torch_checkpoint_around(reentrant: bool) -> None:
+    plain = still(tuned(randomised(conv_bn(nn.SiLU())), "full"))
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        loss_of(checkpoint(model, x, use_reentrant=reentrant)).backward()
+
+    assert_same(results(leaned(plain), tensor(*MAP), step=step), results(plain, tensor(*MAP), step=step))
+
+
 @pytest.mark.parametrize("name", ["vit_tiny", "resnet18"])
 def test_timm_checkpointing(name: str) -> None:
     plain: Any = net(name, "lora").double()
@@ -781,6 +792,46 @@ class Scales(nn.BatchNorm2d):
         return super().forward(x * 2)
 
 
+class Doubles(nn.Conv2d):
+    """A convolution of another kind."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mul_(2)
+
+
+class Remembers(nn.Module):
+    """What it keeps is read by someone else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.conv(x)
+        return self.bn(self.seen)
+
+
+def _without_grad_tracking(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        y = F.silu(m.b(m.a(x))).flatten(1).reshape(x.shape)
+    return m.c(torch.cat([y.clone(), x], 1)) + y.mean()
+
+
+def _each_layer(m: Any, x: Tensor) -> Tensor:
+    """Passes the container and reads what is between its layers."""
+    total = x.new_zeros(())
+    for layer in m.layers:
+        x = layer(x)
+        total = total + x.cos().mean()
+    return x + total
+
+
+def _pairs_of_lists(m: Any, x: Tensor) -> Tensor:
+    for conv, bn in zip(m.convs, m.bns, strict=True):
+        x = F.relu(bn(conv(x)))
+    return m.last(x)
+
+
 def _shared_weight() -> nn.Module:
     module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3))
     module[3].weight = module[0].weight
@@ -843,8 +894,97 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
     "up to a size": lambda: Sends(
         lambda m, x: m.b(F.interpolate(m.a(x), size=(11, 13))), a=Conv(4, 8, 3), b=Conv(8, 8, 1)
     ),
+    "infinite gradients where ReLU is zero": lambda: Sends(
+        lambda m, x: m.b(F.relu6(m.a(x)).sqrt() + F.relu(m.a(x)).sqrt()), a=Conv(4, 8, act=nn.Identity()), b=Conv(8, 8)
+    ),
+    "arguments by name": lambda: Sends(
+        lambda m, x: m.b(torch.flatten(input=torch.chunk(input=F.silu(m.a(x)), chunks=2, dim=1)[0], start_dim=2)),
+        a=Conv(4, 8), b=nn.Linear(64, 5),
+    ),
+    "a stretch in inference mode": lambda: Sends(
+        _without_grad_tracking, a=Conv(4, 8), b=Conv(8, 4), c=Conv(8, 4)
+    ),
+    "another kind of convolution": lambda: nn.Sequential(Conv(4, 4), Doubles(4, 8, 3), nn.BatchNorm2d(8), nn.SiLU()),
+    "what a block remembers": lambda: Sends(
+        lambda m, x: m.c(m.block(x)) + m.block.seen.mean(), block=Remembers(), c=nn.Conv2d(4, 4, 1)
+    ),
+    "lists of layers": lambda: Sends(
+        _pairs_of_lists, convs=nn.ModuleList([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]),
+        bns=nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)]), last=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)),
+    ),
+    "what is between the layers of a container": lambda: Sends(
+        _each_layer, layers=nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+    ),
+    "strides by hand": lambda: Sends(lambda m, x: m.a(x).as_strided((2, 36), (8 * 36, 8)), a=nn.Conv2d(4, 8, 3)),
+    "dropout on tokens laid out as a map": lambda: Sends(
+        lambda m, x: F.dropout(m.b(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 0.5), a=Conv(4, 8), b=nn.Linear(8, 4)
+    ),
     "dropout": lambda: nn.Sequential(Conv(4, 8, 3), nn.Dropout(0.5), Conv(8, 8, 3), nn.Dropout2d(0.5), Conv(8, 8, 1)),
 }  # fmt: skip
+
+
+def test_lists_of_layers_are_folded() -> None:
+    model = leaned(still(tuned(randomised(UNUSUAL["lists of layers"]()), "frozen")))
+    assert lean.report(model, tensor(*MAP)).folded == 3
+
+
+def test_large_gradients_in_half_precision() -> None:
+    """A shift's gradient is a sum over images and places, beyond what half precision holds; a BatchNorm's is in single."""
+    plain = still(tuned(randomised(nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.Identity())), "bias")).float()
+    plain[0].requires_grad_(False)
+    apart = nn.Sequential(plain[0], nn.ReLU(), plain[1])  # not folded
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        with torch.autocast("cpu", torch.float16):
+            y = model(x)
+        y.float().mul(4096).sum().backward()
+
+    x = tensor(2, 4, 8, 8).float()
+    for module in (plain, apart):
+        wanted = results(module, x, step=step)
+        assert all(torch.isfinite(t).all() for t in wanted.values())
+        for level in LEVELS:
+            assert_same(results(leaned(module, level), x, step=step), wanted, 1e-2)
+
+
+def test_forward_derivatives_and_meta_tensors() -> None:
+    """What is neither recorded nor computed runs as it is."""
+    plain, x = still(tuned(randomised(conv_bn(nn.SiLU())), "full")), tensor(*MAP)
+    tangents = []
+    for model in (plain, leaned(plain)):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent)
+    assert torch.equal(*tangents)
+    assert leaned(plain).to("meta")(x.to("meta")).shape == plain(x).shape
+
+
+def test_folds_hold_while_training_and_not() -> None:
+    """A forward may differ between the two."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(y := m.a(x)) + (0.0 if m.training else y)
+
+    plain = still(tuned(randomised(Sends(forward, a=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4))), "bias"))
+    model = leaned(plain)
+    assert_same(results(model.eval(), tensor(*MAP)), results(plain.eval(), tensor(*MAP)))
+
+
+def test_a_forward_put_in_place_of_the_class_s() -> None:
+    plain = still(tuned(randomised(nn.Sequential(conv_bn(nn.SiLU()), conv_bn(nn.SiLU(), 8)[3])), "bias"))
+    model = leaned(plain)
+    for m in (plain, model):
+        m[0].forward = lambda x, m=m[0]: m[2](m[1](y := m[0](x)) + y)
+    assert_same(results(model, tensor(*MAP)), results(plain, tensor(*MAP)))
+
+
+def test_lora_with_dropout_on_frozen_statistics() -> None:
+    """Such a layer reads its weight in two parts, so its BatchNorm is not folded into the first."""
+    module = randomised(nn.Sequential(conv_bn(nn.SiLU()), nn.Conv2d(8, 4, 1)))
+    edits = tuple(Edit(e.module, e.point, e.method, {**e.settings, "dropout": 0.3}) for e in lora(module))
+    plain = still(filled(attach(module, Plan("none", "block", "lora", {}, 0, "frozen", (), (), {}, edits, (), ()))))
+    for level in LEVELS:
+        assert_same(results(leaned(plain, level), tensor(*MAP)), results(plain, tensor(*MAP)))
+    assert lean.report(leaned(plain).eval(), tensor(*MAP)).folded == 2
 
 
 def test_a_folded_weight_read_elsewhere_is_refused() -> None:
@@ -942,7 +1082,23 @@ def _changed_by_a_view(m: Any, x: Tensor) -> Tensor:
     return m.b(y)
 
 
+def _changed_data(m: Any, x: Tensor) -> Tensor:
+    y = F.silu(m.a(x))
+    z = y + y
+    z.data.clamp_(max=0.2)
+    return m.b(z)
+
+
+def _assigned_data(m: Any, x: Tensor) -> Tensor:
+    y = F.silu(m.a(x))
+    z = y + y
+    z.data = z.detach() * 3
+    return m.b(z)
+
+
 CHANGES = [
+    _changed_data,
+    _assigned_data,
     _changed_by_a_view,
     _changed_part,
     _changed_bare_part,

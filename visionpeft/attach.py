@@ -163,7 +163,9 @@ class Delta:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is base:
             return weight
         weight = weight.as_subclass(Computed)
-        weight.peft_base, (part, *more) = base, self.peft_weight.values()
+        part, *more = self.peft_weight.values()
+        if not (self.training and any(getattr(p, "dropout", 0) for p in self.peft_weight.values())):
+            weight.peft_base = base
         if not more and hasattr(part, "factors"):
             weight.peft_factors = part.factors(base)
         return weight
@@ -199,7 +201,7 @@ class Delta:
 class Computed(Tensor):
     """A weight that parts have computed: all reading works, writing in place is refused instead of silently lost."""
 
-    peft_base: Tensor  # the layer's own weight
+    peft_base: Tensor  # the layer's own weight, where forward only reads this one: not with dropout
     peft_factors: tuple[Tensor, Tensor, Tensor, float] | None = None  # base, U, V and s, where this is base + s U V
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from .. import twins
@@ -27,7 +28,7 @@ from . import folds
 from .products import layout
 from .recipes import Leaf, made, tag
 from .report import Report
-from .watch import Watch, running
+from .watch import Watch, checkpointing, running
 
 LEVELS = ("auto", "memory")
 
@@ -128,12 +129,14 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _useful(args: tuple, kwargs: dict) -> bool:
-    """Say whether a forward is one that autograd records and that may run under a mode."""
+    """Say whether a forward is one that autograd records for backward and that may run under a mode."""
     return (
         torch.is_grad_enabled()
-        and any(isinstance(x, Tensor) for x in (*args, *kwargs.values()))
+        and any(isinstance(x, Tensor) and not x.is_meta for x in (*args, *kwargs.values()))
         and not running()
+        and not checkpointing()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )

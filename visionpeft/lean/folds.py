@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..twins import plain
 
-Fold = tuple[nn.Module, str, str]  # a module, and its names for a convolution and for the BatchNorm that reads it
+Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
@@ -24,22 +26,39 @@ def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
     refused: dict[str, str] = {}
     owned = [x for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
     owners = Counter(map(id, owned))
+    settled: set[int] = set()  # convolutions that a module further out calls itself, past the container they are in
     for name, module in model.named_modules():
-        children = dict(module.named_children())
-        convs = {k for k, m in children.items() if isinstance(m, nn.Conv2d)}
-        if not convs or not any(isinstance(m, nn.BatchNorm2d) for m in children.values()):
+        convs = {path: conv for path, conv in _held(module, nn.Conv2d) if id(conv) not in settled}
+        if not convs or not any(_held(module, nn.BatchNorm2d)):
             continue
-        path = f"{name}." if name else ""
+        whole = f"{name}." if name else ""
         try:
-            pairs = dict(_pairs(module))
+            calls, pairs = _pairs(module)
         except Exception as error:  # fx gives up in many ways on a forward that depends on data
-            refused |= {path + k: f"its module cannot be traced ({type(error).__name__})" for k in convs}
+            refused |= {whole + k: f"its module cannot be traced ({type(error).__name__})" for k in convs if "." not in k}
             continue
-        shared = {k for k in pairs if owners[id(children[k])] > 1 or owners[id(children[k]._parameters.get("weight"))] > 1}
-        found += [(module, conv, bn) for conv, bn in pairs.items() if conv not in shared]
-        refused |= {path + k: "what reads it is not one BatchNorm" for k in convs - set(pairs)}
-        refused |= {path + k: "it, or its weight, is used elsewhere, too" for k in shared}
+        for path, conv in convs.items():
+            if path not in calls and "." in path:
+                continue  # its container calls it
+            settled.add(id(conv))
+            if path not in pairs:
+                refused[whole + path] = "what reads it is not one BatchNorm"
+            elif owners[id(conv)] > 1 or owners[id(conv._parameters.get("weight"))] > 1:
+                refused[whole + path] = "it, or its weight, is used elsewhere, too"
+            elif not _usual(conv):
+                refused[whole + path] = "its class has a forward of its own"
+            else:
+                found.append((module, path, pairs[path]))
     return found, refused
+
+
+def _held(module: nn.Module, kind: type, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a kind, by path, that `module` holds itself or in containers."""
+    for name, child in module.named_children():
+        if isinstance(child, kind):
+            yield path + name, child
+        elif isinstance(child, _CONTAINERS):
+            yield from _held(child, kind, f"{path}{name}.")
 
 
 class _Tracer(fx.Tracer):
@@ -47,17 +66,28 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[str, str]]:
-    graph = _Tracer().trace(module)
-    calls = [n for n in graph.nodes if n.op == "call_module"]
-    for node in calls:
-        readers = list(node.users)
-        if not isinstance(module.get_submodule(str(node.target)), nn.Conv2d) or len(readers) != 1:
-            continue
-        reader = readers[0]
-        once = all(sum(n.target == x.target for n in calls) == 1 for x in (node, reader))
-        if once and reader.op == "call_module" and reader.args == (node,) and _known(module, str(reader.target)):
-            yield str(node.target), str(reader.target)
+def _pairs(module: nn.Module) -> tuple[set[str], dict[str, str]]:
+    """Return what a module's forward calls, and the pairs of a convolution and the BatchNorm that alone reads it."""
+    called: set[str] = set()
+    both: list[set[tuple[str, str]]] = []
+    for training in (True, False):
+        copied = copy.copy(module)  # a forward may store something in its module
+        copied.training = training
+        calls = [n for n in _Tracer().trace(copied).nodes if n.op == "call_module"]
+        if any(isinstance(value, fx.Proxy) for value in vars(copied).values()):
+            raise ValueError("what it stores may be read elsewhere")
+        called |= {str(n.target) for n in calls}
+        times = Counter(n.target for n in calls)
+        pairs = [(n, reader) for n in calls if len(n.users) == 1 and (reader := next(iter(n.users))) in calls]
+        once = [(a, b) for a, b in pairs if times[a.target] == times[b.target] == 1 and b.args == (a,)]
+        both.append({(str(a.target), str(b.target)) for a, b in once if _known(module, str(b.target))})
+    return called, dict(both[0] & both[1])
+
+
+def _usual(conv: Any) -> bool:
+    """Say whether what a convolution returns is what ``F.conv2d`` returns for its weight."""
+    kind: Any = plain(type(conv))
+    return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
 def _known(module: nn.Module, name: str) -> bool:
@@ -79,10 +109,11 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
     valid: dict[int, nn.Module] = {}
     shared: set[int] = set()
     for parent, conv_name, bn_name in folds:
-        conv: Any = parent._modules.get(conv_name)
-        bn: Any = parent._modules.get(bn_name)
+        conv, bn = _child(parent, conv_name), _child(parent, bn_name)
         if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
             continue
+        if any("forward" in vars(m) for m in (parent, conv, bn)):
+            continue  # someone has put another one in place of the class's
         weight = conv._parameters.get("weight")
         if weight is None or bn.training or (bn.weight is not None and bn.weight.requires_grad):
             continue
@@ -94,3 +125,9 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
             shared.add(id(weight))
         valid[id(weight)] = bn
     return {k: v for k, v in valid.items() if k not in shared}
+
+
+def _child(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module

@@ -55,7 +55,7 @@ class BatchNorm(torch.autograd.Function):
         if ctx.steps is None:
             scale, _weight = ctx.saved_tensors
             gx = g * _spread(scale, g).to(g.dtype) if wanted[0] else None
-            gb = g.sum((0, *range(2, g.dim()))) if wanted[2] else None
+            gb = g.sum((0, *range(2, g.dim())), dtype=scale.dtype) if wanted[2] else None
             return gx, None, gb, *[None] * 6
         *tensors, weight, mean, var = ctx.saved_tensors
         x = rebuild(ctx.steps, tensors).to(g.dtype)

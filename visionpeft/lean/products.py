@@ -63,8 +63,8 @@ class Conv(NamedTuple):
         return shape[0] / self.groups * shape[2:].numel() / (self.stride[0] * self.stride[1])
 
     def total(self, g: Tensor) -> Tensor:
-        """Return the sum of each channel."""
-        return g.sum((0, 2, 3))
+        """Return the sum of each channel, at least in single precision: in half it would soon be infinite."""
+        return g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32))
 
 
 _POINTWISE = Conv((1, 1), (0, 0), (1, 1), 1)
@@ -98,7 +98,7 @@ class Linear:
 
     def total(self, g: Tensor) -> Tensor:
         """As `Conv.total`."""
-        return _rows(g).sum(0)
+        return _rows(g).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ class Leaf:
     passes = 0.0
 
     def __init__(self, tensor: Tensor, kept: bool = True):
-        self.tensor, self.kept = tensor.detach(), kept
-        self.version = self.tensor._version
+        self.tensor, self.kept = tensor.detach(), kept and not tensor.is_inference()  # those cannot be kept for backward
+        self.version = version(self.tensor)
 
     def holds(self) -> bool:
         """Say whether the tensor is still as it was."""
-        return self.tensor._version == self.version
+        return version(self.tensor) == self.version
 
 
 class Made:
@@ -71,7 +71,7 @@ def rebuild(steps: Steps, tensors: Sequence[Tensor]) -> Tensor:
 def tag(tensor: Tensor, recipe: Recipe | None) -> Tensor:
     """Let `tensor` carry `recipe`; returns it."""
     if recipe is not None:
-        tensor._lean = recipe, tensor._version  # type: ignore[attr-defined]
+        tensor._lean = recipe, version(tensor)  # type: ignore[attr-defined]
         _carriers.refs.append(weakref.ref(tensor))
     return tensor
 
@@ -96,8 +96,13 @@ def forget() -> None:
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
     """Return the recipe that `tensor` carries, unless it was changed since."""
-    recipe, version = getattr(tensor, "_lean", (None, -1))
-    return recipe if version == tensor._version else None
+    recipe, when = getattr(tensor, "_lean", (None, -1))
+    return recipe if when == version(tensor) else None
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor's memory was changed; of one made in inference mode, which does not count, zero."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def keep(tensor: Tensor, most: float) -> Kept:
@@ -140,7 +145,7 @@ def _gather(recipe: Recipe) -> Kept | None:
     for leaf in leaves:
         if not leaf.kept:  # others may still change it, and without us no one would mind: keep a copy
             leaf.tensor, leaf.kept = leaf.tensor.clone(), True
-            leaf.version = leaf.tensor._version
+            leaf.version = version(leaf.tensor)
     places = {id(node): i for i, node in enumerate((*leaves, *nodes))}
     for node in nodes:
         if isinstance(node.function, Recall):
@@ -180,7 +185,7 @@ class Recall:
 # ------------------------------------------------------------------------------- functions that pass recipes on
 def of_one(function: Callable, args: tuple, kwargs: dict, passes: float) -> object:
     """Call a function of one tensor; let what it returns (a tensor, or a tuple of them) carry its recipe."""
-    out, (x, *rest) = function(*args, **kwargs), args
+    out, (x, *rest) = function(*args, **kwargs), args or (None,)  # given by its name, it is read by none of ours
     if isinstance(x, Tensor) and (recipe := recipe_of(x)) is not None:
         if isinstance(out, Tensor):
             tag(out, made(lambda t: function(t, *rest, **kwargs), recipe, passes=passes))

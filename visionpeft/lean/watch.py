@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 from ..errors import ModelError
 from . import recipes
 from .norms import BatchNorm, LayerNorm, affine, rescale
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
 from .products import Conv, Linear, LowRank, Product, exactly, layout
-from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag
+from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag, version
 from .report import Report
 
 MOST = 12.0  # the costliest recipe of all, in passes over the tensor
@@ -57,7 +58,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(func)
-        if handler is None or _checkpointing():
+        if handler is None or checkpointing():
             out = func(*args, **(kwargs or {}))
             if self.report and isinstance(out, Tensor) and out.requires_grad and not out._is_view():
                 self.report.others[func.__name__] += out.nbytes
@@ -87,10 +88,10 @@ def running() -> bool:
     return getattr(_state, "watch", None) is not None
 
 
-def _checkpointing() -> bool:
-    """Say whether this runs under torch's checkpoint: its second forward runs as it is, so the first must as well."""
+def checkpointing() -> bool:
+    """Say whether this runs under torch's checkpoint, whose two forwards must do the same: they run as they are."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", "")
+    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
 
 
 # ------------------------------------------------------------------------------------------------------------- products
@@ -117,7 +118,7 @@ def _conv2d(
         scale = scale * bn.weight.detach()
     shift = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
     out = _product(watch, op, input, weight, shift if bias is None else shift + bias * scale, scale)
-    out._lean_normalised = bn.running_mean  # type: ignore[attr-defined]
+    out._lean_normalised = bn.running_mean, version(out)  # type: ignore[attr-defined]
     watch.folded += 1
     return watch.took("convolution + frozen BatchNorm", out)
 
@@ -207,7 +208,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if getattr(input, "_lean_normalised", None) is running_mean is not None:
+    mean, when = getattr(input, "_lean_normalised", (None, 0))
+    if mean is running_mean is not None and when == version(input):
         del input._lean_normalised  # type: ignore[attr-defined]
         watch.folded -= 1
         return input
@@ -278,10 +280,17 @@ def _view(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any
     return recipes.of_one(func, (input, *args), kwargs, 0.0)
 
 
-def _random(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if layout(input) is torch.channels_last:  # numbers are drawn in the order of memory
+def _in_order(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run what goes by the order of memory: strides, and random numbers, which are drawn in it."""
+    if layout(input) is torch.channels_last and not input._is_view():
         _lay_out(input)
     return func(input, *args, **kwargs)
+
+
+def _data(watch: Watch, func: Callable, input: Tensor, *args: Any) -> Any:
+    """Read or set ``x.data``: what is changed by that does not count as a change of x."""
+    input.__dict__.pop("_lean", None)
+    return func(input, *args)
 
 
 def _lay_out(x: Tensor) -> None:
@@ -347,6 +356,8 @@ HANDLERS: dict[Callable, Callable] = {
     },
     **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},
     Tensor.view: _view,
-    **{f: _random for f in (functional.dropout, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_)},
+    **{f: _in_order for f in (functional.dropout, torch.rand_like, torch.randn_like, torch.bernoulli, Tensor.bernoulli_)},
+    **{f: _in_order for f in (torch.as_strided, Tensor.as_strided)},
     torch.roll: _of_one(1.0),
+    **{f: _data for f in (Tensor.data.__get__, Tensor.data.__set__)},  # type: ignore[attr-defined]
 }
