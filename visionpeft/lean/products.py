@@ -177,8 +177,8 @@ class Product(torch.autograd.Function):
                     gu = _through(op, g, op(x, a), scale, ctx.scaling)
                 x = x if isinstance(op, Conv) else None  # a linear layer's can go before its gradient comes
             if needs[1]:
-                whole = weight if up is None else _updated(weight, up, down, ctx.scaling)
-                whole = _times(whole, scale).to(g.dtype)
+                whole = _times(weight, scale) if up is None else _updated(weight, up, down, ctx.scaling, scale)
+                whole = whole.to(g.dtype)
             if factored:
                 gx = op.backward(g, x, whole, shapes, (True, False))[0] if needs[1] else None
             elif up is None or ctx.only_up:
@@ -222,8 +222,9 @@ def _through(op: Conv | Linear, g: Tensor, inner: Tensor, scale: Tensor | None, 
     return _times(gu, scale)
 
 
-def _updated(weight: Tensor, up: Tensor, down: Tensor, scaling: float) -> Tensor:
-    return torch.addmm(weight.flatten(1), up, down, alpha=scaling).view(weight.shape)
+def _updated(weight: Tensor, up: Tensor, down: Tensor, scaling: float, scale: Tensor | None) -> Tensor:
+    whole = torch.addmm(weight.flatten(1), up, down, alpha=scaling)
+    return (whole if scale is None else whole.mul_(scale.unsqueeze(1))).view(weight.shape)
 
 
 def _times(weight: Tensor, scale: Tensor | None) -> Tensor:
