@@ -3,13 +3,14 @@ went wrong. Registers nothing."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,5 +124,9 @@ def failure(folder: Path) -> VisionpeftError:
 
 if __name__ == "__main__":
     function, given, place = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
-    with told(place):
+    with suppress(SystemExit), told(place):
         function(*given)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; at the interpreter's own end, threads of torch's that still run abort the process
