@@ -9,9 +9,12 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
+from visionpeft import delta as deltas
 from visionpeft.families.yolo_tasks import TASKS, build
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
@@ -88,6 +92,41 @@ def flat(output: object) -> list[Tensor]:
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+@contextmanager
+def ctrl_c(owner: type, method: str, after: int) -> Iterator[None]:
+    """Let `after` calls of a method pass; the next is interrupted."""
+    real, calls = getattr(owner, method), []
+
+    def call(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, call)
+        yield
+
+
+def learned_the_same(runs: dict[str, Any]) -> None:
+    """Check that runs at a level of lean kept less than the one without, and that their deltas are its."""
+    saved = {x: run.measured["saved_bytes"] for x, run in runs.items()}
+    assert saved["memory"] <= saved["auto"] < saved["off"] and saved["memory"] < 0.6 * saved["off"], saved
+    tensors = {x: deltas.read(run.delta).tensors for x, run in runs.items()}
+    for level, run in runs.items():
+        said = json.loads((run.folder / "run.json").read_text())
+        assert said["arguments"]["lean"] == {"flags": "memory"}.get(level, level)
+        assert tensors[level].keys() == tensors["off"].keys()
+        for key, value in tensors[level].items():
+            assert torch.allclose(value, tensors["off"][key], rtol=2e-3, atol=1e-3), key
+        moved, apart = (  # all lora_B start at 0
+            torch.cat([(v - without * tensors["off"][k]).flatten() for k, v in tensors[level].items() if "lora_B" in k])
+            for without in (0, 1)
+        )
+        assert apart.norm() <= 0.01 * moved.norm() > 0
+    assert all(torch.equal(value, tensors["memory"][key]) for key, value in tensors["flags"].items())
 
 
 @pytest.fixture(scope="session")

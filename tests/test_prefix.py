@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import NETS, flat, make_boxes, make_squares
+from conftest import NETS, ctrl_c, flat, make_boxes, make_squares
 from conftest import yolo as random_yolo
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -265,35 +265,16 @@ def test_the_change_in_score_is_measured_on_the_model_that_trains(squares: Path,
 def test_resumed_equals_uninterrupted(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch, stop: int) -> None:
     args = {"model": checkpoint, "freeze": 10, "cache": 2, "close_mosaic": 1, "project": tmp_path / "runs", **SMALL}
     whole = visionpeft.train(boxes, name="whole", **args)
-    real, calls = Tuned._model_train, []
-
-    def ctrl_c(trainer: Tuned) -> None:
-        calls.append(1)
-        if len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        real(trainer)
-
-    monkeypatch.setattr(Tuned, "_model_train", ctrl_c)
-    with pytest.raises(Interrupted):
+    with ctrl_c(Tuned, "_model_train", after=stop), pytest.raises(Interrupted):
         visionpeft.train(boxes, name="parts", **args)
-    monkeypatch.undo()
     monkeypatch.setenv("VISIONPEFT_CACHE", str(tmp_path / "another"))  # the views are gone, and made again
     equal(whole, visionpeft.train(resume=tmp_path / "runs" / "parts", quiet=True))
 
 
-def test_resumed_equals_uninterrupted_for_timm(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_equals_uninterrupted_for_timm(squares: Path, tmp_path: Path) -> None:
     whole = train_resnet(squares, tmp_path / "runs", name="whole", cache=2)
-    real = loop._Loop._epoch
-
-    def ctrl_c(run: Any, epoch: int, tell: Any) -> float:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return real(run, epoch, tell)
-
-    monkeypatch.setattr(loop._Loop, "_epoch", ctrl_c)
-    with pytest.raises(Interrupted):
+    with ctrl_c(loop._Loop, "_epoch", after=2), pytest.raises(Interrupted):
         train_resnet(squares, tmp_path / "runs", name="parts", cache=2)
-    monkeypatch.setattr(loop._Loop, "_epoch", real)
     equal(whole, visionpeft.train(resume=tmp_path / "runs" / "parts", quiet=True))
 
 

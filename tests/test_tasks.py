@@ -14,13 +14,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import flat, make_boxes, make_squares, yolo
+from conftest import ctrl_c, flat, make_boxes, make_squares, yolo
 from PIL import Image
 from ultralytics import YOLO
 from ultralytics.engine.results import Results
 
 import visionpeft
-from visionpeft.errors import DataError
+from visionpeft.errors import DataError, Interrupted
 from visionpeft.families.yolo_pictures import predicted, scaled
 from visionpeft.families.yolo_tasks import TASKS, fit
 
@@ -120,24 +120,14 @@ def test_exported_files_see_the_same(run: tuple, tmp_path: Path) -> None:
     assert torch.allclose(seen, y, rtol=1e-3, atol=1e-4)
 
 
-def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path, monkeypatch) -> None:
+def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path) -> None:
     """A classifier too, whose images have no mosaic to go on with."""
     from visionpeft.families.yolo import Tuned
 
     args = {**SMALL, "epochs": 3, "method": "lora", "r": 2, "project": tmp_path, "model": bases["yolo26n-cls"]}
     whole = visionpeft.train(sets["classify"], name="whole", **args)
-    real, calls = Tuned._model_train, []
-
-    def ctrl_c(trainer: Tuned) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        real(trainer)
-
-    monkeypatch.setattr(Tuned, "_model_train", ctrl_c)
-    with pytest.raises(visionpeft.VisionpeftError, match="go on with resume="):
+    with ctrl_c(Tuned, "_model_train", after=2), pytest.raises(Interrupted, match="go on with resume="):
         visionpeft.train(sets["classify"], name="parts", **args)
-    monkeypatch.undo()
     rest = visionpeft.train(resume=tmp_path / "parts", quiet=True)
     one, two = (torch.load(r.folder / "checkpoint.pt", weights_only=True)["ema"] for r in (whole, rest))
     assert all(torch.equal(one[k], two[k]) for k in one) and whole.history == rest.history

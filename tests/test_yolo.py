@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL
+from conftest import REAL, ctrl_c, learned_the_same
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -66,24 +66,11 @@ def test_full_with_freeze_is_ultralytics_own(boxes: Path, checkpoint: Path, tmp_
 
 @pytest.mark.parametrize("nbs", [4, 8])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_resumed_equals_uninterrupted(
-    boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, nbs: int
-) -> None:
+def test_resumed_equals_uninterrupted(boxes: Path, checkpoint: Path, tmp_path: Path, stop: int, nbs: int) -> None:
     args = {**SMALL, "epochs": 3, "close_mosaic": 2, "nbs": nbs, "mosaic": 1.0, "method": "lora", "r": 2}
     whole = visionpeft.train(boxes, model=checkpoint, project=tmp_path, name="whole", **args)
-
-    real, calls = Tuned._model_train, []
-
-    def ctrl_c(trainer: Tuned) -> None:
-        calls.append(1)
-        if len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        real(trainer)
-
-    monkeypatch.setattr(Tuned, "_model_train", ctrl_c)
-    with pytest.raises(Interrupted, match="go on with resume="):
+    with ctrl_c(Tuned, "_model_train", after=stop), pytest.raises(Interrupted, match="go on with resume="):
         visionpeft.train(boxes, model=checkpoint, project=tmp_path, name="parts", **args)
-    monkeypatch.undo()
     rest = visionpeft.train(resume=tmp_path / "parts")
     one, two = (torch.load(r.folder / "checkpoint.pt", weights_only=True) for r in (whole, rest))
     for part in ("model", "ema"):
@@ -100,38 +87,16 @@ def test_lean_keeps_less_and_learns_the_same(boxes: Path, checkpoint: Path, tmp_
     # steps that are smooth in the gradient: AdamW's first ones are its sign, and near zero that is rounding
     arguments = {**SMALL, "method": "lora", "r": 2, "optimizer": "SGD", "delta_dtype": "fp32", "project": tmp_path}
     runs = {x: visionpeft.train(boxes, model=checkpoint, **arguments, lean=x, name=x) for x in ("off", "auto", "memory")}
-    levels, real, epoch = [], lean.apply, Tuned._model_train
+    levels, real = [], lean.apply
     monkeypatch.setattr(lean, "apply", lambda model, level: levels.append(level) or real(model, level))
-
-    def ctrl_c(trainer: Tuned) -> None:
-        if trainer.epoch:
-            raise KeyboardInterrupt
-        epoch(trainer)
-
-    monkeypatch.setattr(Tuned, "_model_train", ctrl_c)
     flags = [f"--{k}={v}" for k, v in {**arguments, "lean": "memory", "name": "flags"}.items()]
-    with pytest.raises(SystemExit) as stopped:
+    with ctrl_c(Tuned, "_model_train", after=1), pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--data", str(boxes), "--model", str(checkpoint), *flags])
     assert stopped.value.code == 130
-    monkeypatch.setattr(Tuned, "_model_train", epoch)
     runs["flags"] = visionpeft.train(resume=tmp_path / "flags")
     assert levels == ["memory", "memory"]
 
-    saved = {x: run.measured["saved_bytes"] for x, run in runs.items()}
-    assert saved["memory"] <= saved["auto"] < saved["off"] and saved["memory"] < 0.6 * saved["off"], saved
-    tensors = {x: deltas.read(run.delta).tensors for x, run in runs.items()}
-    for level, run in runs.items():
-        said = json.loads((run.folder / "run.json").read_text())
-        assert said["arguments"]["lean"] == {"flags": "memory"}.get(level, level)
-        assert tensors[level].keys() == tensors["off"].keys()
-        for key, value in tensors[level].items():
-            assert torch.allclose(value, tensors["off"][key], rtol=2e-3, atol=1e-3), key
-        moved, apart = (  # all lora_B start at 0
-            torch.cat([(v - without * tensors["off"][k]).flatten() for k, v in tensors[level].items() if "lora_B" in k])
-            for without in (0, 1)
-        )
-        assert apart.norm() <= 0.01 * moved.norm() > 0
-    assert all(torch.equal(value, tensors["memory"][key]) for key, value in tensors["flags"].items())
+    learned_the_same(runs)
 
 
 WORKER = """
