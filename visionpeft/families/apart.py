@@ -15,6 +15,7 @@ from ..lean.prefix import DTYPES, Prefix
 from ..plan import Plan
 from ..scenes import cache
 from .base import Base, Data, Family
+from .launch import devices
 from .views import Store, key
 
 FORMAT = 1  # of stored views; another one when they are computed otherwise
@@ -50,6 +51,8 @@ def set_apart(
             f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
             f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"
         )
+    if views and len(devices(settings["device"])) > 1:
+        raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
     rounds = family.rounds(views, {**settings, **extra, "task": base.task})
     leading = family.leading(base, plan.untouched, settings["imgsz"])
     stored = DTYPES[dtype or "bf16"]

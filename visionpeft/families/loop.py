@@ -102,8 +102,6 @@ def rounds(views: int, settings: Mapping[str, Any]) -> Rounds:
     """
     if views and (mixing := next((name for name in ("mixup", "cutmix") if settings.get(name)), None)):
         raise ConfigError(f"{mixing}={settings[mixing]} mixes images, but with cache there are none to mix; leave one out")
-    if views and len(devices(settings["device"])) > 1:
-        raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
     return Rounds(min(views, settings["epochs"]))
 
 

@@ -37,7 +37,7 @@ from ..scenes import find
 from ..twins import plain
 from .base import Base, Data, Family, Job, Leading, observe, read_layers, read_params, read_statistics
 from .images import draw, read_folders
-from .launch import check_shares, devices
+from .launch import check_shares
 from .views import Rounds
 from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
@@ -244,8 +244,6 @@ class Yolo(Family):
             raise ConfigError(
                 f"{clash}={use[clash]} does not go with cache or prefix_dtype ({clashes[clash]}); leave one out"
             )
-        if views and len(devices(use["device"])) > 1:
-            raise ConfigError(f"device='{use['device']}' does not go with cache, which serves one device; leave one out")
         closing, share = max(use["epochs"] - use["close_mosaic"], 0), get_split_fraction(use["fraction"], "train")
         mixes = any(use[name] for name in ("mosaic", "mixup", "cutmix", "copy_paste"))
         if not (mixes and use["close_mosaic"]) or use["task"] == "classify":

@@ -40,8 +40,7 @@ class BatchNorm(torch.autograd.Function):
         else:
             assert mean is not None and var is not None
             center, inverse, statistics = mean, torch.rsqrt(var + eps), (mean, var)
-        scale = inverse if weight is None else weight * inverse
-        shift = -center * scale if bias is None else bias - center * scale
+        scale, shift = scale_and_shift(center, inverse, weight, bias)
         if not training:
             out = affine(x, scale, shift).to(x.dtype)
         ctx.save_for_backward(*(kept.tensors if kept else (scale,)), weight, *(statistics if kept else ()))
@@ -62,6 +61,12 @@ class BatchNorm(torch.autograd.Function):
         running, batch = ((None, None), (mean, var)) if ctx.training else ((mean, var), (None, None))
         gx, gw, gb = _aten.native_batch_norm_backward(g, x, weight, *running, *batch, ctx.training, ctx.eps, wanted)
         return gx if wanted[0] else None, gw if wanted[1] else None, gb if wanted[2] else None, *[None] * 6
+
+
+def scale_and_shift(center: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what a normalisation by a mean and an inverse deviation multiplies its input by, and adds to it; (C,) each."""
+    scale = inverse if weight is None else weight * inverse
+    return scale, -center * scale if bias is None else bias - center * scale
 
 
 def affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

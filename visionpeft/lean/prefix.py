@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import twins
 from ..errors import ConfigError
+from . import folds
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -94,7 +95,7 @@ class Prefix:
         with torch.no_grad():
             _trim(plain, self.modules, lambda: _run(plain, x, self.read, self._last, {}))
             folded = copy.deepcopy(plain)
-            fold(folded, lambda: _run(folded, x, self.read, self._last, {}))
+            fold(folded)
             _run(folded, x, self.read, self._last, found)
         same = all((found[n] - outputs[n]).norm() <= 1e-3 * outputs[n].norm() for n in self.read)
         return folded if same else plain
@@ -239,43 +240,16 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------- making it fast
-def fold(model: nn.Module, run: Callable[[], object]) -> None:
-    """Fold every BatchNorm that `run` passes through into the convolution whose output it reads; in place, in eval mode."""
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # keeps the tensors, or an id might mean another one later
-    calls: dict[nn.Module, int] = {}
-    pairs: dict[nn.Module, nn.Conv2d] = {}
-
-    def note(module: nn.Module, args: Any, output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if type(module) is nn.Conv2d:  # the weight of a subclass may be computed
-            made[id(output)] = (module, output)
-        elif id(args[0]) in made:
-            pairs[module] = made[id(args[0])][0]
-
-    kinds = (nn.Conv2d, nn.BatchNorm2d)
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, kinds)]
-    run()
-    for handle in handles:
-        handle.remove()
-    names = {module: name for name, module in model.named_modules()}
-    fed = list(pairs.values())
-    for norm, conv in pairs.items():
-        rest = _rest(norm)
-        if rest is not None and calls[norm] == calls[conv] == fed.count(conv) == 1:
-            statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            parent, _, leaf = names[norm].rpartition(".")
-            model.get_submodule(parent)._modules[leaf] = rest
-
-
-def _rest(norm: Any) -> nn.Module | None:
-    """Return what a BatchNorm does beside normalising; None where that is not known."""
-    if norm.running_mean is None:
-        return None
-    if type(norm) is nn.BatchNorm2d:
-        return nn.Identity()
-    parts = list(norm._modules)  # timm's BatchNormAct2d also drops and activates
-    return nn.Sequential(norm.drop, norm.act) if parts == ["drop", "act"] else None
+def fold(model: nn.Module) -> None:
+    """Fold BatchNorms for good into the convolutions that they alone read; in place, in eval mode."""
+    for parent, conv_path, norm_path in folds.find(model)[0]:
+        conv: Any = parent.get_submodule(conv_path)
+        norm: Any = parent.get_submodule(norm_path)
+        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        above, _, leaf = norm_path.rpartition(".")
+        rest = nn.Sequential(*norm.children())  # timm's BatchNormAct2d also drops and activates
+        parent.get_submodule(above)._modules[leaf] = rest
 
 
 def _trim(model: nn.Module, modules: Iterable[str], run: Callable[[], object]) -> None:

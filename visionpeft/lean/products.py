@@ -145,7 +145,7 @@ class Product(torch.autograd.Function):
         ctx.op, ctx.scaling, ctx.shape, ctx.steps = op, scaling, x.shape, None
         ctx.only_up = up is not None and ctx.needs_input_grad[4] and not ctx.needs_input_grad[5] and op.groups == 1
         with exactly(x):
-            whole = _times(weight if value is None else value, scale)
+            whole = times(weight if value is None else value, scale)
             if dtype is not None:
                 x, whole, bias = x.to(dtype), whole.to(dtype), None if bias is None else bias.to(dtype)
             tensors: tuple[Tensor, ...] = ()
@@ -170,24 +170,24 @@ class Product(torch.autograd.Function):
             shapes = ctx.shape, weight.shape
             factored = up is not None and needs[5] and _factored(op, weight.shape, up.shape[1])
             if factored:
-                thin = op.pointwise(g, _times(up, scale).mul(ctx.scaling).t().to(g.dtype))
+                thin = op.pointwise(g, times(up, scale).mul(ctx.scaling).t().to(g.dtype))
                 a = _like(down, weight).to(g.dtype)
                 gd = op.backward(thin, x, None, (ctx.shape, a.shape), (False, True))[1].reshape(down.shape)
                 if needs[4]:
                     gu = _through(op, g, op(x, a), scale, ctx.scaling)
                 x = x if isinstance(op, Conv) else None  # a linear layer's can go before its gradient comes
             if needs[1]:
-                whole = _times(weight, scale) if up is None else _updated(weight, up, down, ctx.scaling, scale)
+                whole = times(weight, scale) if up is None else updated(weight, up, down, ctx.scaling, scale)
                 whole = whole.to(g.dtype)
             if factored:
                 gx = op.backward(g, x, whole, shapes, (True, False))[0] if needs[1] else None
             elif up is None or ctx.only_up:
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], needs[2]))
-                gw = gw if gw is None else _times(gw, scale)
+                gw = gw if gw is None else times(gw, scale)
                 gu = _through(op, g, tensors[0], scale, ctx.scaling) if ctx.only_up else None
             else:  # through the gradient of the whole weight
                 gx, gw = op.backward(g, x, whole, shapes, (needs[1], True))
-                of_update = _times(gw, scale).flatten(1).to(up.dtype).mul_(ctx.scaling)
+                of_update = times(gw, scale).flatten(1).to(up.dtype).mul_(ctx.scaling)
                 gd = up.t() @ of_update if needs[5] else None
                 gu, gw = of_update @ down.t() if needs[4] else None, None
             return None, gx, gw, gb, gu, gd, None, None, None, None, None
@@ -219,15 +219,17 @@ def _factored(op: Conv | Linear, shape: torch.Size, r: int) -> bool:
 def _through(op: Conv | Linear, g: Tensor, inner: Tensor, scale: Tensor | None, scaling: float) -> Tensor:
     """Return the gradient of `up`, from `inner`, the x that went through `down`."""
     gu = op.outer(inner, g).mul_(scaling).t()  # the narrow one first: up to four times faster than the other way round
-    return _times(gu, scale)
+    return times(gu, scale)
 
 
-def _updated(weight: Tensor, up: Tensor, down: Tensor, scaling: float, scale: Tensor | None) -> Tensor:
+def updated(weight: Tensor, up: Tensor, down: Tensor, scaling: float, scale: Tensor | None = None) -> Tensor:
+    """Return ``(weight + scaling * up @ down) * scale``."""
     whole = torch.addmm(weight.flatten(1), up, down, alpha=scaling)
     return (whole if scale is None else whole.mul_(scale.unsqueeze(1))).view(weight.shape)
 
 
-def _times(weight: Tensor, scale: Tensor | None) -> Tensor:
+def times(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a weight whose outputs are multiplied by `scale`, (O,)."""
     return weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1))
 
 

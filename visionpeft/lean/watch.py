@@ -19,9 +19,9 @@ from torch.utils import checkpoint
 
 from ..errors import ModelError
 from . import recipes
-from .norms import BatchNorm, LayerNorm, affine, rescale
+from .norms import BatchNorm, LayerNorm, affine, rescale, scale_and_shift
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
-from .products import Conv, Linear, LowRank, Product, exactly, layout
+from .products import Conv, Linear, LowRank, Product, exactly, layout, times, updated
 from .recipes import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag, version
 from .report import Report
 
@@ -113,10 +113,8 @@ def _conv2d(
     bn: Any = watch.folds.get(id(getattr(weight, "peft_base", weight)))
     if bn is None:
         return watch.took("convolution", _product(watch, op, input, weight, bias, None))
-    scale = torch.rsqrt(bn.running_var + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight.detach()
-    shift = -bn.running_mean * scale if bn.bias is None else bn.bias - bn.running_mean * scale
+    weight_of_bn = None if bn.weight is None else bn.weight.detach()
+    scale, shift = scale_and_shift(bn.running_mean, torch.rsqrt(bn.running_var + bn.eps), weight_of_bn, bn.bias)
     out = _product(watch, op, input, weight, shift if bias is None else shift + bias * scale, scale)
     out._lean_normalised = bn.running_mean, version(out)  # type: ignore[attr-defined]
     watch.folded += 1
@@ -140,7 +138,8 @@ def _linear_again(dtype: torch.dtype, scaling: float | None, biased: bool, x: Te
     (weight, *factors), bias = (tensors[:-1], tensors[-1].to(dtype)) if biased else (tensors, None)
     with exactly(x):
         if scaling is not None:
-            weight = torch.addmm(weight, *factors, alpha=scaling)
+            up, down = factors
+            weight = updated(weight, up, down, scaling)
         return functional.linear(x.to(dtype), weight.to(dtype), bias)
 
 
@@ -149,7 +148,7 @@ def _product(
 ) -> Tensor:
     factors, learns = _factors(weight), weight.requires_grad
     if not (learns or x.requires_grad or (bias is not None and bias.requires_grad)):
-        return op(x, weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias)
+        return op(x, times(weight, scale), bias)
     dtype, kept = _autocast(x), None
     if learns and (factors is None or factors.down.requires_grad or op.groups > 1):
         kept = keep(x, watch.most(op.work(weight.shape)))
