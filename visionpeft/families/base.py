@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,31 @@ class Job:
         return self.folder / "delta.safetensors"
 
 
+@dataclass(frozen=True)
+class Step:
+    """What decides, beside model and plan, how much memory a training step takes."""
+
+    batch: int  # images
+    imgsz: int
+    optimizer: str
+    amp: bool  # forward in half precision, under autocast
+    objects: int  # labelled ones in an image: the most of the run, for it is the fullest batch that counts
+    area: float  # what share of the image one of them covers, on average
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A training step on made-up data. It may run on tensors without content, so nothing in it may depend on values but
+    by `true`."""
+
+    batch: Callable[[], Any]
+    loss: Callable[[Any], Tensor]  # forward, of such a batch
+    validate: Callable[[], object]
+    optimizer: torch.optim.Optimizer
+    average: int  # bytes of the moving average
+    true: Callable[[Sequence[int]], int] = math.prod  # how many elements of a mask of this shape are true
+
+
 class Family(ABC):
     """How to deal with one library's models. Registered under its name; found by `claims`."""
 
@@ -159,6 +185,23 @@ class Family(ABC):
         Raises:
             ModelError: It cannot be had, or is of a kind that is not supported.
         """
+
+    @abstractmethod
+    def design(self, source: str, **options: Any) -> Base:
+        """Return a base as `load` does, but with random weights where its own would have to be fetched.
+
+        Raises:
+            ModelError: As for `load`.
+        """
+
+    @abstractmethod
+    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+        """Return how many labelled objects the fullest image of a run of these settings holds, augmentation included, and
+        what share of an image one of them covers, on average."""
+
+    @abstractmethod
+    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+        """Return a training step of a model that a plan is attached to, on made-up data."""
 
     @abstractmethod
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
