@@ -31,10 +31,14 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "delta": 4,
     "run": 4,
     "families": 5,
-    "api": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+    "forecast": 6,
+    "settings": 6,
+    "budget": 7,
+    "planning": 8,
+    "api": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 

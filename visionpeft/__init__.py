@@ -10,13 +10,13 @@ from .api import (
     list_methods,
     load,
     merge,
-    plan,
     predict,
     train,
     val,
     verify,
 )
 from .errors import VisionpeftError
+from .planning import fit, forecast, plan
 from .run import Run
 
 __version__ = "0.1.0"
@@ -27,6 +27,8 @@ __all__ = [
     "data",
     "detach",
     "export",
+    "fit",
+    "forecast",
     "inspect",
     "list_families",
     "list_methods",

@@ -180,11 +180,14 @@ class Ledger(PeakBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if count := flop_registry.get(func._overloadpacket):
+        if func is _aten.convolution_backward.default:  # torch's own count is wrong with groups
+            g, x, weight, turned, mask = *args[:3], args[7], args[10]
+            self.flops += 2 * (x if turned else g).numel() * weight[0].numel() * sum(mask[:2])
+            self._pass(_backward_inside(self.gpu, *args))
+        elif count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
-        if func in (_aten.convolution.default, _aten.convolution_backward.default):
-            backward = func is not _aten.convolution.default
-            self._pass((_backward_inside if backward else _forward_inside)(self.gpu, *args))
+        if func is _aten.convolution.default:
+            self._pass(_forward_inside(self.gpu, *args))
         return out
 
     def _pass(self, sizes: Sequence[int]) -> None:

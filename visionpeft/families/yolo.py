@@ -35,11 +35,11 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..scenes import find
 from ..twins import plain
+from . import yolo_rehearsal
 from .base import Base, Data, Family, Job, Leading, Rehearsal, Step, observe, read_layers, read_params, read_statistics
 from .images import draw, read_folders
 from .launch import check_shares
 from .views import Rounds
-from . import yolo_rehearsal
 from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable

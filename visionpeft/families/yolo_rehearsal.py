@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 import torch
 import ultralytics.optim
-from torch import Tensor, nn
+from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import img2label_paths
 from ultralytics.utils.checks import check_imgsz
