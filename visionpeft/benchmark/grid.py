@@ -78,7 +78,8 @@ class Grid:
     def trials(self, cell: Cell) -> list[Cell]:
         """Return the runs that choose a cell's searched options, on a part of its training images held back."""
         names = list(self.search)
-        spec = {**cell.spec, "retain": None, "retain_sha256": "", "equal": "epochs", "seed": self.axes["seed"][0]}
+        spec = {**cell.spec, "retain": None, "retain_sha256": "", "equal": "epochs"}
+        spec["seed"] = cell.spec["search_seed"]
         points = (dict(zip(names, values, strict=True)) for values in itertools.product(*self.search.values()))
         return [dataclasses.replace(cell, spec={**spec, "trial": point}) for point in points] if self.search else []
 
@@ -125,7 +126,7 @@ def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".") -> G
     ):
         merged = {"retain": config.get("retain"), **shared, **model, **data, "freeze": freeze, **method, "seed": seed}
         own = {**({"freeze": freeze} if freeze else {}), **{k: v for k, v in method.items() if k != "method"}}
-        cells.append(_cell(merged, own, equal, search, places))
+        cells.append(_cell(merged, own, equal, search, axes["seed"][0], places))
     hashes = [cell.hash for cell in cells]
     if twice := next((cell for cell in cells if hashes.count(cell.hash) > 1), None):
         raise ConfigError(f"the grid holds {twice} twice; name each combination once")
@@ -215,7 +216,9 @@ def _entries(axis: str, given: Any) -> list[Any]:
     return [{str(k).replace("-", "_"): v for k, v in e.items()} for e in made]
 
 
-def _cell(given: dict[str, Any], own: dict[str, Any], equal: str, search: Mapping[str, Any], places: _Places) -> Cell:
+def _cell(
+    given: dict[str, Any], own: dict[str, Any], equal: str, search: Mapping[str, Any], first: int, places: _Places
+) -> Cell:
     model, data, method, freeze, seed, retain = (given.pop(k) for k in (*AXES, "retain"))
     model_args = given.pop("model_args", None) or {}
     family, base, weights = places.base(model, model_args)
@@ -235,6 +238,7 @@ def _cell(given: dict[str, Any], own: dict[str, Any], equal: str, search: Mappin
         "retain_sha256": places.data(retain, family, base, old=True) if retain else "",
         "equal": equal,
         "search": dict(search),
+        "search_seed": first if search else None,
     }
     label = ", ".join([method, *(f"{k} {_short(v)}" for k, v in own.items())])
     names = {
