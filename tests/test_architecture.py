@@ -19,6 +19,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "twins": 1,
     "measure": 1,
     "tables": 1,
+    "recipes": 1,
     "progress": 2,
     "pictures": 2,
     "checkpoint": 2,
@@ -36,9 +37,10 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "budget": 7,
     "planning": 8,
     "api": 9,
-    "cli": 10,
-    "__init__": 11,
-    "__main__": 11,
+    "benchmark": 10,
+    "cli": 11,
+    "__init__": 12,
+    "__main__": 12,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 
