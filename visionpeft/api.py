@@ -25,7 +25,7 @@ from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
 from .families.apart import set_apart
-from .families.base import Base, Data, Family, Job, out_of_memory
+from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .lean import LEVELS
 from .lean.prefix import put_on
 from .methods.base import Method, make_method, restore_method
@@ -193,7 +193,8 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
-        made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
+        anatomy = family.anatomy(fitted, source)
+        made = make_plan(tuning, anatomy, given["freeze"], given["bn"])
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
@@ -229,6 +230,7 @@ def _train(
         prefix=prefix,
         store=store,
         lean=given["lean"],
+        stages=stage_modules(anatomy),
         **settings,
     )
     if not done:
