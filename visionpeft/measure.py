@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Part = Literal["data", "forward", "backward", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer")  # of a step, in their order
@@ -72,29 +70,33 @@ class SavedBytes:
 class SavedSplit(SavedBytes):
     """`SavedBytes` that also says which stage of a model saved how much, and which operation.
 
-    A storage counts for the first that saves it. The stage is the last of `stages` to have begun; what runs behind the head
-    is "loss". The operation is the function of torch that was called, also where `lean` computes it otherwise.
+    A storage counts for the first that saves it. What runs between stages counts for the one before, what runs behind the
+    head as "loss". The operation is the function of torch that was called, also where `lean` computes it otherwise; "other"
+    is an `autograd.Function` of somebody's own.
+
+    Autograd tells neither, but Python's stack does: modules that are being called stand on it, and functions of torch, for
+    they come through a mode that changes nothing. Hooks would keep lean from folding what they are put on.
 
     >>> with SavedSplit(model, {"layer1": "layer1", "fc": "head"}) as saved:
     ...     loss = criterion(model(x), y)
     >>> saved.by_stage, saved.by_cause  # ({"layer1": 4096, ...}, {"conv2d": 2048, ...}); both sum to saved.bytes
 
     Args:
-        model: Whose stages are followed, by hooks that are gone afterwards.
+        model: Whose stages are followed.
         stages: Labels of its modules by path, in the order in which they run; "head" for those of the head.
         *given: As for `SavedBytes`.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, str], *given: Tensor):
         super().__init__(model, *given)
-        self._model, self._stages = model, stages
+        self._labels = {model.get_submodule(path): label for path, label in stages.items()}
         self._stage = next(iter(stages.values()), LOSS)
         self._origin: dict[int, tuple[str, str]] = {}
 
     @property
     def by_stage(self) -> dict[str, int]:
         """Bytes kept so far, by the label of the stage; stages that keep nothing have 0."""
-        return {**dict.fromkeys((*self._stages.values(), LOSS), 0), **self._sums(0)}
+        return {**dict.fromkeys((*self._labels.values(), LOSS), 0), **self._sums(0)}
 
     @property
     def by_cause(self) -> dict[str, int]:
@@ -102,13 +104,7 @@ class SavedSplit(SavedBytes):
         return dict(self._sums(1).most_common())
 
     def __enter__(self) -> SavedSplit:
-        modules = {path: self._model.get_submodule(path) for path in self._stages}
-        self._handles = [
-            module.register_forward_pre_hook(partial(self._go, self._stages[path])) for path, module in modules.items()
-        ]
-        heads = [module for path, module in modules.items() if self._stages[path] == HEAD]
-        self._handles += [module.register_forward_hook(partial(self._go, LOSS)) for module in heads]
-        self._calls = _Calls()
+        self._calls = _Calls(self._follow)
         self._calls.__enter__()
         super().__enter__()
         return self
@@ -116,15 +112,18 @@ class SavedSplit(SavedBytes):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._calls.__exit__(*error or (None, None, None))
-        for handle in self._handles:
-            handle.remove()
-
-    def _go(self, stage: str, *_: Any) -> None:
-        self._stage = stage
 
     def _note(self, address: int, size: int) -> None:
         super()._note(address, size)
-        self._origin[address] = self._stage, _cause()
+        self._follow()
+        called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
+        self._origin[address] = self._stage, next((f.__name__.strip("_") for f in called if f), "other")
+
+    def _follow(self) -> None:
+        """Set the stage to the one that runs."""
+        modules = (frame.f_locals["self"] for frame in _stack("_wrapped_call_impl"))  # what nn.Module.__call__ is
+        outside = LOSS if self._stage == HEAD else self._stage
+        self._stage = next((self._labels[module] for module in modules if module in self._labels), outside)
 
     def _sums(self, which: int) -> Counter[str]:
         sums: Counter[str] = Counter()
@@ -134,26 +133,23 @@ class SavedSplit(SavedBytes):
 
 
 class _Calls(TorchFunctionMode):
-    """Changes nothing: it only puts every function of torch that is called on Python's stack, where `_cause` finds it."""
+    """Changes nothing: it is told of every function of torch that is called, and puts it on Python's stack."""
+
+    def __init__(self, tell: Callable[[], None]):
+        super().__init__()
+        self._tell = tell
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        self._tell()
         return func(*args, **(kwargs or {}))
 
 
-def _cause() -> str:
-    """Return the name of the operation that saves a tensor right now.
-
-    Autograd does not say which it is, but the stack does: the nearest mode through which a function of torch was called, or
-    else the nearest `autograd.Function` that is applied.
-    """
-    frame, function = sys._getframe(1), ""
+def _stack(name: str) -> Iterator[FrameType]:
+    """Return the functions of a name that are being called, the innermost first."""
+    frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
-        name = frame.f_code.co_name
-        if name == "__torch_function__" and (called := frame.f_locals.get("func")) is not None:
-            return called.__name__.strip("_")
-        if name == "apply" and isinstance(cls := frame.f_locals.get("cls"), type) and not function:
-            function = cls.__name__
-    return function or "other"
+        if frame.f_code.co_name == name:
+            yield frame
 
 
 class PeakBytes(TorchDispatchMode):
@@ -201,7 +197,13 @@ class PeakBytes(TorchDispatchMode):
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:
     """Return the storages of all dense tensors in `values`, however nested."""
-    return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor) and t.layout == torch.strided]
+    if isinstance(values, Tensor):
+        return [values.untyped_storage()] if values.layout == torch.strided else []
+    if isinstance(values, Mapping):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [storage for value in values for storage in _storages(value)]
 
 
 def held(*values: Any, beside: Any = ()) -> int:
@@ -306,7 +308,6 @@ class Meter:
             self._seen["live_bytes"], self._lives = self._lives.bytes, None
         if self._watched is None:
             self._watched = {**dict.fromkeys(WATCHED), **self._seen}
-            gc.collect()
         if self._cuda:
             self._cuda["allocated"] = max(self._cuda["allocated"], torch.cuda.max_memory_allocated(self._device))
             self._cuda["reserved"] = max(self._cuda["reserved"], torch.cuda.max_memory_reserved(self._device))
