@@ -1,4 +1,4 @@
-"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect (plan, forecast, fit: planning.py)."""
+"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect. Those before a run: planning.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
-from .families.base import Base, Data, Family, Job, out_of_memory
+from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .lean.prefix import put_on
 from .methods.base import Method
 from .plan import make_plan
@@ -210,7 +210,8 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
-        made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
+        anatomy = family.anatomy(fitted, source)
+        made = make_plan(tuning, anatomy, given["freeze"], given["bn"])
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
@@ -246,6 +247,7 @@ def _train(
         prefix=prefix,
         store=store,
         lean=given["lean"],
+        stages=stage_modules(anatomy),
         **settings,
     )
     if not done:

@@ -152,7 +152,7 @@ class Answers(TorchDispatchMode):
         if func is _aten.bincount.default:
             return torch.empty(self.batch, dtype=torch.long)
         if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default):
-            indices = []
+            indices: list[Any] = []
             for index in args[1]:
                 mask = index is not None and index.dtype in (torch.bool, torch.uint8)
                 indices += self._places(index).unbind(1) if mask else [index]
@@ -309,7 +309,7 @@ def trace(
     own = replace(step, batch=batch)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
         with FakeCopyMode(fake):
-            model, plain = copy.deepcopy(fitted), copy.deepcopy(base.model) if leading else None
+            model, plain = copy.deepcopy(fitted), copy.deepcopy(base.model if leading else nn.Module())
         settle(attach(model, plan, start=False), plan)
         train_mode(model.train(), plan)
         rehearsal = family.rehearse(model, base, own)

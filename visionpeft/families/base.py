@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import delta as deltas
-from .. import lean
+from .. import lean, measure
 from ..attach import merge
 from ..errors import OutOfMemory
 from ..lean.prefix import Prefix, put_on
@@ -102,6 +102,7 @@ class Job:
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     lean: str = "off"  # a level of lean, or "off"
+    stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
 
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
@@ -381,6 +382,23 @@ def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> 
             numel = sum(module._buffers[n].numel() for n in ("running_mean", "running_var"))  # type: ignore[union-attr]
             found.append(Statistics(name, HEAD if stage is None else stage, numel))
     return tuple(found)
+
+
+def stage_modules(anatomy: Anatomy) -> dict[str, str]:
+    """Return the paths of the outermost modules that belong to one stage, with the stage's label: what runs in them counts
+    as the stage's when a step is measured."""
+    labels = {s.index: "stem" if s.kind == "stem" else s.name or f"stage {s.index}" for s in anatomy.stages}
+    found = {s.name: labels[s.index] for s in anatomy.stages if s.name}  # also of those without parameters
+    owners: dict[str, set[int]] = {}
+    for parameter in anatomy.params:
+        parts = parameter.name.split(".")
+        for end in range(1, len(parts)):
+            owners.setdefault(".".join(parts[:end]), set()).add(parameter.stage)
+    for path, (stage, *others) in owners.items():
+        above = owners.get(path.rpartition(".")[0], ())
+        if stage != HEAD and not others and len(above) != 1:
+            found[path] = labels[stage]
+    return {**found, **dict.fromkeys(anatomy.heads, measure.HEAD)}
 
 
 def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:

@@ -194,7 +194,6 @@ class _Loop:
             )
         self.images, workers = images, 0 if job.store else job.workers
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
-        self.meter = Meter(self.own, accelerator.device)
         self.batch = max(job.batch // accelerator.num_processes, 1)
         self.generator = torch.Generator().manual_seed(job.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
@@ -203,6 +202,8 @@ class _Loop:
         self.batches = accelerator.prepare(batches)
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
+        kept = {"optimizer": self.optimizer, "average": self.average.model}
+        self.meter = Meter(self.own, accelerator.device, stages=job.stages, **kept)
         per_epoch = math.ceil(len(self.batches) / accelerator.gradient_accumulation_steps)
         self.schedule = _schedule(self.optimizer, job, recipe, per_epoch)
         self.mix = _mix(recipe, len(job.data.names))
@@ -238,6 +239,7 @@ class _Loop:
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         total, seen = 0.0, 0
+        self.meter.begin("data")
         for images, labels in self.batches:
             count = len(images)
             if self.mix:
@@ -245,22 +247,25 @@ class _Loop:
             with self.accelerator.accumulate(self.model):
                 loss = self._step(images, labels)
                 self._check(loss, epoch)
+                if self.accelerator.sync_gradients:
+                    self.meter.begin("optimizer")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self.updates += 1
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
+            self.meter.begin("data")
             total, seen = total + loss * count, seen + count
             tell(total / seen)
         return total / seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
-        self.meter.start()
+        self.meter.begin("forward")
         with self.accelerator.autocast():
             loss = self.criterion(self.model(images), labels)
+        self.meter.begin("backward")
         self.accelerator.backward(loss)
-        self.meter.stop()
         if self.accelerator.num_processes > 1:  # where one process loses it, all stop
             loss = self.accelerator.reduce(loss.detach(), "mean")
         return loss.item()

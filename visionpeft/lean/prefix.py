@@ -261,12 +261,14 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return the model with its floats in another type, channels last; in place, tensor by tensor, for `to` cannot turn the
     fake tensors of a forecast."""
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None and tensor.is_floating_point():
-                    turned = tensor.detach().to(dtype)
-                    turned = turned.to(memory_format=torch.channels_last) if turned.dim() == 4 else turned
-                    own[name] = nn.Parameter(turned, False) if own is module._parameters else turned
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point():
+                turned = tensor.detach().to(dtype)
+                turned = turned.to(memory_format=torch.channels_last) if turned.dim() == 4 else turned
+                if name in module._buffers:
+                    module._buffers[name] = turned
+                else:
+                    module._parameters[name] = nn.Parameter(turned, False)
     return model
 
 
