@@ -1,4 +1,4 @@
-"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect. Those before a run: planning.py."""
+"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect. Before a run: planning.py."""
 
 from __future__ import annotations
 
