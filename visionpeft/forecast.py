@@ -12,6 +12,7 @@ run gives the peak for all batch sizes.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import lean as leanly
@@ -36,6 +38,7 @@ from .plan import Plan
 
 CONTEXT = 500e6  # bytes of a GPU that CUDA's context, kernels and cuBLAS take; assumed
 WORKSPACE = 128e6  # bytes that cuDNN's algorithms take while they run; assumed
+OPERATIONS, BANDWIDTH = 20e12, 300e9  # a second, about an RTX 3060's in half precision; only to compare steps by
 ROUNDING = 0.06  # share that the allocator adds to tensors by rounding and by gaps between them; assumed
 
 _aten = torch.ops.aten
@@ -59,6 +62,7 @@ class Forecast:
     saved: int  # of that, what lives when backward begins
     validation: int  # the most that validation takes beside weights, average and optimizer
     flops: float  # multiplications and additions of a training step
+    traffic: float  # bytes that it reads and writes, about
     objects: int  # labelled ones that were assumed in every image
 
     @property
@@ -75,6 +79,11 @@ class Forecast:
     def total(self) -> int:
         """Tensors and allowance."""
         return self.tensors + self.allowance
+
+    @property
+    def cost(self) -> float:
+        """What a training step costs, by its operations and the bytes that it moves: to compare steps by, no time."""
+        return self.flops / OPERATIONS + self.traffic / BANDWIDTH
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -117,7 +126,8 @@ class Trace:
     sums: Sequence[tuple[int, int]]  # (once, per image) of the training step at moments that may be its peak
     saved: tuple[int, int]
     validation: Sequence[tuple[int, int]]
-    flops: tuple[float, float]
+    flops: float  # per image
+    traffic: float  # per image
 
     def at(self, batch: int) -> Forecast:
         """Return the forecast for so many images a step."""
@@ -127,7 +137,8 @@ class Trace:
             step=max(once + batch * each for once, each in self.sums),
             saved=self.saved[0] + batch * self.saved[1],
             validation=max(once + batch * each for once, each in self.validation),
-            flops=self.flops[0] + batch * self.flops[1],
+            flops=batch * self.flops,
+            traffic=batch * self.traffic,
         )
 
 
@@ -176,10 +187,14 @@ class Ledger(PeakBytes):
         self.batch, self.gpu = batch, gpu
         self.once = self.each = 0  # bytes that live now: whatever the batch, and per image
         self.sums: set[tuple[int, int]] = set()
-        self.flops = 0.0
+        self.flops = self.traffic = 0.0  # operations; bytes that they read and write, about
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return args[0].fake_device
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if not func.is_view:
+            self.traffic += 2 * sum(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))
         if func is _aten.convolution_backward.default:  # torch's own count is wrong with groups
             g, x, weight, turned, mask = *args[:3], args[7], args[10]
             self.flops += 2 * (x if turned else g).numel() * weight[0].numel() * sum(mask[:2])
@@ -288,6 +303,7 @@ def trace(
     leading: Leading | None = None,
     prefix_dtype: str | None = None,
     cached: bool = False,
+    validation: Sequence[tuple[int, int]] = (),
 ) -> Trace:
     """Return what a training step of a plan takes.
 
@@ -302,12 +318,13 @@ def trace(
         leading: The frozen stages, where they run apart from the rest.
         prefix_dtype: Their precision.
         cached: Whether their outputs are read from the disk instead.
+        validation: What validation takes, where it is known from another plan that edits nothing either.
     """
     sizes = {size for p in (*fitted.parameters(), *fitted.buffers()) for size in (*p.shape, p.numel())}
     batch = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
     answers, ledger = Answers(batch, step.objects), Ledger(batch, gpu)
     own = replace(step, batch=batch)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
+    with _uncollected(), FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
         with FakeCopyMode(fake):
             model, plain = copy.deepcopy(fitted), copy.deepcopy(base.model if leading else nn.Module())
         settle(attach(model, plan, start=False), plan)
@@ -337,11 +354,13 @@ def trace(
             rehearsal.optimizer.zero_grad()
             del given
             state, stepping = ledger.once, ledger.peaks()
-            flops = ledger.flops
-        ledger = Ledger(batch, gpu)
-        with ledger, _autocast(step.amp and gpu, gpu):
-            model.eval()
-            rehearsal.validate()
+            flops, traffic = ledger.flops / batch, ledger.traffic / batch
+        if not validation:
+            ledger = Ledger(batch, gpu)
+            with ledger, _autocast(step.amp and gpu, gpu):
+                model.eval()
+                rehearsal.validate()
+            validation = ledger.peaks()
     example = Forecast(
         plan=plan,
         lean=lean,
@@ -355,10 +374,23 @@ def trace(
         saved=0,
         validation=0,
         flops=0.0,
+        traffic=0.0,
         objects=step.objects,
     )
     sums = [*peaks, *((once - state, each) for once, each in stepping)]
-    return Trace(example, sums, saved, ledger.peaks(), (0.0, flops / batch))
+    return Trace(example, sums, saved, validation, flops, traffic)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector still: some hundred thousand short-lived objects set it going again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

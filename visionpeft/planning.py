@@ -178,6 +178,7 @@ class _Rehearsed:
 
     def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
         self.given = given
+        self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(given["model"]))
         self.tuning, self.extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
         self.base = family.design(lasting(given["model"]), **(given["model_args"] or {}))
@@ -211,4 +212,9 @@ class _Rehearsed:
             leading = self.family.leading(self.base, plan.untouched, imgsz)
         step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area)
         how: dict[str, Any] = {"lean": lean, "gpu": self.gpu, "leading": leading, "prefix_dtype": dtype}
-        return forecasting.trace(self.family, self.base, self.fitted, plan, step, **how, cached=bool(views))
+        if not plan.edits:  # all such are validated alike
+            how["validation"] = self.validation.get(imgsz, ())
+        made = forecasting.trace(self.family, self.base, self.fitted, plan, step, **how, cached=bool(views))
+        if not plan.edits:
+            self.validation[imgsz] = made.validation
+        return made
