@@ -12,7 +12,7 @@ from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
-from .forecast import Forecast
+from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
 from .settings import device_of, find_family, fitted, lasting, split_options
@@ -211,10 +211,9 @@ class _Rehearsed:
             refuse_without_stages(plan, views, dtype)
             leading = self.family.leading(self.base, plan.untouched, imgsz)
         step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area)
-        how: dict[str, Any] = {"lean": lean, "gpu": self.gpu, "leading": leading, "prefix_dtype": dtype}
-        if not plan.edits:  # all such are validated alike
-            how["validation"] = self.validation.get(imgsz, ())
-        made = forecasting.trace(self.family, self.base, self.fitted, plan, step, **how, cached=bool(views))
-        if not plan.edits:
-            self.validation[imgsz] = made.validation
+        case = Case(self.family, self.base, self.fitted, plan, step, lean, self.gpu, leading, dtype, bool(views))
+        if plan.edits or case.leading:
+            return forecasting.trace(case)
+        made = forecasting.trace(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
+        self.validation[imgsz] = made.validation
         return made

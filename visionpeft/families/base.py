@@ -150,6 +150,8 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     average: int  # bytes of the moving average
     true: Callable[[Sequence[int]], int] = math.prod  # how many elements of a mask of this shape are true
+    number: Callable[[], int] = lambda: 1  # what a whole number that is read from a tensor is
+    loops: bool = False  # whether the loss goes through the images one by one
 
 
 class Family(ABC):
