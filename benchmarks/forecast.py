@@ -90,7 +90,6 @@ def filled(batch: Any, step: Step) -> Any:
         return torch.rand(batch[0].shape), *batch[1:]
     if "bboxes" in batch:
         count, side = len(batch["bboxes"]), step.area**0.5
-        batch["batch_idx"] = torch.arange(step.batch).repeat_interleave(step.objects).float()
         batch["bboxes"][:, :2] = torch.rand(count, 2) * (1 - side) + side / 2
         batch["bboxes"][:, 2:4] = side
     if "keypoints" in batch:

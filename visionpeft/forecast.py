@@ -12,6 +12,7 @@ run gives the peak for all batch sizes.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import sys
@@ -205,7 +206,11 @@ class Ledger(PeakBytes):
         elif count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         if func is _aten.convolution.default:
-            self._pass(_forward_inside(self.gpu, *args))
+            self._pass(_forward_inside(self.gpu, out, *args))
+        elif len({x.dtype for x in args if isinstance(x, Tensor)}) > 1 and torch.Tag.pointwise in func.tags and not self.gpu:
+            self._pass(_promoted([x for x in args if isinstance(x, Tensor)]))
+        elif func._overloadpacket is _aten.sum and out.dtype is torch.long is not args[0].dtype:
+            self._pass([args[0].numel() * out.itemsize])
         return out
 
     def _pass(self, sizes: Sequence[int]) -> None:
@@ -242,7 +247,14 @@ class Ledger(PeakBytes):
         return found
 
 
-def _forward_inside(gpu: bool, x: Tensor, weight: Tensor, bias: Any, stride: Any, *rest: Any) -> list[int]:
+def _promoted(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the sizes of the copies of those that a CPU's kernel turns into the type of the others."""
+    kinds = {x.dtype for x in tensors if x.dim()}
+    common = functools.reduce(torch.promote_types, kinds) if kinds else None
+    return [x.numel() * common.itemsize for x in tensors if common and x.dim() and x.dtype is not common]
+
+
+def _forward_inside(gpu: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, *rest: Any) -> list[int]:
     """Return the sizes of what a convolution takes inside and gives back: copies in another layout.
 
     On a CPU these are oneDNN's, as `torch.profiler` shows them: with channels first it computes in a layout of its own.
@@ -251,7 +263,9 @@ def _forward_inside(gpu: bool, x: Tensor, weight: Tensor, bias: Any, stride: Any
     copies = [] if last is _last(x) else [x.nbytes]
     if gpu or x.dim() != 4 or (small and set(stride) == {1}):
         return copies
-    return [*copies, weight.nbytes, weight.nbytes] if last else [*copies, x.nbytes, weight.nbytes]
+    if last:
+        return [*copies, weight.nbytes, weight.nbytes]
+    return [*copies, *max([x.nbytes, weight.nbytes], [out.nbytes], key=sum)]
 
 
 def _backward_inside(

@@ -100,7 +100,8 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
             return math.prod(shape)
         if len(shape) == 3:
             return math.prod(shape[:2]) * inside
-        return math.prod(shape[:-1]) * min(step.objects * assigned, anchors)
+        # an anchor that several objects choose goes to one of them
+        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-step.objects * assigned / anchors)))
 
     return Rehearsal(batch, loss, validate, optimizer, average, true, lambda: number, loops=task.name == "segment")
 
@@ -111,7 +112,7 @@ def _labels(task: Task, model: Any, count: int, side: int, objects: int) -> dict
         return {"cls": torch.zeros(count, dtype=torch.long)}
     rows, map_ = count * objects, side // 4  # masks are four times smaller than the image
     made = {
-        "batch_idx": torch.zeros(rows),
+        "batch_idx": torch.arange(count, dtype=torch.float).repeat_interleave(objects),
         "cls": torch.zeros(rows, 1),
         "bboxes": torch.zeros(rows, 5 if task.name == "obb" else 4),
     }
