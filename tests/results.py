@@ -74,7 +74,7 @@ def make_cell(
         "model_args": {},
         "data": f"{data}/data.yaml",
         "method": method.partition(",")[0],
-        "freeze": 0,
+        "freeze": int(method.rpartition("freeze ")[2]) if "freeze" in method else 0,
         "seed": seed,
         "options": {"epochs": 6, "imgsz": 256},
         "retain": "coco128_640/data.yaml",

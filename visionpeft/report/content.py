@@ -13,6 +13,7 @@ from ..tables import size
 from .standin import Row, compare, read
 
 NEAR = 0.95  # of the reference's score: what counts as near to it in a section's answer
+_NEAR = f"{100 * NEAR:.0f} %"
 AGAINST = "full"
 MEBI = 1e6  # bytes of a MB, as `tables.size` counts
 _SETTINGS = ("epochs", "imgsz", "batch", "optimizer", "lr0")  # of a run, said above its table where all cells share them
@@ -144,7 +145,7 @@ def gather(results: Sequence[str | Path]) -> Report:
     sections = [_section(i, rows, reference) for i, (_, rows) in enumerate(sorted(groups.items()))]
     return Report(
         name=", ".join(dict.fromkeys(str(a["name"]) for a in abouts if a.get("name"))) or "benchmark",
-        created=", ".join(dict.fromkeys(str(a["created"]) for a in abouts if a.get("created"))),
+        created=", ".join(dict.fromkeys(str(a["created"])[:16].replace("T", " ") for a in abouts if a.get("created"))),
         sections=sections,
         failed=[_failure(c) for c in failed.values()],
         against=reference,
@@ -170,7 +171,7 @@ def columns(section: Section) -> list[Column]:
             "from the reference on the same images and seeds [95 % interval]",
         ),
         Column("body", lambda r: r.trained_body, lambda r: f"{r.trained_body:,}", "parameters of the body that train"),
-        Column("share", _share, lambda r: f"{_share(r):.1%}", "of all parameters: trained, body and head"),
+        Column("share", _share, lambda r: f"{100 * _share(r):.1f} %", "of all parameters: trained, body and head"),
         Column("head", lambda r: r.trained_head, lambda r: f"{r.trained_head:,}", "parameters of the head that train"),
         Column("saved", lambda r: r.saved_bytes, lambda r: size(r.saved_bytes), "bytes kept for backward in a step"),
         Column("live", lambda r: r.live_bytes, lambda r: size(r.live_bytes), "most bytes alive at once in a step"),
@@ -184,13 +185,14 @@ def columns(section: Section) -> list[Column]:
             lambda r: _GONE if r.retained_after is None else f"{r.retained_before:.3f} → {r.retained_after:.3f}",
             "score on the base's old classes under its own head, before → after",
         ),
-        Column("bn", lambda r: r.bn, lambda r: str(r.bn), "whether BatchNorm statistics outside the head move"),
-        Column("head kept", lambda r: r.head, lambda r: str(r.head), "keep what of the head fits, or rebuild it"),
-        Column("lean", lambda r: r.lean, lambda r: str(r.lean), "level of lean training"),
-        Column("freeze", lambda r: freeze(r), freeze, "stages in which nothing trains"),
-        Column("seeds", lambda r: r.seeds, lambda r: str(r.seeds), "runs behind the mean"),
     ]
     return [c for c in made if any(c.value(row) is not None for row in section.rows)]
+
+
+def states(row: Row) -> dict[str, str]:
+    """Return what a row must say of itself beside its numbers."""
+    frozen = ", ".join(map(str, row.freeze)) if isinstance(row.freeze, list | tuple) else str(row.freeze)
+    return {"bn": str(row.bn), "head": str(row.head), "lean": str(row.lean), "freeze": frozen, "seeds": str(row.seeds)}
 
 
 # ------------------------------------------------------------------------------------------------------------ text of values
@@ -207,11 +209,6 @@ def signed(value: float) -> str:
 def seconds(value: float | None) -> str:
     """Return seconds for people: 0.31 s, 64 s."""
     return _GONE if value is None else f"{value:.2f} s" if value < 10 else f"{value:,.0f} s"
-
-
-def freeze(row: Row) -> str:
-    """Return what is frozen: a number of stages, or their names."""
-    return ", ".join(map(str, row.freeze)) if isinstance(row.freeze, list | tuple) else str(row.freeze)
 
 
 def measured(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,9 +266,9 @@ def _answer(rows: list[Row], memory: Memory, reference: str, metric: str) -> Ans
         said += f" ({signed(row.difference)}{_reaches(row)})"
     said += f"; {size(memory.of(row))} {memory.name} against {size(memory.of(full))}."
     if near:
-        said += f" Least memory of {len(near)} that {'keep' if len(near) > 1 else 'keeps'} {NEAR:.0%} of {reference}'s score."
+        said += f" Least memory of {len(near)} that {'keep' if len(near) > 1 else 'keeps'} {_NEAR} of {reference}'s score."
     else:
-        said += f" No method keeps {NEAR:.0%} of {reference}'s score; this one comes nearest."
+        said += f" No method keeps {_NEAR} of {reference}'s score; this one comes nearest."
     return Answer(row, said, shares)
 
 
@@ -326,8 +323,8 @@ def _delta(row: Row) -> float | None:
 def _notes(sections: list[Section], reference: str) -> list[str]:
     rows = [row for s in sections for row in s.rows]
     notes = [
-        f"The method named first in a section is the one with the least memory among those that keep {NEAR:.0%} of "
-        f"{reference}'s score."
+        f"Named above for each model and data set is the method with the least memory among those that keep {_NEAR} of "
+        f"{reference}'s score, or the one nearest to it where none does."
     ]
     if any(row.low is not None for row in rows):
         notes.append(

@@ -6,6 +6,7 @@ shape in all figures; both come from its place in the report's list, and no figu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ def _against_parameters(section: Section, style: Mapping[str, dict[str, str]]) -
             lambda row: row.trained_body + row.trained_head,
             "trained parameters",
             style,
-            scale=alt.Scale(type="log", nice=False, padding=24),
+            log=True,
         ),
     )
 
@@ -111,7 +112,7 @@ def _scatter(
     cost: Callable[[Row], float],
     title: str,
     style: Mapping[str, dict[str, str]],
-    scale: alt.Scale | None = None,
+    log: bool = False,
     front: set[str] | None = None,
 ) -> dict[str, Any]:
     points = [
@@ -129,16 +130,18 @@ def _scatter(
         }
         for row in rows
     ]
-    x = alt.X("x:Q", title=title, scale=scale or alt.Scale(zero=True, nice=True), axis=alt.Axis(format="~s", grid=False))
-    if scale is None:
-        x.axis = alt.Axis(format=",.0f", grid=False, tickCount=5)
+    x = alt.X("x:Q", title=title, axis=alt.Axis(grid=False, tickCount=5), scale=alt.Scale(zero=True))
+    if log:
+        low, high = min(p["x"] for p in points) / 1.4, max(p["x"] for p in points) * 1.4
+        x = alt.X("x:Q", title=title, scale=alt.Scale(type="log", domain=[low, high]))
+        x.axis = alt.Axis(grid=False, format="~s", values=_ticks(low, high))
     y = alt.Y("y:Q", title=section.metric, scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(tickCount=5))
     tips = [alt.Tooltip(f"{k}:N", title=t) for k, t in (("method", "method"), ("said", section.metric), ("cost", title))]
     base = alt.Chart(alt.Data(values=points)).encode(x=x)
     layers = [
         base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.55).encode(
             y=alt.Y("low:Q", title=section.metric), y2="high:Q", color=alt.Color("colour:N", scale=None)
-        ),
+        ).properties(name="whiskers"),
         base.mark_point(filled=True, size=110, strokeWidth=2, opacity=1)
         .encode(
             y=y,
@@ -152,8 +155,18 @@ def _scatter(
     ]
     if front:
         line = base.transform_filter("datum.front").mark_line(interpolate="step-after", strokeDash=[4, 3], color=_MUTED)
-        layers.insert(0, line.encode(y="y:Q", order="x:Q"))
+        layers.insert(0, line.encode(y="y:Q", order="x:Q").properties(name="front"))
     return _spec(alt.layer(*layers), 300)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return ticks of a logarithmic axis: the fewest that are at least three."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+        found = [s * 10**p for p in powers for s in steps if low <= s * 10**p <= high]
+        if len(found) >= 3:
+            break
+    return found
 
 
 def _whiskers(section: Section) -> str:
@@ -337,11 +350,11 @@ def _stacked(
     totals = [{"method": m, "x": sum(own.values()) / unit, "said": text(sum(own.values()))} for m, own in parts.items()]
     order = [row.method for row in section.rows if row.method in parts]
     y = alt.Y("method:N", sort=order, title=None, scale=alt.Scale(paddingInner=0.3))
-    x = alt.X("x:Q", title=axis, stack="zero", axis=alt.Axis(tickCount=4, format="~g"), scale=alt.Scale(domain=[0, most * 1.22]))
+    x = alt.X("x:Q", title=axis, stack="zero", axis=alt.Axis(tickCount=4), scale=alt.Scale(domain=[0, most * 1.22]))
     tips = [alt.Tooltip("method:N"), alt.Tooltip("part:N"), alt.Tooltip("said:N", title="takes"), alt.Tooltip("share:Q", format=".0%")]
     stack = (
         alt.Chart(alt.Data(values=bars))
-        .mark_bar(stroke=_PAPER, strokeWidth=0.7)
+        .mark_bar(stroke=_PAPER, strokeWidth=0.5)
         .encode(
             y=y,
             x=x,
@@ -402,7 +415,7 @@ def _forgetting(section: Section, style: Mapping[str, dict[str, str]]) -> Figure
     return Figure(
         "What the body forgot",
         "The base's own head on the adapted body, on the base's old classes: the upright stroke is the base before, the mark is "
-        "after training. Two heads on one body need no second pass only where nothing moved; otherwise deploying both takes two.",
+        "after training. Deploying both heads takes two passes, one over each body.",
         _spec(alt.layer(*layers), _BAR * len(rows)),
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 
-from .content import Report, columns
+from .content import Report, columns, states
 
 
 def render(report: Report, out: str) -> str:
@@ -24,8 +25,9 @@ def render(report: Report, out: str) -> str:
             lines += [f"**{_cell(row.method)}**: {_cell(section.answer.said)}", ""]
         if section.settings:
             lines += [f"{_cell(section.settings)}.", ""]
-        lines += ["| method | " + " | ".join(_cell(c.name) for c in shown) + " |", "|---|" + "---|" * len(shown)]
-        lines += ["| " + " | ".join(_cell(t) for t in (r.method, *(c.text(r) for c in shown))) + " |" for r in section.rows]
+        head = ["method", *(c.name for c in shown), *states(section.rows[0])]
+        rows = [[r.method, *(c.text(r) for c in shown), *states(r).values()] for r in section.rows]
+        lines += [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
         lines.append("")
     if report.failed:
         lines += [f"{len(report.failed)} cells failed:", ""]
@@ -33,6 +35,10 @@ def render(report: Report, out: str) -> str:
         lines.append("")
     lines += [f"- {note}" for note in report.notes]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
 def _cell(text: str) -> str:

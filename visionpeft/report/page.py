@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__
-from .content import Report, Section, columns, freeze, measured, signed
+from .content import Report, Section, columns, measured, signed, states
 from .figures import Figure, figures, per_class
 
 _JPEG = b"\xff\xd8\xff"
@@ -38,7 +38,7 @@ def render(report: Report) -> str:
     environment = Environment(
         loader=PackageLoader("visionpeft.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"columns": columns, "freeze": freeze, "signed": signed}
+    environment.globals |= {"columns": columns, "states": states, "signed": signed}
     drawn = {s.key: figures(s, report) for s in report.sections}
     return environment.get_template("page.html").render(
         report=report,
@@ -49,6 +49,7 @@ def render(report: Report) -> str:
         pictures={s.key: _pictures(s) for s in report.sections},
         classes={s.key: _classes(s) for s in report.sections},
         commands={s.key: _commands(s) for s in report.sections},
+        hints={c.name: c.hint for s in report.sections for c in columns(s)},
         environments=_environments(report),
         vega=Markup(vl_convert.javascript_bundle("window.draw = vegaEmbed;", vl_version=_grammar())),
         script=Markup(_file("page.js")),
