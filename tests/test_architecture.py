@@ -19,6 +19,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "twins": 1,
     "measure": 1,
     "tables": 1,
+    "recipes": 1,
     "progress": 2,
     "pictures": 2,
     "checkpoint": 2,
@@ -32,9 +33,10 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "run": 4,
     "families": 5,
     "api": 6,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 8,
+    "benchmark": 7,
+    "cli": 8,
+    "__init__": 9,
+    "__main__": 9,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 

@@ -1,10 +1,12 @@
 """visionpeft: adapt a pretrained YOLO or timm model to your own images on the GPU you already have."""
 
-from . import data
+from . import benchmark, data
 from .api import (
     Adapted,
+    Forgetting,
     detach,
     export,
+    forgetting,
     inspect,
     list_families,
     list_methods,
@@ -22,11 +24,14 @@ from .run import Run
 __version__ = "0.1.0"
 __all__ = [
     "Adapted",
+    "Forgetting",
     "Run",
     "VisionpeftError",
+    "benchmark",
     "data",
     "detach",
     "export",
+    "forgetting",
     "inspect",
     "list_families",
     "list_methods",

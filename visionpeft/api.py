@@ -1,4 +1,4 @@
-"""The verbs: train, plan, load, merge, detach, val, predict, export, verify, inspect."""
+"""The verbs: train, plan, load, merge, detach, val, forgetting, predict, export, verify, inspect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files, pictures, scenes
+from . import checkpoint, files, pictures, scenes, tables
 from . import delta as deltas
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
@@ -449,8 +449,84 @@ def val(
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     adapted = _adapted(delta, model, model_args)
     checked = adapted.family.read_data(scenes.find(data), adapted.base)
-    batch = max(adapted.delta.header["train_args"]["batch"], 1)  # images are padded to the largest of their batch
-    return adapted.family.evaluate(adapted.model, checked, **{**_use(adapted), "batch": batch, **options})
+    return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted), **options})
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What an adapted model lost of its base's classes, from `forgetting`. Prints as a table.
+
+    Attributes:
+        data: What it was measured on.
+        metric: The score.
+        before: Of the base.
+        after: Of the adapted body with the base's own head.
+        detached: Of the model after the delta was taken off again: the base's.
+        per_class: Scores before and after, by class.
+    """
+
+    data: str
+    metric: str
+    before: float
+    after: float
+    detached: float
+    per_class: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("all", self.before, self.after), *((n, b, a) for n, (b, a) in self.per_class.items())]
+        shown = [(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}") for name, before, after in rows]
+        return tables.text(f"{self.metric} on {self.data}", ("class", "before", "after", "change"), shown, right=(1, 2, 3))
+
+
+def forgetting(
+    delta: str | Path | Adapted,
+    data: str | Path,
+    *,
+    model: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Forgetting:
+    """Measure what an adapted model forgot: the adapted body with the base's own head, on the base's old classes.
+
+    A model that shall find old and new classes needs both heads, and as a body that moved serves either of them only with
+    its own weights, two passes over an image: one through the base, one through the adapted model.
+
+    Args:
+        delta: The delta file, or what `load` returned.
+        data: Labelled images of the base's classes, under the base's own names.
+        model: The base; by default the one the delta names.
+        model_args: As for `load`.
+        **options: The family's, for the evaluation (imgsz, batch, device); by default training's image size and batch.
+
+    Raises:
+        VisionpeftError: As for `load`; or the data has classes that the base does not know.
+    """
+    adapted = _adapted(delta, model, model_args)
+    family, base, made = adapted.family, adapted.base, adapted.delta.plan
+    checked = family.read_data(scenes.find(data), base)
+    use = {**_val_use(adapted), **options}
+    before = family.judge(base.model, checked, **use)
+    own = attaching.attach(family.fit(base, base.names, "keep", **checked.outputs), made, start=False)
+    heads = tuple(f"{h}." for h in made.heads)
+    body = {k: v for k, v in adapted.delta.tensors.items() if not k.startswith(heads)}
+    deltas.apply(own, dataclasses.replace(adapted.delta, tensors=body), base.state).eval()
+    after = family.judge(own, checked, **use)
+    attaching.detach(own, base.state)
+    same = deltas.fingerprint(own.state_dict()) == adapted.delta.header["base"]["sha256"]
+    metric = family.score(base.task)
+    scores = before.evidence.by_class(), after.evidence.by_class()
+    return Forgetting(
+        data=str(data),
+        metric=metric,
+        before=before.metrics[metric],
+        after=after.metrics[metric],
+        detached=before.metrics[metric] if same else family.evaluate(own, checked, **use)[metric],  # bit for bit the base
+        per_class={base.names[i]: (round(scores[0][i], 5), round(scores[1][i], 5)) for i in scores[0]},
+    )
 
 
 def predict(
@@ -670,6 +746,11 @@ def _names(header: Mapping[str, Any]) -> dict[int, str]:
 def _use(adapted: Adapted) -> dict[str, Any]:
     args = adapted.delta.header["train_args"]
     return {"imgsz": args["imgsz"]}
+
+
+def _val_use(adapted: Adapted) -> dict[str, Any]:
+    batch = max(adapted.delta.header["train_args"]["batch"], 1)  # images are padded to the largest of their batch
+    return {**_use(adapted), "batch": batch}
 
 
 def _adapted(delta: str | Path | Adapted, model: Any, model_args: Mapping[str, Any] | None) -> Adapted:

@@ -7,15 +7,15 @@ import logging
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from . import __version__, api, tables
+from . import __version__, api, recipes, tables
+from .benchmark.commands import benchmark
 from .data.commands import app as data_app
-from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, nearest
+from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
 
@@ -34,6 +34,7 @@ _TRAIN, _USE, _CHECK, _KNOW = (
     Group(name, sort_key=i) for i, name in enumerate(("Train", "Use a delta", "Check a delta", "Know more"), 1)
 )
 app.command(data_app)
+app.command(benchmark, group=_TRAIN)
 _ON, _WHAT, _HOW, _RUN = (  # groups of train's options
     Parameter(group=Group(name, sort_key=i))
     for i, name in enumerate(("Model and data", "What trains", "How it trains", "The run"))
@@ -157,7 +158,7 @@ def train(
         Print the run as JSON, and nothing else.
     """
     given = {k: v for k, v in locals().items() if v is not None and v is not False and k not in _OWN}
-    said = _config(config) if config else {}
+    said = recipes.read(config, "train") if config else {}
     quiet, json_ = quiet or bool(said.pop("quiet", False)), json_ or bool(said.pop("json", False))
     try:
         run = api.train(**_values({**said, **given, **options}), quiet=quiet or json_)
@@ -412,22 +413,3 @@ def _base(model: str | None, model_args: str | None) -> dict[str, Any]:
     if made is not None and not isinstance(made, dict):
         raise ConfigError(f"model_args='{model_args}' is not understood; write {{checkpoint_path: FILE, pad_type: same}}")
     return {"model": model, "model_args": made}
-
-
-def _config(given: str) -> dict[str, Any]:
-    """Read a YAML of train() arguments, by path or by the name of a packaged one."""
-    packaged = Path(__file__).parent / "configs"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"  # in a checkout
-    own = {f.stem: f for f in sorted(folder.rglob("*.yaml"))}
-    path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(given)
-    if path is None or not path.is_file():
-        raise ConfigError(
-            f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(given, own)}"
-        )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
-    return {name.replace("-", "_"): value for name, value in values.items()}

@@ -34,6 +34,10 @@ class TrainingError(VisionpeftError):
     """A run that cannot go on (a loss that is not a number, nothing to resume)."""
 
 
+class OutOfMemory(TrainingError):
+    """A run that needs more memory than there is."""
+
+
 class Interrupted(TrainingError):
     """A run that was stopped by hand."""
 

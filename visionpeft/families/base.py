@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from .. import delta as deltas
 from .. import lean
 from ..attach import merge
-from ..errors import TrainingError
+from ..errors import OutOfMemory
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..twins import plain
+from .evidence import Evidence
 from .views import Rounds, Store
 
 
@@ -52,6 +53,14 @@ class Data:
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)  # the family's own
     outputs: dict[str, Any] = field(default_factory=dict)  # what the head must be made for beside the classes
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    evidence: Evidence  # of each image
 
 
 @dataclass(frozen=True)
@@ -197,8 +206,25 @@ class Family(ABC):
         """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
 
     @abstractmethod
+    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+        """Evaluate a model on the data's validation part."""
+
     def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
         """Return the metrics of a model on the data's validation part."""
+        return self.judge(model, data, **options).metrics
+
+    @abstractmethod
+    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+        """Split a set's training part by the hash of its file names, and leave what reads it in `folder`.
+
+        Args:
+            data: What `read_data` returned.
+            folder: An empty one; it holds no copies of images.
+            share: Of the training images, to be held back.
+
+        Returns:
+            A source for `read_data`: its validation part are the images held back, its training part the others.
+        """
 
     @abstractmethod
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
@@ -221,9 +247,9 @@ class Family(ABC):
         """Write a plain checkpoint that the library opens without visionpeft."""
 
 
-def out_of_memory(error: torch.OutOfMemoryError) -> TrainingError:
+def out_of_memory(error: torch.OutOfMemoryError) -> OutOfMemory:
     """Return what is said where a GPU's memory is full."""
-    return TrainingError(
+    return OutOfMemory(
         f"the GPU's memory is full ({str(error).split('.')[0]}); give a smaller batch or imgsz, or freeze more stages"
     )
 

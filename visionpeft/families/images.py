@@ -50,6 +50,30 @@ def read_folders(source: str, split: str) -> Data:
     return Data(source, "classify", classes, digest.hexdigest(), items)
 
 
+def held_back(names: Iterable[str], share: float) -> set[str]:
+    """Return a share of the names, at least one: those whose hash is least, which hardly depends on the other names."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: max(round(share * len(ranked)), 1)])
+
+
+def split_folders(data: Data, folder: Path, share: float) -> str:
+    """Split the training images of each class into train/CLASS and val/CLASS in `folder`, as links; returns the folder.
+
+    Raises:
+        DataError: A class has one image only.
+    """
+    for index, name in data.names.items():
+        files = sorted(Path(f).resolve() for f, i in data.facts["train"] if i == index)
+        if len(files) < 2:
+            raise DataError(f"{data.source} has one train image of {name} only; at least two are needed to hold one back")
+        back = held_back([f"{name}/{f.name}" for f in files], share)
+        for number, file in enumerate(files):  # numbered, for names may repeat in folders below the class's
+            part = folder / ("val" if f"{name}/{file.name}" in back else "train") / name
+            part.mkdir(parents=True, exist_ok=True)
+            (part / f"{number:06}{file.suffix}").symlink_to(file)
+    return str(folder)
+
+
 class Images(Dataset):
     """Image files, read as RGB."""
 
@@ -82,8 +106,18 @@ def loader(
 
 
 @torch.no_grad()
-def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Any = None) -> dict[str, float]:
-    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss."""
+def score(
+    model: nn.Module, batches: Iterable, classes: int, accelerator: Any = None, guesses: list[int] | None = None
+) -> dict[str, float]:
+    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss.
+
+    Args:
+        model: The classifier.
+        batches: Of images and labels.
+        classes: How many there are.
+        accelerator: accelerate's, where several processes share the batches.
+        guesses: Takes the first guess of each image.
+    """
     from torchmetrics import MeanMetric, MetricCollection  # a second, for it imports transformers where that is installed
     from torchmetrics.classification import MulticlassAccuracy
 
@@ -99,6 +133,8 @@ def score(model: nn.Module, batches: Iterable, classes: int, accelerator: Any = 
         if accelerator:
             logits, labels = accelerator.gather_for_metrics((logits, labels))
         metrics.update(logits, labels)
+        if guesses is not None:
+            guesses += logits.argmax(1).tolist()
         loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
     found = {**metrics.compute(), "loss": loss.compute()}
     return {name: round(float(value), 5) for name, value in found.items()}

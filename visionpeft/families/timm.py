@@ -29,8 +29,9 @@ from ..pictures import Picture
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
-from .base import Base, Data, Family, Job, Leading
-from .images import Images, draw, few, loader, open_image, read_folders, score, sources
+from .base import Base, Data, Family, Job, Judged, Leading
+from .evidence import Answers
+from .images import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
 from .timm_anatomy import classifiers, input_size, leading, read_anatomy
 from .views import Rounds
 
@@ -121,7 +122,7 @@ class Timm(Family):
     def train(self, job: Job) -> None:
         loop.run(self, job, transform)
 
-    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
+    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         use = _use(options, imgsz=None, batch=32, device=None, workers=0)
         device = loop.select_device(use["device"])
         own: Any = copy.deepcopy(model).to(device)
@@ -132,7 +133,12 @@ class Timm(Family):
             )
         items = [(file, index[data.names[i]]) for file, i in data.facts["val"]]
         images = Images(items, transform(own, use["imgsz"]))
-        return score(own, loader(images, use["batch"], use["workers"]), len(index))
+        guesses: list[int] = []
+        metrics = score(own, loader(images, use["batch"], use["workers"]), len(index), guesses=guesses)
+        return Judged(metrics, Answers.gather([f for f, _ in items], [i for _, i in items], guesses))
+
+    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+        return split_folders(data, folder, share)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, source: Any, **options: Any) -> list[dict[str, Any]]:

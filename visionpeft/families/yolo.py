@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import ultralytics
+import yaml
 from torch import nn
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.utils import check_det_dataset, get_split_fraction, img2label_paths
@@ -35,8 +36,8 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..scenes import find
 from ..twins import plain
-from .base import Base, Data, Family, Job, Leading, observe, read_layers, read_params, read_statistics
-from .images import draw, read_folders
+from .base import Base, Data, Family, Job, Judged, Leading, observe, read_layers, read_params, read_statistics
+from .images import draw, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
 from .yolo_pictures import labelled, predicted
@@ -262,7 +263,7 @@ class Yolo(Family):
         finally:
             trainer.close()
 
-    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
+    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         names = dict(model.names)  # type: ignore[arg-type, call-overload]
         if names != dict(data.names):
             raise DataError(
@@ -277,8 +278,21 @@ class Yolo(Family):
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
-                stats = task.validator(args=args, save_dir=Path(folder))(model=_for_inference(model))
-        return {name: round(float(stats[key]), 5) for key, name in task.metrics.items()}
+                stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
+        return Judged({name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator))
+
+    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+        if data.task == "classify":
+            return split_folders(data, folder, share)
+        back = held_back({Path(f).name for f in data.facts["train"]}, share)
+        for part, held in (("train", False), ("val", True)):
+            listed = [f for f in data.facts["train"] if (Path(f).name in back) == held]
+            (folder / f"{part}.txt").write_text("".join(f"{Path(f).resolve()}\n" for f in listed))
+        said = yaml.safe_load(Path(data.source).read_text(encoding="utf-8"))
+        kept = {k: v for k, v in said.items() if k not in ("path", "train", "val", "test", "download")}
+        lists = {part: str((folder / f"{part}.txt").resolve()) for part in ("train", "val")}
+        (folder / "data.yaml").write_text(yaml.safe_dump({**kept, **lists}, sort_keys=False), encoding="utf-8")
+        return str(folder / "data.yaml")
 
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
         with _predictor(model, options) as predictor:

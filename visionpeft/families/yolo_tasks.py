@@ -15,6 +15,7 @@ from ultralytics.utils.torch_utils import intersect_dicts
 
 from ..errors import DataError
 from ..twins import plain
+from .evidence import Answers, Detections, Evidence
 from .yolo_validator import sparing
 from .yolo_voice import quiet
 
@@ -38,12 +39,21 @@ class Task:
     row: str = ""  # what a label row holds, for people
     fits: Callable[[int, Sequence[int]], bool] = _polygon  # whether a row may hold so many numbers, given kpt_shape
     imgsz: int = 640  # by default
+    hits: str = "tp"  # what the validator calls the true positives that the score is of
 
     def check_row(self, row: Sequence[str], outputs: Mapping[str, Any]) -> str:
         """Return what is wrong with the length of a label row, or nothing."""
         article = "an" if self.name == "obb" else "a"
         fits = self.fits(len(row), outputs.get("kpt_shape", (0, 0)))
         return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.row}"
+
+    def evidence(self, validator: Any) -> Evidence:
+        """Return what a validator that has run saw of each image."""
+        dataset = validator.dataloader.dataset
+        if self.name != "classify":
+            return Detections.gather(dataset.im_files, validator.kept, self.hits)
+        files, guesses = [sample[0] for sample in dataset.samples], torch.cat([best[:, 0] for best in validator.pred])
+        return Answers.gather(files, torch.cat(validator.targets).tolist(), guesses.tolist())
 
 
 def _metrics(*kinds: str) -> dict[str, str]:
@@ -75,6 +85,7 @@ TASKS = {
             _metrics("B", "M"),
             "mAP50-95(M)",
             "class x1 y1 x2 y2 x3 y3 ...",
+            hits="tp_m",
         ),
         Task(
             "pose",
@@ -86,6 +97,7 @@ TASKS = {
             "mAP50-95(P)",
             "class x y w h, then the numbers of every keypoint (kpt_shape in the data YAML)",
             lambda count, points: count == 5 + points[0] * points[1],
+            hits="tp_p",
         ),
         Task(
             "obb",

@@ -38,6 +38,11 @@ class Sparing:
         scores.copy_(given)
         return super().postprocess(preds)  # type: ignore[misc]
 
+    def get_stats(self: Any) -> dict[str, Any]:
+        """Keep what Ultralytics forgets when it has the numbers: what was found in each image."""
+        self.kept = {name: list(arrays) for name, arrays in getattr(self.metrics, "stats", {}).items()}
+        return super().get_stats()  # type: ignore[misc]
+
     def get_model(self: Any, model: Any, trainer: Any = None) -> nn.Module:
         """Return the model as it is, where Ultralytics copies one that it was given: `evaluate` gives a copy."""
         return super().get_model(model, trainer) if trainer is not None else model  # type: ignore[misc]

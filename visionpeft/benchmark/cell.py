@@ -1,0 +1,229 @@
+"""One cell of a sweep, in a process of its own: ``python -m visionpeft.benchmark.cell``, its task on stdin.
+
+The process that started it holds its stdin open, and when that closes, however the starter ended, this one ends too.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import api, files, scenes
+from ..errors import ConfigError, VisionpeftError
+from ..pictures import Picture
+from ..run import Run
+from .grid import Cell, command, under
+from .results import FORMAT
+
+DONE, FAILED, FULL = 0, 3, 4  # exit codes; FULL: the disk is
+SHARE = 0.2  # of the training images, held back where an option is searched
+_PROBE = 2  # epochs, to see how long one takes
+_PICTURES, _WIDTH = 4, 320  # validation images shown, pixels
+
+
+def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
+    """Run a cell and return what its file holds.
+
+    Args:
+        cell: Which.
+        out: The folder of results.
+        chosen: Options that a search settled.
+        seconds: Time that its training steps may take; None: as many epochs as the configuration says.
+    """
+    began = time.perf_counter()
+    arguments = {**cell.arguments(), **chosen}
+    family = api.find_family(arguments["model"])
+    base = family.load(arguments["model"], **arguments.get("model_args", {}))
+    data = family.read_data(scenes.find(arguments["data"]), base)
+    images = len(data.facts["train"])
+    if seconds is not None:
+        probe = api.train(**{**arguments, "epochs": _PROBE}, project=out / "runs" / cell.hash, name="probe", quiet=True)
+        chosen = {**chosen, "epochs": max(int(seconds / _epoch_seconds(probe, images)), 1)}
+        shutil.rmtree(probe.folder)
+        arguments |= chosen
+    run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
+    (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # the run is complete, and this the largest of its files
+    adapted = api.load(run.delta) if run.delta else None
+    model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
+    use = _use(run, family.defaults["batch"])
+    judged = family.judge(model, data, **use, workers=run.arguments["workers"])
+    shown = {k: use[k] for k in ("imgsz", "device")}
+    old, retained = cell.spec["retain"], None
+    if old and adapted:
+        retained = {**api.forgetting(adapted, under(cell.root, old), **use).to_dict(), "data": old}
+    return {
+        "format": FORMAT,
+        "hash": cell.hash,
+        "cell": cell.spec,
+        "names": cell.names,
+        "task": base.task,
+        "score": family.score(base.task),
+        "run": run.to_dict(),
+        "chosen": chosen,
+        "states": {"bn": run.plan.bn, **{k: run.arguments[k] for k in ("head", "lean")}},
+        "retained": retained,
+        "evidence": judged.evidence.pack(),
+        "interval": None,
+        "pictures": {
+            "labels": [_jpeg(p) for p in family.draw(None, data, _PICTURES)],
+            "after": [_jpeg(p) for p in family.draw(model, data, _PICTURES, **shown)],
+        },
+        "command": command(arguments),
+        "environment": _environment(run),
+        "train_seconds": round(_epoch_seconds(run, images) * len(run.history), 3),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+
+
+def attempt(cell: Cell, out: Path) -> dict[str, Any]:
+    """Run one trial of a search, on the training images alone, and return what its file holds."""
+    began = time.perf_counter()
+    arguments = {**cell.arguments(), **cell.spec["trial"]}
+    family = api.find_family(arguments["model"])
+    base = family.load(arguments["model"], **arguments.get("model_args", {}))
+    data = family.read_data(scenes.find(arguments["data"]), base)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments["data"] = family.hold_back(data, Path(folder), SHARE)
+        score: float | None = None
+        error = ""
+        try:
+            run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
+            score = run.after[family.score(base.task)]
+        except ConfigError:
+            raise
+        except VisionpeftError as wrong:  # a rate that diverges is a result
+            error = str(wrong)
+    shutil.rmtree(out / "runs" / cell.hash, ignore_errors=True)
+    seconds = round(time.perf_counter() - began, 2)
+    return {"format": FORMAT, "hash": cell.hash, "cell": cell.spec, "score": score, "error": error, "seconds": seconds}
+
+
+def main() -> int:
+    """Do the task that stands on stdin; returns the exit code."""
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    out, cell = Path(task["out"]), Cell(task["spec"], task["names"], task["root"])
+    trial = "trial" in cell.spec
+    folder = out / "runs" / cell.hash
+    began = time.perf_counter()
+    try:
+        made = attempt(cell, out) if trial else measure(cell, out, task["chosen"], task["seconds"])
+        files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
+        return DONE
+    except Exception as error:
+        if _full(error, out):
+            return FULL
+        if not isinstance(error, VisionpeftError):
+            traceback.print_exc()
+        said = failed(cell, error_kind(error), str(error), folder, time.perf_counter() - began)
+        files.write(out / "failed" / f"{cell.hash}.json", json.dumps(said, indent=1) + "\n")
+        return FAILED
+
+
+def failed(cell: Cell, kind: str, error: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """Return what the file of a cell that failed holds."""
+    log = folder / "log.txt"
+    last = log.read_text(errors="replace").splitlines()[-30:] if log.is_file() else []
+    return {
+        "format": FORMAT,
+        "hash": cell.hash,
+        "cell": cell.spec,
+        "names": cell.names,
+        "error": " ".join(error.split()) or kind,
+        "kind": kind,
+        "log": "\n".join(last),
+        "seconds": round(seconds, 2),
+    }
+
+
+def error_kind(error: Exception) -> str:
+    """Return the name that an error is filed under."""
+    said = str(error)
+    if isinstance(error, MemoryError) or "can't allocate memory" in said or "Cannot allocate memory" in said:
+        return "OutOfMemory"
+    return "OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+
+
+def _full(error: Exception, out: Path) -> bool:
+    """Say whether the disk is full: libraries have their own words for it, so it is tried."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    try:
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(bytes(1 << 20))
+    except OSError:
+        return True
+    return False
+
+
+def _end_with_the_starter() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _epoch_seconds(run: Run, images: int) -> float:
+    """Return how long the training steps of an epoch take, their data included where it is measured."""
+    parts = run.measured.get("seconds_by_part") or {}
+    step = sum(parts.values()) or run.measured["step_seconds"]
+    if step is None:
+        raise ConfigError("an epoch has one step only, which is too few to measure its time; give a smaller batch")
+    batch = run.arguments["batch"]
+    return step * (math.ceil(images / batch) if batch >= 1 else 1)
+
+
+def _use(run: Run, batch: int) -> dict[str, Any]:
+    """Return what to evaluate with: as `train` did."""
+    said = run.arguments
+    batch = said["batch"] if said["batch"] >= 1 else batch  # found by Ultralytics for training
+    return {"imgsz": said["imgsz"], "batch": batch, "device": said["device"].split(",")[0]}
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    cuda = run.arguments["device"] != "cpu" and torch.cuda.is_available()
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "threads": torch.get_num_threads(),
+        **run.versions,
+    }
+
+
+def _cpu() -> str:
+    """Return the processor's name; Linux says it in a file only."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _jpeg(picture: Picture) -> str:
+    image = Image.fromarray(picture).convert("RGB")
+    image.thumbnail((_WIDTH, 10 * _WIDTH))
+    image.save(buffer := io.BytesIO(), "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; at the interpreter's own end, threads of torch's that still run may abort the process

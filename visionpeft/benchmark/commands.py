@@ -1,0 +1,58 @@
+"""`visionpeft benchmark`: run a grid, and print its table."""
+
+from __future__ import annotations
+
+import sys
+
+from .compare import table
+from .results import read
+from .sweep import run
+
+
+def benchmark(
+    *,
+    out: str,
+    config: str | None = None,
+    root: str = ".",
+    retry: bool = False,
+    equal: str | None = None,
+    retain: str | None = None,
+    jobs: int = 1,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> int:
+    """Train a grid of models, data, methods and seeds beside each other, and print the table as Markdown.
+
+    What is in the folder of results already is not run again, so the same command goes on after Ctrl-C or a crash. Without
+    --config, the table of what is there. Exits with 1 where a cell failed.
+
+    Parameters
+    ----------
+    out
+        The folder of results.
+    config
+        A YAML file, or the name of one of visionpeft's: scenes, aerial_airport, road_signs, eurosat.
+    root
+        What relative paths in the config are relative to.
+    retry
+        Run those cells again that failed.
+    equal
+        epochs: all cells train as many; time: as many as fit into the time that full fine-tuning trains.
+    retain
+        A data set of the base's own classes, to measure what is forgotten.
+    jobs
+        Cells at a time.
+    threads
+        Of each cell; by default $OMP_NUM_THREADS, else the cores shared among the jobs.
+    quiet
+        Show no progress.
+    """
+    if config is None:
+        print(table(read(out)))
+        return 0
+    cells = run(config, out, root=root, retry=retry, equal=equal, retain=retain, jobs=jobs, threads=threads, quiet=quiet)
+    print(table(cells))
+    failed = read(out, "failed")
+    for one in failed:
+        print(f"visionpeft: {one['hash']} failed: {one['error']}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,37 @@
+"""The YAML files of options that visionpeft ships, by name, and anybody's own, by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import ConfigError, nearest
+
+
+def read(given: str | Path, kind: str) -> dict[str, Any]:
+    """Read a YAML of options.
+
+    Args:
+        given: A path, or the name of a packaged file without its suffix.
+        kind: The folder of packaged files that a name is looked up in: "train" or "benchmark".
+
+    Raises:
+        ConfigError: There is no such file, or it holds no options.
+    """
+    packaged = Path(__file__).parent / "configs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"  # in a checkout
+    own = {f.stem: f for f in sorted((folder / kind).glob("*.yaml"))}
+    path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(str(given))
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(str(given), own)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
+    return {name.replace("-", "_"): value for name, value in values.items()}
