@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import math
@@ -13,6 +12,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from visionpeft.benchmark.grid import hash_of
+from visionpeft.families.evidence import Answers
 
 MODELS = {"yolov8n": 3_157_200, "yolo11n": 2_624_080}  # parameters
 DATA = {"aerial_airport": 0.25, "road_signs": 0.70}  # what full fine-tuning reaches
@@ -24,6 +26,7 @@ METHODS: dict[str, tuple[float, float, float, float, float]] = {
     "head": (0.0, 0.45, 0.18, 0.45, 0.99),
 }
 OLD = ("person", "car", "bus", "dog", "kite", "boat")
+IMAGES = 400
 STAGES = [*(f"model.{i}" for i in range(22)), "head", "loss"]
 
 
@@ -77,12 +80,18 @@ def make_cell(
         "freeze": int(method.rpartition("freeze ")[2]) if "freeze" in method else 0,
         "seed": seed,
         "options": {"epochs": 6, "imgsz": 256},
+        "own": [],
         "retain": "coco128_640/data.yaml",
+        "equal": "epochs",
+        "search": {},
+        **dict.fromkeys(("weights_sha256", "data_sha256", "retain_sha256"), "0" * 64),
     }
-    text = json.dumps(spec, sort_keys=True, separators=(",", ":"))
-    random = np.random.default_rng(list(hashlib.sha256(text.encode()).digest()[:8]))
+    random = np.random.default_rng(int(hash_of(spec), 16))
     share, near, memory, speed, left = facts
-    score = DATA[data] * near + 0.01 * (model == "yolo11n") + 0.006 * (seed - 0.5) + 0.002 * float(random.standard_normal())
+    goal = DATA[data] * near + 0.01 * (model == "yolo11n") + 0.006 * (seed - 0.5) + 0.002 * float(random.standard_normal())
+    luck = np.random.default_rng(0).random(IMAGES)  # images are as hard for every method
+    seen = Answers(np.array([f"{i:04}.jpg" for i in range(IMAGES)]), np.zeros(IMAGES, np.int32), (luck > goal).astype(np.int32))
+    score = seen.score()
     total = MODELS[model]
     body, head, saved = round(0.72 * total * share), round(0.28 * total), round(780e6 * memory)
     metric = "mAP50-95"
@@ -105,10 +114,9 @@ def make_cell(
     live = saved + 4 * (body + head)
     before = {name: 0.3 + 0.4 * (i % 3) / 3 for i, name in enumerate(classes)}
     after = {n: round(b * min(left + 0.1 * float(random.random()), 1), 4) for n, b in before.items()}
-    truth = random.integers(0, 10, 60)
-    cell = {
+    return {
         "format": 1,
-        "hash": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "hash": hash_of(spec),
         "cell": spec,
         "names": {"model": model, "data": data, "method": method},
         "task": "detect",
@@ -153,22 +161,23 @@ def make_cell(
             "detached": sum(before.values()) / max(len(before), 1),
             "per_class": {n: [before[n], after[n]] for n in before},
         },
-        "evidence": evidence(truth, np.where(random.random(60) < score, truth, (truth + 1) % 10)),
+        "evidence": seen.pack(),
         "interval": None,
         "pictures": {"labels": [picture(i, "") for i in range(4)], "after": [picture(i, method) for i in range(4)]},
         "command": f"visionpeft train --data {data}/data.yaml --model weights/{model}.pt --method {method} --seed {seed}",
         "environment": {"python": "3.11.7", "platform": "Linux", "cpu": "x86_64", "cores": 2, "gpu": "H200" if cuda else None},
         "seconds": 64 * speed + seed,
     }
-    return cell
 
 
-def evidence(labels: np.ndarray, guesses: np.ndarray) -> dict[str, str]:
-    """Return what a classifier said of each image, packed."""
-    buffer = io.BytesIO()
-    names = np.array([f"{i:03}.jpg" for i in range(len(labels))])
-    np.savez_compressed(buffer, images=names, label=labels.astype(np.int32), guess=guesses.astype(np.int32))
-    return {"kind": "classify", "data": base64.b64encode(buffer.getvalue()).decode()}
+def make_failed(out: Path, error: str, method: str = "dora", seed: int = 1) -> Path:
+    """Write a cell that failed; returns its file."""
+    cell = make_cell("yolov8n", "road_signs", method, (0.1, 1.0, 1.0, 1.0, 1.0), seed, [])
+    said = {k: cell[k] for k in ("format", "hash", "cell", "names")}
+    (out / "failed").mkdir(exist_ok=True)
+    file = out / "failed" / f"{cell['hash']}.json"
+    file.write_text(json.dumps({**said, "error": error, "kind": "OutOfMemory", "log": "", "seconds": 3.0}))
+    return file
 
 
 def picture(which: int, said: str) -> str:

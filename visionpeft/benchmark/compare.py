@@ -114,11 +114,12 @@ def table(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples: 
     rows = compare(cells, against, resamples)
     for data, model in dict.fromkeys((r.names["data"], r.names["model"]) for r in rows):
         own = [r for r in rows if (r.names["data"], r.names["model"]) == (data, model)]
-        parts.append(f"**{data}, {model}**\n\n{_markdown(own, against)}")
+        parts.append(f"**{data}, {model}**\n\n{markdown(own, against)}")
     return "\n\n".join(parts)
 
 
-def _markdown(rows: Sequence[Row], against: str) -> str:
+def markdown(rows: Sequence[Row], against: str = "full") -> str:
+    """Return rows of one model and data set as a table in Markdown."""
     retained = any(r.retained_after is not None for r in rows)
     head = ["method", rows[0].score, "95 %", f"less {against}", "95 %", "body", "head", "saved", "peak", "s/step", "delta"]
     head += ["old classes, before", "after"] if retained else []

@@ -8,15 +8,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..benchmark import Row, compare, read
+from ..benchmark.grid import hash_of
 from ..errors import ConfigError
 from ..tables import size
-from .standin import Row, compare, read
 
 NEAR = 0.95  # of the reference's score: what counts as near to it in a section's answer
 _NEAR = f"{100 * NEAR:.0f} %"
 AGAINST = "full"
 MEBI = 1e6  # bytes of a MB, as `tables.size` counts
-_SETTINGS = ("epochs", "imgsz", "batch", "optimizer", "lr0")  # of a run, said above its table where all cells share them
+_SETTINGS = ("imgsz", "batch", "optimizer", "lr0")  # of a run, said above its table where all cells share them
 _GONE = "–"
 
 
@@ -51,12 +52,12 @@ class Answer:
     """What a section comes to.
 
     Attributes:
-        row: The method that is recommended; None: no row is complete.
+        row: The method that is named.
         said: Why, in a sentence.
         shares: Of the reference: score, memory and trained parameters, with what they are called.
     """
 
-    row: Row | None
+    row: Row
     said: str
     shares: list[tuple[str, float]] = field(default_factory=list)
 
@@ -129,7 +130,7 @@ def gather(results: Sequence[str | Path]) -> Report:
         ConfigError: A folder is missing or empty, or a file in it is truncated or of something else.
     """
     cells = {c["hash"]: c for folder in results for c in read(folder)}
-    failed = {c.get("hash", str(c["cell"])): c for folder in results for c in read(folder, "failed")}
+    failed = {hash_of(c["cell"]): c for folder in results for c in read(folder, "failed")}
     failed = {h: c for h, c in failed.items() if h not in cells}  # done by now, in another folder
     if not cells:
         also = f"; {len(failed)} failed there: see {Path(results[0]) / 'failed'}" if failed else ""
@@ -192,7 +193,9 @@ def columns(section: Section) -> list[Column]:
 def states(row: Row) -> dict[str, str]:
     """Return what a row must say of itself beside its numbers."""
     frozen = ", ".join(map(str, row.freeze)) if isinstance(row.freeze, list | tuple) else str(row.freeze)
-    return {"bn": str(row.bn), "head": str(row.head), "lean": str(row.lean), "freeze": frozen, "seeds": str(row.seeds)}
+    epochs = "/".join(map(str, dict.fromkeys(row.epochs.values())))
+    said = {"bn": row.bn, "head": row.head, "lean": row.lean, "freeze": frozen, "epochs": epochs, "seeds": row.seeds}
+    return {k: str(v) for k, v in said.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ text of values
@@ -225,19 +228,17 @@ def mean(values: Iterable[float | None]) -> float | None:
 # ------------------------------------------------------------------------------------------------------------------ sections
 def _section(index: int, rows: list[Row], reference: str) -> Section:
     rows = sorted(rows, key=lambda r: (-r.score_mean, r.method))
-    cells = [c for row in rows for c in row.cells]
     memory = _memory(rows)
-    first = cells[0]
     return Section(
         key=f"s{index}",
         model=rows[0].names["model"],
         data=rows[0].names["data"],
-        task=first.get("task") or "",
-        metric=first["score"],
-        settings=_shared(cells),
+        task=rows[0].cells[0].get("task") or "",
+        metric=rows[0].score,
+        settings=_shared([c for row in rows for c in row.cells]),
         rows=rows,
         memory=memory,
-        answer=_answer(rows, memory, reference, first["score"]),
+        answer=_answer(rows, memory, reference),
     )
 
 
@@ -250,18 +251,18 @@ def _memory(rows: list[Row]) -> Memory:
     return Memory("bytes saved", "bytes kept for backward in a training step", lambda row: row.saved_bytes)
 
 
-def _answer(rows: list[Row], memory: Memory, reference: str, metric: str) -> Answer:
+def _answer(rows: list[Row], memory: Memory, reference: str) -> Answer:
     """Choose the row that keeps most of the reference's score for the least memory, and say so."""
-    full = next((row for row in rows if row.method == reference), None)
-    others = [row for row in rows if row is not full and memory.of(row) is not None]
+    full = next((row for row in rows if row.names["method"] == reference), None)
+    others = [row for row in rows if row.names["method"] != reference and memory.of(row) is not None]
     if full is None or not others:
         best = rows[0]
-        why = f"the best score, {best.score_mean:.3f} {metric}"
+        why = f"the best score, {best.score_mean:.3f} {best.score}"
         return Answer(best, f"{why}; there is {'nothing' if full else f'no {reference}'} here to compare it with.")
     near = [row for row in others if row.score_mean >= NEAR * full.score_mean]
     row = min(near, key=lambda r: memory.of(r) or 0) if near else max(others, key=lambda r: r.score_mean)
     shares = _shares(row, full, memory)
-    said = f"{row.score_mean:.3f} {metric} against {full.score_mean:.3f} of {reference}"
+    said = f"{row.score_mean:.3f} {row.score} against {full.score_mean:.3f} of {reference}"
     if row.difference is not None:
         said += f" ({signed(row.difference)}{_reaches(row)})"
     said += f"; {size(memory.of(row))} {memory.name} against {size(memory.of(full))}."

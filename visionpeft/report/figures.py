@@ -190,10 +190,9 @@ def _curves(section: Section, style: Mapping[str, dict[str, str]]) -> Figure | N
     low, high, height = min(p["low"] for p in points), max(p["high"] for p in points), 300
     gap = 15 * (high - low or 1) / height
     ends = _apart({m: p["y"] for m, p in last.items()}, gap)
-    names = [{"method": m, "epoch": most, "y": y, "colour": style[m]["colour"]} for m, y in ends.items()]
-    room = int(min(max(map(len, ends)) * _WORD + 12, 150))
+    names = [{"method": m, "epoch": most, "y": y} for m, y in ends.items()]
     top, bottom = max(high, *ends.values()), min(low, *ends.values())
-    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False), scale=alt.Scale(nice=False))
+    x = alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False), scale=_short(ends, nice=False))
     scale = alt.Scale(domain=[bottom, top], nice=False)
     base = alt.Chart(alt.Data(values=points)).encode(x=x, detail="method:N")
     colour = alt.Color("colour:N", scale=None)
@@ -206,14 +205,13 @@ def _curves(section: Section, style: Mapping[str, dict[str, str]]) -> Figure | N
             tooltip=[alt.Tooltip("method:N"), alt.Tooltip("epoch:Q"), alt.Tooltip("said:N", title=section.metric)],
         ),
         alt.Chart(alt.Data(values=names)).mark_text(align="left", dx=8).encode(x=x, y=y, text="method:N"),
-        alt.Chart(alt.Data(values=names)).mark_rule(strokeWidth=4).encode(x=x, y=y, color=colour),
     ]
     many = any(row.seeds > 1 for row in section.rows)
     return Figure(
         f"{section.metric} while it trains",
         "On the validation images after every epoch; epoch 0 is the model before training."
         + (" Lines are means, bands reach from the lowest to the highest seed." if many else " One seed."),
-        _spec(alt.layer(*layers[:4]), height, padding={"left": 5, "top": 8, "bottom": 5, "right": room}),
+        _spec(alt.layer(*layers), height),
     )
 
 
@@ -350,7 +348,7 @@ def _stacked(
     totals = [{"method": m, "x": sum(own.values()) / unit, "said": text(sum(own.values()))} for m, own in parts.items()]
     order = [row.method for row in section.rows if row.method in parts]
     y = alt.Y("method:N", sort=order, title=None, scale=alt.Scale(paddingInner=0.3))
-    x = alt.X("x:Q", title=axis, stack="zero", axis=alt.Axis(tickCount=4), scale=alt.Scale(domain=[0, most * 1.22]))
+    x = alt.X("x:Q", title=axis, stack="zero", axis=alt.Axis(tickCount=4), scale=_short([t["said"] for t in totals], domain=[0, most]))
     tips = [alt.Tooltip("method:N"), alt.Tooltip("part:N"), alt.Tooltip("said:N", title="takes"), alt.Tooltip("share:Q", format=".0%")]
     stack = (
         alt.Chart(alt.Data(values=bars))
@@ -396,8 +394,8 @@ def _forgetting(section: Section, style: Mapping[str, dict[str, str]]) -> Figure
         for row in rows
     ]
     y = alt.Y("method:N", sort=[row.method for row in rows], title=None)
-    most = max(max(p["before"] or 0, p["after"]) for p in points)
-    x = alt.X("after:Q", title=f"{metric} on {data}", scale=alt.Scale(domain=[0, most * 1.35]), axis=alt.Axis(tickCount=4))
+    most = max(max(p["before"], p["after"]) for p in points)
+    x = alt.X("after:Q", title=f"{metric} on {data}", scale=_short([p["said"] for p in points], domain=[0, most]), axis=alt.Axis(tickCount=4))
     base = alt.Chart(alt.Data(values=points)).encode(y=y)
     layers = [
         base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=x, x2="before:Q", color=alt.Color("colour:N", scale=None)),
@@ -462,11 +460,13 @@ def _style(index: int) -> dict[str, Any]:
     return {"colour": f"var(--m{colour})", "shape": _SHAPES[index % len(_SHAPES)], "dash": dash}
 
 
-def _spec(chart: alt.LayerChart, height: int, **more: Any) -> dict[str, Any]:
-    sized = chart.properties(width="container", height=height, **more).configure(**_CONFIG)
+def _short(words: Iterable[str], **more: Any) -> alt.Scale:
+    """Return a scale of x that leaves room for the longest of `words` at the right."""
+    room = round(max(map(len, words)) * _WORD + 14)
+    return alt.Scale(range=[0, alt.ExprRef(f"width - min({room}, width / 2)")], **more)
+
+
+def _spec(chart: alt.LayerChart, height: int) -> dict[str, Any]:
+    sized = chart.properties(width="container", height=height).configure(**_CONFIG)
     return sized.to_dict()
 
-
-def names_of(legends: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the names in a legend."""
-    return [name for name, _ in legends]

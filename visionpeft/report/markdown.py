@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 
-from .content import Report, columns, states
+from ..benchmark import markdown
+from .content import Report
 
 
 def render(report: Report, out: str) -> str:
@@ -16,34 +16,23 @@ def render(report: Report, out: str) -> str:
         out: The file they are written to, for that command.
     """
     command = shlex.join(["visionpeft", "report", *report.folders, "--markdown", out])
-    lines = [f"# {_cell(report.name)}", "", f"Regenerate with `{command}`.", ""]
+    lines = [f"# {_text(report.name)}", "", f"Regenerate with `{command}`.", ""]
     for section in report.sections:
-        shown = columns(section)
-        lines += [f"## {_cell(section.model)} on {_cell(section.data)}", ""]
-        row = section.answer.row
-        if row is not None:
-            lines += [f"**{_cell(row.method)}**: {_cell(section.answer.said)}", ""]
+        lines += [f"## {_text(section.model)} on {_text(section.data)}", ""]
         if section.settings:
-            lines += [f"{_cell(section.settings)}.", ""]
-        head = ["method", *(c.name for c in shown), *states(section.rows[0])]
-        rows = [[r.method, *(c.text(r) for c in shown), *states(r).values()] for r in section.rows]
-        lines += [_line(head), "|---" * len(head) + "|", *map(_line, rows)]
-        lines.append("")
+            lines += [f"{_text(section.settings)}.", ""]
+        lines += [f"**{_text(section.answer.row.method)}**: {_text(section.answer.said)}", ""]
+        lines += [markdown(section.rows, report.against), ""]
     if report.failed:
-        lines += [f"{len(report.failed)} cells failed:", ""]
-        lines += [f"- {_cell(f.what)}: {_cell(f.kind)}: {_cell(f.error)}" for f in report.failed]
+        lines += [f"{len(report.failed)} failed:", ""]
+        lines += [f"- {_text(f.what)}: {_text(f.kind)}: {_text(f.error)}" for f in report.failed]
         lines.append("")
-    lines += [f"- {note}" for note in report.notes]
+    lines += [f"- {_text(note)}" for note in report.notes]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |"
-
-
-def _cell(text: str) -> str:
-    """Return text that stays in its cell, and is text."""
-    text = " ".join(text.split())
-    for sign in "\\|`*_<>[]":
+def _text(text: str) -> str:
+    """Return text on one line, in which nothing is markup."""
+    for sign in "\\`*_<>[]|":
         text = text.replace(sign, "\\" + sign)
-    return text
+    return " ".join(text.split())

@@ -16,7 +16,7 @@
       labels.from = { data: "points_marks" };
       labels.encode = { update: { text: { field: "datum.method" }, fill: { value: "var(--ink)" }, fontSize: { value: 12 } } };
       labels.transform = [{
-        type: "label", size: { signal: "[max(width, 1), height]" }, avoidMarks: ["whiskers_marks"], offset: [7, 7, 7, 7, 7, 7, 7, 7, 16, 16],
+        type: "label", size: { signal: "[max(width, 1), height]" }, avoidMarks: vega.marks.map((mark) => mark.name).filter((name) => /^(whiskers|front)_marks$/.test(name)), offset: [7, 7, 7, 7, 7, 7, 7, 7, 16, 16],
         anchor: ["right", "top-right", "bottom-right", "top", "bottom", "left", "top-left", "bottom-left", "top", "bottom"],
       }];
     }
