@@ -18,6 +18,7 @@ from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
+from .report import write as write_report
 
 app = App(
     name="visionpeft",
@@ -348,6 +349,23 @@ def families() -> None:
     """List the families of models."""
     rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
     print(tables.text("", ("family", "models"), rows))
+
+
+@app.command(group=_TRAIN)
+def report(*results: str, out: str | None = None, markdown: str | None = None) -> None:
+    """Write what `benchmark` found as a page of HTML that needs no network, and as Markdown.
+
+    Parameters
+    ----------
+    results
+        The folder that a benchmark wrote into, or several.
+    out
+        The page; by default RESULTS/report.html, or report.html here for several folders. With --markdown alone, none.
+    markdown
+        A file for the tables in Markdown.
+    """
+    for written in write_report(results, out, markdown):
+        print(written)
 
 
 def main(arguments: list[str] | None = None) -> None:

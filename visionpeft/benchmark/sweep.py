@@ -256,7 +256,10 @@ class _Board:
             if str(cell) in self._running:
                 self._running.remove(str(cell))
             self._done += 1
-            now: dict[str, Any] = {"description": self._running[0] if self._running else "", "count": f"{self._done}/{self._total}"}
+            now: dict[str, Any] = {
+                "description": self._running[0] if self._running else "",
+                "count": f"{self._done}/{self._total}",
+            }
             self._bar.update(self._task, advance=1, **now)
             if not self._quiet:
                 self._console.print(self._line(cell, seconds, content), markup=False)

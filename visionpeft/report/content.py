@@ -134,7 +134,9 @@ def gather(results: Sequence[str | Path]) -> Report:
     failed = {h: c for h, c in failed.items() if h not in cells}  # done by now, in another folder
     if not cells:
         also = f"; {len(failed)} failed there: see {Path(results[0]) / 'failed'}" if failed else ""
-        raise ConfigError(f"there is no finished cell in {_listed(map(str, results))}{also}; run `visionpeft benchmark` first")
+        raise ConfigError(
+            f"there is no finished cell in {_listed(map(str, results))}{also}; run `visionpeft benchmark` first"
+        )
     abouts = [_about(Path(folder)) for folder in results]
     against = {str((a.get("defaults") or {}).get("against") or AGAINST) for a in abouts}
     if len(against) > 1:
@@ -168,7 +170,11 @@ def columns(section: Section) -> list[Column]:
         Column(
             "difference",
             lambda r: r.difference,
-            lambda r: _GONE if r.difference is None else f"{signed(r.difference)}{interval(r.difference_low, r.difference_high)}",
+            lambda r: (
+                _GONE
+                if r.difference is None
+                else signed(r.difference) + interval(r.difference_low, r.difference_high, signed)
+            ),
             "from the reference on the same images and seeds [95 % interval]",
         ),
         Column("body", lambda r: r.trained_body, lambda r: f"{r.trained_body:,}", "parameters of the body that train"),
@@ -199,9 +205,14 @@ def states(row: Row) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ text of values
-def interval(low: float | None, high: float | None) -> str:
+def plain(value: float) -> str:
+    """Return a score: 0.231."""
+    return f"{value:.3f}"
+
+
+def interval(low: float | None, high: float | None, text: Callable[[float], str] = plain) -> str:
     """Return " [0.231, 0.262]", or nothing where there is none."""
-    return "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return "" if low is None or high is None else f" [{text(low)}, {text(high)}]"
 
 
 def signed(value: float) -> str:
@@ -254,23 +265,37 @@ def _memory(rows: list[Row]) -> Memory:
 def _answer(rows: list[Row], memory: Memory, reference: str) -> Answer:
     """Choose the row that keeps most of the reference's score for the least memory, and say so."""
     full = next((row for row in rows if row.names["method"] == reference), None)
-    others = [row for row in rows if row.names["method"] != reference and memory.of(row) is not None]
+    others = [row for row in rows if row.names["method"] != reference]
     if full is None or not others:
         best = rows[0]
-        why = f"the best score, {best.score_mean:.3f} {best.score}"
-        return Answer(best, f"{why}; there is {'nothing' if full else f'no {reference}'} here to compare it with.")
+        missing = f"no {reference}" if full is None else "nothing"
+        return Answer(
+            best, f"The best score, {best.score_mean:.3f} {best.score}; there is {missing} here to compare it with."
+        )
     near = [row for row in others if row.score_mean >= NEAR * full.score_mean]
-    row = min(near, key=lambda r: memory.of(r) or 0) if near else max(others, key=lambda r: r.score_mean)
-    shares = _shares(row, full, memory)
-    said = f"{row.score_mean:.3f} {row.score} against {full.score_mean:.3f} of {reference}"
+    if not near:
+        best = max(others, key=lambda r: r.score_mean)
+        return Answer(
+            full,
+            f"No other method keeps {_NEAR} of its {full.score_mean:.3f} {full.score}. Nearest is {_beside(best, full, memory)}.",
+        )
+    known = [row for row in (full, *near) if memory.of(row) is not None]
+    row = min(known, key=lambda r: memory.of(r) or 0) if full in known else full
+    if row is full:
+        best = max(near, key=lambda r: r.score_mean)
+        return Answer(
+            full, f"No method that keeps {_NEAR} of its score takes less memory. Nearest is {_beside(best, full, memory)}."
+        )
+    which = f"The least memory of {len(near)} that keep" if len(near) > 1 else "The only one that keeps"
+    return Answer(row, f"{_beside(row, full, memory)}. {which} {_NEAR} of {reference}'s score.", _shares(row, full, memory))
+
+
+def _beside(row: Row, full: Row, memory: Memory) -> str:
+    said = f"{row.method}: {row.score_mean:.3f} {row.score} against {full.score_mean:.3f} of {full.method}"
     if row.difference is not None:
         said += f" ({signed(row.difference)}{_reaches(row)})"
-    said += f"; {size(memory.of(row))} {memory.name} against {size(memory.of(full))}."
-    if near:
-        said += f" Least memory of {len(near)} that {'keep' if len(near) > 1 else 'keeps'} {_NEAR} of {reference}'s score."
-    else:
-        said += f" No method keeps {_NEAR} of {reference}'s score; this one comes nearest."
-    return Answer(row, said, shares)
+    own, whole = memory.of(row), memory.of(full)
+    return said if own is None or whole is None else f"{said}; {memory.name} {size(own)} against {size(whole)}"
 
 
 def _shares(row: Row, full: Row, memory: Memory) -> list[tuple[str, float]]:
@@ -292,7 +317,9 @@ def _reaches(row: Row) -> str:
 def _shared(cells: list[dict[str, Any]]) -> str:
     """Return the settings that all cells of a section have in common, as text."""
     arguments = [c["run"].get("arguments") or {} for c in cells]
-    said = [f"{k} {a}" for k in _SETTINGS if (a := arguments[0].get(k)) is not None and all(x.get(k) == a for x in arguments)]
+    said = [
+        f"{k} {a}" for k in _SETTINGS if (a := arguments[0].get(k)) is not None and all(x.get(k) == a for x in arguments)
+    ]
     return ", ".join(said)
 
 
@@ -324,8 +351,8 @@ def _delta(row: Row) -> float | None:
 def _notes(sections: list[Section], reference: str) -> list[str]:
     rows = [row for s in sections for row in s.rows]
     notes = [
-        f"Named above for each model and data set is the method with the least memory among those that keep {_NEAR} of "
-        f"{reference}'s score, or the one nearest to it where none does."
+        f"Named for each model and data set is the method that takes the least memory among those that keep {_NEAR} of "
+        f"{reference}'s score, {reference} included."
     ]
     if any(row.low is not None for row in rows):
         notes.append(
@@ -335,7 +362,9 @@ def _notes(sections: list[Section], reference: str) -> list[str]:
     if any(row.low is None for row in rows):
         notes.append("A score without an interval comes from cells that kept no evidence of single images.")
     if any(row.seeds == 1 for row in rows):
-        notes.append("A row of one seed has an interval over images only: it does not say how much another seed would differ.")
+        notes.append(
+            "A row of one seed has an interval over images only: it does not say how much another seed would differ."
+        )
     if any(s.memory.name != "peak GPU memory" for s in sections):
         notes.append(
             "Cells that ran on a CPU have no allocator's peak. Bytes saved and bytes alive are counted exactly and are the same "
@@ -350,7 +379,11 @@ def _notes(sections: list[Section], reference: str) -> list[str]:
         notes.append(
             "Where `bn` differs, part of a difference in score and in memory comes from it: statistics that move need more kept."
         )
-    machines = {tuple((c.get("environment") or {}).get(k) for k in ("platform", "cpu", "gpu", "threads")) for s in sections for c in s.cells}
+    machines = {
+        tuple((c.get("environment") or {}).get(k) for k in ("platform", "cpu", "gpu", "threads"))
+        for s in sections
+        for c in s.cells
+    }
     if len(machines) > 1:
         notes.append("Cells ran on different machines: compare their times only within one.")
     return notes
@@ -373,7 +406,9 @@ def _about(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({' '.join(str(error).split())}); remove it, or run the benchmark again") from error
+        raise ConfigError(
+            f"{file} cannot be read ({' '.join(str(error).split())}); remove it, or run the benchmark again"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not what a benchmark writes; remove it, or run the benchmark again")
     return content

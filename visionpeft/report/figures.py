@@ -139,9 +139,10 @@ def _scatter(
     tips = [alt.Tooltip(f"{k}:N", title=t) for k, t in (("method", "method"), ("said", section.metric), ("cost", title))]
     base = alt.Chart(alt.Data(values=points)).encode(x=x)
     layers = [
-        base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.55).encode(
-            y=alt.Y("low:Q", title=section.metric), y2="high:Q", color=alt.Color("colour:N", scale=None)
-        ).properties(name="whiskers"),
+        base.transform_filter("isValid(datum.low)")
+        .mark_rule(strokeWidth=1.5, opacity=0.55)
+        .encode(y=alt.Y("low:Q", title=section.metric), y2="high:Q", color=alt.Color("colour:N", scale=None))
+        .properties(name="whiskers"),
         base.mark_point(filled=True, size=110, strokeWidth=2, opacity=1)
         .encode(
             y=y,
@@ -348,8 +349,19 @@ def _stacked(
     totals = [{"method": m, "x": sum(own.values()) / unit, "said": text(sum(own.values()))} for m, own in parts.items()]
     order = [row.method for row in section.rows if row.method in parts]
     y = alt.Y("method:N", sort=order, title=None, scale=alt.Scale(paddingInner=0.3))
-    x = alt.X("x:Q", title=axis, stack="zero", axis=alt.Axis(tickCount=4), scale=_short([t["said"] for t in totals], domain=[0, most]))
-    tips = [alt.Tooltip("method:N"), alt.Tooltip("part:N"), alt.Tooltip("said:N", title="takes"), alt.Tooltip("share:Q", format=".0%")]
+    x = alt.X(
+        "x:Q",
+        title=axis,
+        stack="zero",
+        axis=alt.Axis(tickCount=4),
+        scale=_short([t["said"] for t in totals], domain=[0, most]),
+    )
+    tips = [
+        alt.Tooltip("method:N"),
+        alt.Tooltip("part:N"),
+        alt.Tooltip("said:N", title="takes"),
+        alt.Tooltip("share:Q", format=".0%"),
+    ]
     stack = (
         alt.Chart(alt.Data(values=bars))
         .mark_bar(stroke=_PAPER, strokeWidth=0.5)
@@ -395,7 +407,12 @@ def _forgetting(section: Section, style: Mapping[str, dict[str, str]]) -> Figure
     ]
     y = alt.Y("method:N", sort=[row.method for row in rows], title=None)
     most = max(max(p["before"], p["after"]) for p in points)
-    x = alt.X("after:Q", title=f"{metric} on {data}", scale=_short([p["said"] for p in points], domain=[0, most]), axis=alt.Axis(tickCount=4))
+    x = alt.X(
+        "after:Q",
+        title=f"{metric} on {data}",
+        scale=_short([p["said"] for p in points], domain=[0, most]),
+        axis=alt.Axis(tickCount=4),
+    )
     base = alt.Chart(alt.Data(values=points)).encode(y=y)
     layers = [
         base.mark_rule(strokeWidth=2, opacity=0.6).encode(x=x, x2="before:Q", color=alt.Color("colour:N", scale=None)),
@@ -406,9 +423,9 @@ def _forgetting(section: Section, style: Mapping[str, dict[str, str]]) -> Figure
             shape=alt.Shape("shape:N", scale=None),
             tooltip=[alt.Tooltip("method:N"), alt.Tooltip("said:N", title="before → after")],
         ),
-        base.transform_calculate(right="max(datum.before, datum.after)").mark_text(align="left", dx=10).encode(
-            x="right:Q", text="said:N"
-        ),
+        base.transform_calculate(right="max(datum.before, datum.after)")
+        .mark_text(align="left", dx=10)
+        .encode(x="right:Q", text="said:N"),
     ]
     return Figure(
         "What the body forgot",
@@ -420,7 +437,13 @@ def _forgetting(section: Section, style: Mapping[str, dict[str, str]]) -> Figure
 
 def _per_class(section: Section, style: Mapping[str, dict[str, str]]) -> Figure | None:
     points = [
-        {"method": row.method, "class": name, "x": after - before, "said": f"{before:.3f} → {after:.3f}", **style[row.method]}
+        {
+            "method": row.method,
+            "class": name,
+            "x": after - before,
+            "said": f"{before:.3f} → {after:.3f}",
+            **style[row.method],
+        }
         for row in section.rows
         for name, (before, after) in per_class(row).items()
     ]
@@ -469,4 +492,3 @@ def _short(words: Iterable[str], **more: Any) -> alt.Scale:
 def _spec(chart: alt.LayerChart, height: int) -> dict[str, Any]:
     sized = chart.properties(width="container", height=height).configure(**_CONFIG)
     return sized.to_dict()
-

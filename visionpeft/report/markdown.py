@@ -21,7 +21,7 @@ def render(report: Report, out: str) -> str:
         lines += [f"## {_text(section.model)} on {_text(section.data)}", ""]
         if section.settings:
             lines += [f"{_text(section.settings)}.", ""]
-        lines += [f"**{_text(section.answer.row.method)}**: {_text(section.answer.said)}", ""]
+        lines += [f"**{_text(section.answer.row.method)}**. {_text(section.answer.said)}", ""]
         lines += [markdown(section.rows, report.against), ""]
     if report.failed:
         lines += [f"{len(report.failed)} failed:", ""]

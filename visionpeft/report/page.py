@@ -36,7 +36,11 @@ def render(report: Report) -> str:
         report: What it says.
     """
     environment = Environment(
-        loader=PackageLoader("visionpeft.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("visionpeft.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals |= {"columns": columns, "states": states, "signed": signed}
     drawn = {s.key: figures(s, report) for s in report.sections}

@@ -44,7 +44,9 @@ def write(
     if out is not None or markdown is None:
         page = Path(out) if out is not None else (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html"
         if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-            raise ConfigError(f'the page needs {missing[0]}, which is not installed: pip install "visionpeft[report]"; --markdown works without')
+            raise ConfigError(
+                f"the page needs {missing[0]}, which is not installed: pip install 'visionpeft[report]'; Markdown alone does not"
+            )
     report = gather(folders)
     written = []
     if page is not None:

@@ -10,14 +10,17 @@
   });
 
   // Vega-Lite cannot ask for Vega's layout of labels, so it is added to what Vega-Lite is compiled to.
+  const anchors = ["right", "left", "top-right", "bottom-right", "top-left", "bottom-left", "top", "bottom"];
+  const distances = [7, 16, 26, 38, 52, 70]; // a label without any room is not drawn
   const apart = (vega) => {
     const labels = vega.marks.find((mark) => mark.name === "labels_marks");
     if (labels) {
       labels.from = { data: "points_marks" };
       labels.encode = { update: { text: { field: "datum.method" }, fill: { value: "var(--ink)" }, fontSize: { value: 12 } } };
       labels.transform = [{
-        type: "label", size: { signal: "[max(width, 1), height]" }, avoidMarks: vega.marks.map((mark) => mark.name).filter((name) => /^(whiskers|front)_marks$/.test(name)), offset: [7, 7, 7, 7, 7, 7, 7, 7, 16, 16],
-        anchor: ["right", "top-right", "bottom-right", "top", "bottom", "left", "top-left", "bottom-left", "top", "bottom"],
+        type: "label", size: { signal: "[max(width, 1), height]" },
+        avoidMarks: vega.marks.map((mark) => mark.name).filter((name) => /^(whiskers|front)_marks$/.test(name)),
+        anchor: distances.flatMap(() => anchors), offset: distances.flatMap((far) => anchors.map(() => far)),
       }];
     }
     return vega;
