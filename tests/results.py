@@ -50,7 +50,7 @@ def make_results(
         seeds: One cell each.
         classes: Old classes, whose scores are kept.
         cuda: As if it had run on a GPU.
-        without: Keys of a cell ("pictures", "retained", "evidence") or of run.measured ("saved_by_stage", ...) that are null.
+        without: Keys of a cell ("pictures", "evidence", ...) or of run.measured ("saved_by_stage", ...) that are null.
     """
     (out / "cells").mkdir(parents=True)
     given = {"model": list(models), "data": list(data), "method": list(methods), "seed": list(seeds)}

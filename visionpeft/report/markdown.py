@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from ..benchmark import markdown
+from .answer import rule
 from .content import Report
 
 
@@ -27,7 +28,7 @@ def render(report: Report, out: str) -> str:
         lines += [f"{len(report.failed)} failed:", ""]
         lines += [f"- {_text(f.what)}: {_text(f.kind)}: {_text(f.error)}" for f in report.failed]
         lines.append("")
-    lines += [f"- {_text(note)}" for note in report.notes]
+    lines += [f"- {_text(note)}" for note in (rule(report.against), *report.notes)]
     return "\n".join(lines) + "\n"
 
 

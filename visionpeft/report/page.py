@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -16,8 +18,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__
-from .content import Report, Section, columns, measured, signed, states
-from .figures import Figure, figures, per_class
+from .answer import rule
+from .columns import columns
+from .content import Report, Section
+from .figures import figures
+from .rows import by_seed, front, old_classes, states
+from .words import percent, score, signed
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -42,28 +48,33 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"columns": columns, "states": states, "signed": signed}
+    environment.globals |= {"columns": columns, "front": front, "states": states}
+    environment.filters |= {"percent": percent, "score": score, "signed": signed}
     drawn = {s.key: figures(s, report) for s in report.sections}
+    specs = {f"{key}-{i}": f.spec for key, own in drawn.items() for i, f in enumerate(own)}
     return environment.get_template("page.html").render(
         report=report,
         command=shlex.join(["visionpeft", "report", *report.folders]),
+        rule=rule(report.against),
         version=__version__,
         figures=drawn,
-        specs={f"{key}-{i}": f.spec for key, own in drawn.items() for i, f in enumerate(own)},
+        specs=json.loads(json.dumps(specs), parse_constant=lambda _: None),  # a browser's JSON knows no NaN
         pictures={s.key: _pictures(s) for s in report.sections},
         classes={s.key: _classes(s) for s in report.sections},
         commands={s.key: _commands(s) for s in report.sections},
-        hints={c.name: c.hint for s in report.sections for c in columns(s)},
+        hints={c.name: c.hint for s in report.sections for c in columns(s.rows)},
         environments=_environments(report),
-        vega=Markup(vl_convert.javascript_bundle("window.draw = vegaEmbed;", vl_version=_grammar())),
+        vega=Markup(_vega()),
         script=Markup(_file("page.js")),
         style=Markup(_file("page.css")),
     )
 
 
-def _grammar() -> str:
-    """Return the version of Vega-Lite that Altair writes, as vl-convert names it: 6.1."""
-    return ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+@cache
+def _vega() -> str:
+    """Return the script that draws, for the version of Vega-Lite that Altair writes."""
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])  # 6.1, as vl-convert names it
+    return vl_convert.javascript_bundle("window.draw = vegaEmbed;", vl_version=version)
 
 
 def _file(name: str) -> str:
@@ -74,9 +85,8 @@ def _pictures(section: Section) -> Pictures | None:
     """Return the pictures of the first seed of every method that has any, beside the labels."""
     shown: list[tuple[str, list[str]]] = []
     for row in section.rows:
-        cells = sorted((c for c in row.cells if (c.get("pictures") or {}).get("after")), key=lambda c: c["cell"]["seed"])
-        if cells:
-            own = cells[0]["pictures"]
+        own = next((p for cell in by_seed(row) if (p := cell.get("pictures")) and p.get("after")), None)
+        if own:
             if not shown and own.get("labels"):
                 shown.append(("labels", _uris(own["labels"])))
             shown.append((row.method, _uris(own["after"])))
@@ -97,7 +107,7 @@ def _is_jpeg(text: Any) -> bool:
 
 def _classes(section: Section) -> tuple[list[str], list[tuple[str, float, list[float | None]]]]:
     """Return methods, and of each old class its score before and its changes, what was lost most first."""
-    by_row = {row.method: found for row in section.rows if (found := per_class(row))}
+    by_row = {row.method: found for row in section.rows if (found := old_classes(row))}
     names = dict.fromkeys(n for own in by_row.values() for n in own)
     table = []
     for name in names:
@@ -114,7 +124,7 @@ def _commands(section: Section) -> list[tuple[str, str]]:
 def _environments(report: Report) -> list[tuple[int, dict[str, Any]]]:
     """Return the environments that cells ran in, each with how many did, the most common first."""
     found: dict[str, tuple[int, dict[str, Any]]] = {}
-    for cell in (c for s in report.sections for c in s.cells):
+    for cell in report.cells:
         facts = {**_flat(cell["run"].get("versions") or {}), **_flat(cell.get("environment") or {})}
         key = repr(sorted(facts.items()))
         found[key] = (found.get(key, (0, facts))[0] + 1, facts)
@@ -126,6 +136,3 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in facts.items():
         made |= _flat(value) if isinstance(value, Mapping) else {name: value}
     return {k: str(v) for k, v in made.items() if v is not None}
-
-
-__all__ = ["Figure", "measured", "render"]

@@ -19,9 +19,9 @@ def write(
 ) -> list[Path]:
     """Write what a benchmark found as a page of HTML, as Markdown, or both.
 
-    The page is one file that needs no network. It has for each model and data set: a table against full fine-tuning, score
-    against memory and trained parameters, curves, step time and bytes by their parts, what was forgotten, predictions, and the
-    commands that run the cells again.
+    The page is one file that needs no network. For each model and data set it has a table against full fine-tuning, score
+    against memory and trained parameters, curves, step time and bytes by their parts, what was forgotten, predictions, and
+    the commands that run the cells again.
 
     Args:
         results: The folder that `visionpeft benchmark` wrote into, or several.
@@ -45,7 +45,7 @@ def write(
         page = Path(out) if out is not None else (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html"
         if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
             raise ConfigError(
-                f"the page needs {missing[0]}, which is not installed: pip install 'visionpeft[report]'; Markdown alone does not"
+                f"the page needs {missing[0]}, which is not installed: pip install 'visionpeft[report]', or ask for Markdown"
             )
     report = gather(folders)
     written = []
