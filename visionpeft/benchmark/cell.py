@@ -6,7 +6,6 @@ The process that started it holds its stdin open, and when that closes, however 
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import json
 import math
@@ -128,7 +127,7 @@ def main() -> int:
         files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
         return DONE
     except Exception as error:
-        if _full(error, out):
+        if files.full(error, out):
             return FULL
         if not isinstance(error, VisionpeftError):
             traceback.print_exc()
@@ -159,18 +158,6 @@ def error_kind(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in said or "Cannot allocate memory" in said:
         return "OutOfMemory"
     return "OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-
-
-def _full(error: Exception, out: Path) -> bool:
-    """Say whether the disk is full: libraries have their own words for it, so it is tried."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(bytes(1 << 20))
-    except OSError:
-        return True
-    return False
 
 
 def _end_with_the_starter() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import api, scenes
-from ..errors import ConfigError, DataError, nearest
+from ..errors import ConfigError, nearest
 from ..families.base import Base, Family
 from ..methods.base import make_method
 from ..scenes.sets import PREFIX
@@ -192,11 +192,8 @@ class _Places:
         key = (source, base.source, old)
         if key not in self._data:
             read = family.read_data(scenes.find(under(self.root, source)), base)
-            if old and (strange := [n for n in read.names.values() if n not in base.names.values()]):
-                raise DataError(
-                    f"retain: {source} has the class '{strange[0]}', which {base.source} does not know; give images of the "
-                    "base's classes, under the base's own names"
-                )
+            if old:
+                family.check_classes(base.names, read)
             self._data[key] = read.fingerprint
         return self._data[key]
 

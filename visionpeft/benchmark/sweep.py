@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import files, recipes
-from ..errors import ConfigError, Interrupted
+from ..errors import ConfigError, DiskFull, Interrupted
 from . import cell as cells
 from .grid import Cell, Grid, make_grid
 from .results import FORMAT, load, read
@@ -184,7 +184,7 @@ class _Sweep:
         if self.stop or done.is_file() or failed.is_file():
             return
         if code == cells.FULL:
-            raise ConfigError(
+            raise DiskFull(
                 f"the disk of {self.out} is full; free some and give the same command again: every finished cell is kept"
             )
         kind = "OutOfMemory" if _killed_for_memory() > before else "Died"
@@ -256,10 +256,9 @@ class _Board:
             if str(cell) in self._running:
                 self._running.remove(str(cell))
             self._done += 1
-            now: dict[str, Any] = {
-                "description": self._running[0] if self._running else "",
-                "count": f"{self._done}/{self._total}",
-            }
+            now: dict[str, Any] = {"description": "", "count": f"{self._done}/{self._total}"}
+            if self._running:
+                now["description"] = self._running[0]
             self._bar.update(self._task, advance=1, **now)
             if not self._quiet:
                 self._console.print(self._line(cell, seconds, content), markup=False)
