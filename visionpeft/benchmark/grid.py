@@ -156,7 +156,7 @@ def command(arguments: Mapping[str, Any]) -> str:
     """Return the command that runs `train` with these arguments."""
     words = ["visionpeft", "train"]
     for name, value in arguments.items():
-        if value is None:
+        if value is None or (name, value) == ("freeze", 0):
             continue
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         if name == "freeze" and isinstance(value, list):

@@ -124,9 +124,16 @@ class _Sweep:
         raise error
 
     def _one(self, cell: Cell) -> None:
-        """Run a cell, unless it is there."""
+        """Run a cell, unless it is there; where the sweep cannot go on, let no other start."""
         if self.stop:
             return
+        try:
+            self._run(cell)
+        except Exception as error:
+            self.stop = error
+            raise
+
+    def _run(self, cell: Cell) -> None:
         done = self.out / ("trials" if "trial" in cell.spec else "cells") / f"{cell.hash}.json"
         failed = self.out / "failed" / f"{cell.hash}.json"
         if done.is_file():
