@@ -32,11 +32,15 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "delta": 4,
     "run": 4,
     "families": 5,
-    "api": 6,
-    "benchmark": 7,
-    "cli": 8,
-    "__init__": 9,
-    "__main__": 9,
+    "forecast": 6,
+    "settings": 6,
+    "budget": 7,
+    "planning": 8,
+    "api": 9,
+    "benchmark": 10,
+    "cli": 11,
+    "__init__": 12,
+    "__main__": 12,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 
