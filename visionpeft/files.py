@@ -78,9 +78,7 @@ def writable(folder: str | Path) -> Path:
             pass
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"the disk is full: nothing can be written to {folder}; free some space first"
-            ) from error
+            raise DiskFull(f"the disk is full: nothing can be written to {folder}; free some space first") from error
         reason = error.strerror or type(error).__name__
         raise ConfigError(f"cannot write to {folder} ({reason}); give another folder") from error
     return folder

@@ -28,6 +28,7 @@ from .. import api, files, scenes
 from ..errors import ConfigError, VisionpeftError
 from ..pictures import Picture
 from ..run import Run
+from ..settings import find_family
 from .grid import Cell, command, under
 from .results import FORMAT
 
@@ -48,7 +49,7 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     """
     began = time.perf_counter()
     arguments = {**cell.arguments(), **chosen}
-    family = api.find_family(arguments["model"])
+    family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     data = family.read_data(scenes.find(arguments["data"]), base)
     images = len(data.facts["train"])
@@ -95,7 +96,7 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
     """Run one trial of a search, on the training images alone, and return what its file holds."""
     began = time.perf_counter()
     arguments = {**cell.arguments(), **cell.spec["trial"]}
-    family = api.find_family(arguments["model"])
+    family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     data = family.read_data(scenes.find(arguments["data"]), base)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -179,13 +180,12 @@ class _Sweep:
                 if self.stop:
                     process.kill()
             assert process.stdin
-            try:
+            with suppress(BrokenPipeError):  # where it has ended already; its exit code says how
                 process.stdin.write((json.dumps(given) + "\n").encode())
                 process.stdin.flush()  # and it stays open: the process ends when it closes
-            except BrokenPipeError:
-                pass  # it has ended already; its exit code says how
             code = process.wait()
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             with self._lock:
                 self._live.discard(process)
         if self.stop or done.is_file() or failed.is_file():
