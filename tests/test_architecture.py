@@ -32,12 +32,16 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "delta": 4,
     "run": 4,
     "families": 5,
-    "api": 6,
-    "benchmark": 7,
-    "report": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "forecast": 6,
+    "settings": 6,
+    "budget": 7,
+    "planning": 8,
+    "api": 9,
+    "benchmark": 10,
+    "report": 11,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 13,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 

@@ -12,13 +12,13 @@ from .api import (
     list_methods,
     load,
     merge,
-    plan,
     predict,
     train,
     val,
     verify,
 )
 from .errors import VisionpeftError
+from .planning import fit, forecast, plan
 from .run import Run
 
 __version__ = "0.1.0"
@@ -31,6 +31,8 @@ __all__ = [
     "data",
     "detach",
     "export",
+    "fit",
+    "forecast",
     "forgetting",
     "inspect",
     "list_families",

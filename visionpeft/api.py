@@ -1,4 +1,4 @@
-"""The verbs: train, plan, load, merge, detach, val, forgetting, predict, export, verify, inspect."""
+"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect. Before a run: planning.py."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from . import attach as attaching
 from . import checkpoint, files, pictures, scenes, tables
 from . import delta as deltas
 from .delta import Delta
-from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
+from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
-from .families.base import Base, Data, Family, Job, out_of_memory
-from .lean import LEVELS
+from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .lean.prefix import put_on
-from .methods.base import Method, make_method, restore_method
-from .plan import Plan, make_plan
+from .methods.base import Method
+from .plan import make_plan
+from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
+from .settings import check_settings, device_of, find_family, lasting, split_options, views_of
 
-Freeze = int | Sequence[int | str]
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
 
 
@@ -66,6 +66,7 @@ def train(
     name: str | None = None,
     exist_ok: bool = False,
     resume: bool | str | Path = False,
+    memory: str | float | None = None,
     model_args: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Run:
@@ -107,6 +108,7 @@ def train(
         exist_ok: Write into an existing folder of that name.
         resume: True for the newest run in `project`, or a run's folder: go on where it was. All other arguments are then
             the run's own.
+        memory: "6GB": method, freeze, lean, batch and imgsz, where they are not given, are the best that fits, see `fit`.
         model_args: Further arguments for the family's model loader (timm's ``create_model``).
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
@@ -140,7 +142,23 @@ def train(
             f"visionpeft, is adapted to {given['data']}, pictures that it draws. Your own: visionpeft train --data "
             "YOUR.yaml --model yolo11n.pt\n"
         )
+    if memory is not None:
+        given |= _fitting(given, options, quiet)
     return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
+
+
+def _fitting(given: Mapping[str, Any], options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+    """Return the settings of the best that fits into the memory given, and say so."""
+    if given["cache"] or given["prefix_dtype"]:
+        raise ConfigError("memory does not go with cache or prefix_dtype, which need the depth of freezing; leave one out")
+    names = "model data method bn head epochs imgsz batch optimizer amp model_args".split()
+    asked = {name: given[name] for name in names}
+    levels = {} if given["lean"] == "auto" else {"lean": given["lean"]}
+    depth = {"freeze": given["freeze"]} if given["freeze"] else {}
+    found = fit(given["memory"], **asked, **levels, **depth, device=device_of(given["device"]), **options)
+    if not quiet:
+        print(f"{found}\n")
+    return {k: v for k, v in found.best.settings.items() if k != "method" or given["method"] is None}
 
 
 @contextmanager
@@ -171,19 +189,18 @@ def _train(
     **given: Any,
 ) -> Run:
     began = time.perf_counter()
-    source = given["model"] = _lasting(given["model"])
-    given["model_args"] = {
-        k: _lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()
-    }
+    source = given["model"] = lasting(given["model"])
+    given["model_args"] = {k: lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()}
     family = find_family(source)
     before, configured = given.pop("before", None), given.pop("method_settings", None)
     apart = given.pop("before_apart", None)
-    tuning, extra = _split_options(family, given["method"], given["freeze"], options, configured)
-    views, extra = _views(family, given["cache"], extra)
+    own = introspection.signature(train).parameters
+    tuning, extra = split_options(family, given["method"], given["freeze"], options, own, configured)
+    views, extra = views_of(family, given["cache"], extra)
     base = family.load(source, **given["model_args"])
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
-    given["device"] = _device(given["device"])
-    _check_settings(settings, given)
+    given["device"] = device_of(given["device"])
+    check_settings(settings, given)
     family.check({**settings, **extra, **{k: given[k] for k in ("device", "amp", "seed")}})
     if not (base.pretrained or tuning.merges):
         raise ConfigError(
@@ -193,7 +210,8 @@ def _train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
-        made = make_plan(tuning, family.anatomy(fitted, source), given["freeze"], given["bn"])
+        anatomy = family.anatomy(fitted, source)
+        made = make_plan(tuning, anatomy, given["freeze"], given["bn"])
         attaching.attach(fitted, made)
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
@@ -229,6 +247,7 @@ def _train(
         prefix=prefix,
         store=store,
         lean=given["lean"],
+        stages=stage_modules(anatomy),
         **settings,
     )
     if not done:
@@ -323,41 +342,6 @@ def _pictures(
         "before_after": pictures.sheet(columns, job.folder / "before_after.jpg", title),
         "curves": pictures.curves(history, job.before, score, job.folder / "curves.png", title),
     }
-
-
-def plan(
-    model: str | Path = "yolo11n.pt",
-    *,
-    data: str | Path | None = None,
-    method: str | Method | None = None,
-    freeze: Freeze = 0,
-    bn: str | None = None,
-    head: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Plan:
-    """Say what `train` would train and add, without training.
-
-    Args:
-        model: As for `train`.
-        data: As for `train`; without it the model keeps its own classes.
-        method: As for `train`.
-        freeze: As for `train`.
-        bn: As for `train`.
-        head: As for `train`.
-        model_args: As for `train`.
-        **options: Fields of the method.
-
-    Raises:
-        VisionpeftError: As for `train`.
-    """
-    family = find_family(str(model))
-    tuning, _ = _split_options(family, method, freeze, options)
-    base = family.load(str(model), **(model_args or {}))
-    checked = family.read_data(scenes.find(data), base) if data else None
-    names, outputs = (checked.names, checked.outputs) if checked else (base.names, {})
-    fitted = family.fit(base, names, head or family.defaults_for(base)["head"], **outputs)
-    return make_plan(tuning, family.anatomy(fitted, str(model)), freeze, bn)
 
 
 # ------------------------------------------------------------------------------------------------------- using the result
@@ -593,79 +577,6 @@ def list_families() -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
-def find_family(source: str) -> Family:
-    """Return the family that a model's name or path belongs to.
-
-    Raises:
-        ModelError: No family knows it.
-    """
-    families = [cls() for cls in FAMILIES.values()]
-    for family in families:
-        if family.claims(source):
-            return family
-    known = [name for family in families for name in family.known()]
-    raise ModelError(
-        f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}"
-    )
-
-
-def _split_options(
-    family: Family, method: Any, freeze: Any, options: Mapping[str, Any], configured: Mapping[str, Any] | None = None
-) -> tuple[Method, dict[str, Any]]:
-    """Tell the method's fields from the family's arguments; refuse what is neither.
-
-    `configured` are all of the method's settings, as a run that is resumed wrote them down.
-    """
-    if configured is not None:
-        return restore_method(method, configured), dict(options)
-    plain = make_method(method, {}, freeze)
-    parts = getattr(plain, "methods", (plain,))
-    fields = [f.name for part in parts for f in dataclasses.fields(part)]
-    arguments = set(family.arguments())
-    for name in options:
-        if name not in fields and name not in arguments:
-            own = [p for p in introspection.signature(train).parameters if p != "options"]
-            hint = nearest(name, [*fields, *own, *arguments])
-            has = f"method '{plain.name}' has {', '.join(fields)}" if fields else f"method '{plain.name}' has no settings"
-            raise ConfigError(f"'{name}' is no setting of train or of the {family.name} family; {has}.{hint}")
-    tuning = make_method(method, {k: v for k, v in options.items() if k in fields}, freeze)
-    return tuning, {k: v for k, v in options.items() if k not in fields}
-
-
-def _views(family: Family, cache: Any, extra: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Tell a number of stored views from a family's own argument of that name; returns it and the family's arguments."""
-    if cache is False or cache is None:
-        return 0, extra
-    if isinstance(cache, int) and not isinstance(cache, bool):
-        if cache < 0:
-            raise ConfigError(f"cache={cache} is not usable; give the number of views of every image to keep, 0 for none")
-        return cache, extra
-    if "cache" not in family.arguments() or cache not in (True, "ram", "disk"):
-        own = ", or 'ram', 'disk' or True (keep the images)" if "cache" in family.arguments() else ""
-        raise ConfigError(f"cache={cache!r} is not known; give the number of views of every image to keep{own}")
-    return 0, {**extra, "cache": cache}
-
-
-def _check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    if str(settings["optimizer"]).lower() == "auto":
-        raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
-    choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32"), "lean": ("off", *LEVELS)}
-    for name, allowed in choices.items():
-        if (value := {**given, **settings}[name]) not in allowed:
-            raise ConfigError(f"{name}='{value}' is not known; it is {' or '.join(map(repr, allowed))}")
-    wholes = {"epochs": (1, settings), "imgsz": (1, settings), "workers": (0, settings), "seed": (0, given)}
-    for name, (least, where) in wholes.items():
-        value = where[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-            raise ConfigError(f"{name}={value} is not usable; it must be a whole number of at least {least}")
-    batch = settings["batch"]
-    if not isinstance(batch, int | float) or not (batch == -1 or 0 < batch < 1 or (batch >= 1 and batch == int(batch))):
-        raise ConfigError(f"batch={batch} is not usable; it must be at least 1 (or -1: as much as fits on the GPU)")
-    for name, value in (("lr0", settings["lr0"]), ("lr_scale", given["lr_scale"])):
-        if value is not None and not (isinstance(value, int | float) and 0 < value < 1e3):
-            raise ConfigError(f"{name}={value} is not usable; it must be a number above 0")
-
-
 def _new_folder(project: Path, name: str | None, exist_ok: bool, merged: str) -> Path:
     """Make the folder of a new run: NAME, or "train", "train2", ...; two runs never get the same one by chance."""
     files.writable(project)
@@ -733,12 +644,6 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{n: version(n) for n in names}}
 
 
-def _device(device: Any) -> str:
-    if device is None:
-        return "0" if torch.cuda.is_available() else "cpu"
-    return ",".join(map(str, device)) if isinstance(device, list | tuple) else str(device)
-
-
 def _names(header: Mapping[str, Any]) -> dict[int, str]:
     return {int(k): v for k, v in header["names"].items()}
 
@@ -755,9 +660,3 @@ def _val_use(adapted: Adapted) -> dict[str, Any]:
 
 def _adapted(delta: str | Path | Adapted, model: Any, model_args: Mapping[str, Any] | None) -> Adapted:
     return delta if isinstance(delta, Adapted) else load(delta, model=model, model_args=model_args)
-
-
-def _lasting(source: str | Path) -> str:
-    """Return the name of a model as it is, the path of a file so that it holds in any folder."""
-    path = Path(source)
-    return str(path.resolve()) if path.parent != Path(".") and path.is_file() else str(source)

@@ -162,7 +162,8 @@ class Delta:
             weight = part(weight)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is base:
             return weight
-        weight = weight.as_subclass(Computed)
+        if type(weight) is Tensor:  # a fake one (see forecast.py) cannot be of another class beside, and is never written
+            weight = weight.as_subclass(Computed)
         part, *more = self.peft_weight.values()
         if not (self.training and any(getattr(p, "dropout", 0) for p in self.peft_weight.values())):
             weight.peft_base = base
@@ -262,7 +263,9 @@ def _prepare(model: nn.Module, edit: Edit, start: bool) -> tuple[nn.Module, Edit
         part.start(module)  # type: ignore[operator]
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     own = next((p for p in module.parameters() if p.is_floating_point()), like)
-    return module, edit, part.to(own.device, own.dtype) if own is not None else part
+    if own is None or all(p.device == own.device and p.dtype == own.dtype for p in (*part.parameters(), *part.buffers())):
+        return module, edit, part  # not even asked: the fake tensors of a forecast cannot be turned
+    return module, edit, part.to(own.device, own.dtype)
 
 
 def _install(module: Any, edit: Edit, part: nn.Module) -> None:

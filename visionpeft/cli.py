@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from . import __version__, api, recipes, tables
+from . import __version__, api, planning, recipes, tables
 from .benchmark.commands import benchmark
 from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
@@ -53,6 +53,7 @@ _TEXT = (
     "bn",
     "prefix_dtype",
     "lean",
+    "memory",
     "target_modules",
 )  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
@@ -87,6 +88,7 @@ def train(
     name: Annotated[str | None, _RUN] = None,
     exist_ok: Annotated[bool, _RUN] = False,
     resume: Annotated[str | None, _RUN] = None,
+    memory: Annotated[str | None, _HOW] = None,
     config: Annotated[str | None, _ON] = None,
     quiet: Annotated[bool, _RUN] = False,
     json_: Annotated[bool, _RUN] = False,
@@ -151,6 +153,8 @@ def train(
         Write into an existing folder of that name.
     resume
         A run's folder, or "true" for the newest: go on where it was.
+    memory
+        6GB: method, freeze, lean, batch and imgsz, where not given, are the best that fits (see visionpeft fit).
     config
         A YAML file of these options, or the name of one of visionpeft's; options given besides override it.
     quiet
@@ -182,10 +186,12 @@ def plan(
     freeze: str = "0",
     bn: str | None = None,
     head: str | None = None,
+    memory: bool = False,
+    model_args: str | None = None,
     json_: bool = False,
     **options: Options,
 ) -> None:
-    """Show what `train` would train and add, without training.
+    """Show what `train` would train and add, without training; with --memory, what memory it would take, too.
 
     Parameters
     ----------
@@ -201,12 +207,73 @@ def plan(
         As for train.
     head
         As for train.
+    memory
+        Forecast the peak, in seconds, for a GPU or --device cpu; --batch, --imgsz, --lean, ... as for train.
+    model_args
+        As for train.
     json_
         Print JSON.
     """
     named = {"model": model, "data": data, "method": method, "freeze": freeze, "bn": bn, "head": head}
-    made = api.plan(**_values({**named, **options}))
-    print(json.dumps(made.to_dict(), indent=2) if json_ else made)
+    given = _values({**named, **options, "model_args": model_args})
+    if not memory:
+        made = planning.plan(**given)
+        print(json.dumps(made.to_dict(), indent=2) if json_ else made)
+        return
+    forecast = planning.forecast(**given)
+    both = {**forecast.plan.to_dict(), "memory": forecast.to_dict()}
+    print(json.dumps(both, indent=2) if json_ else f"{forecast.plan}\n\n{forecast}")
+
+
+@app.command(group=_TRAIN)
+def fit(
+    *,
+    gpu: str,
+    model: str = "yolo11n.pt",
+    data: str | None = None,
+    method: str | None = None,
+    freeze: str | None = None,
+    imgsz: int | None = None,
+    batch: int | None = None,
+    lean: str | None = None,
+    device: str | None = None,
+    model_args: str | None = None,
+    json_: bool = False,
+    **options: Options,
+) -> None:
+    """Show how to train a model in a GPU's memory: what fits, best first. Needs neither weights nor GPU.
+
+    Further settings as for train (--objects: labelled objects in the fullest image, where no data are given).
+
+    Parameters
+    ----------
+    gpu
+        Its memory, as 6GB.
+    model
+        As for train.
+    data
+        As for train; without it 40 objects in the fullest image are assumed.
+    method
+        The only one to look at.
+    freeze
+        The only depth to look at.
+    imgsz
+        The only image size to look at.
+    batch
+        The only batch size to look at.
+    lean
+        The only level to look at.
+    device
+        cpu: the memory is the machine's.
+    model_args
+        As for train.
+    json_
+        Print JSON.
+    """
+    named = {"model": model, "data": data, "method": method, "freeze": freeze, "imgsz": imgsz, "batch": batch}
+    named |= {"lean": lean, "device": device, "model_args": model_args}
+    found = planning.fit(gpu, **_values({**named, **options}))
+    print(json.dumps(found.to_dict(), indent=2) if json_ else found)
 
 
 @app.command(group=_USE)

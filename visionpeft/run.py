@@ -21,7 +21,7 @@ class Run:
     after: dict[str, float]  # metrics of the merged model (of the delta's, where it cannot be merged)
     parameters: dict[str, int]  # total; trained: body, head; statistics that move
     seconds: float
-    measured: dict[str, Any]  # saved_bytes, peak_bytes, peak_measure, step_seconds
+    measured: dict[str, Any]  # what `measure.Meter.report` returns; prefix, where frozen stages ran apart
     delta: Path | None  # None: the model had no base
     delta_bytes: dict[str, int]  # of the delta's tensors: body, head, statistics; and "file"
     merged: Path | None  # None: the method cannot be merged
@@ -46,8 +46,7 @@ class Run:
             ("trained, body", f"{self.parameters['body']:,}"),
             ("trained, head", f"{self.parameters['head']:,}"),
             ("time", f"{self.seconds:.1f} s, {_number(self.measured.get('step_seconds'))} s a step"),
-            ("saved for backward", tables.size(self.measured.get("saved_bytes"))),
-            ("peak memory", f"{tables.size(self.measured.get('peak_bytes'))} ({self.measured.get('peak_measure')})"),
+            *_measured(self.measured),
         ]
         if prefix := self.measured.get("prefix"):
             facts.append(("frozen stages", _apart(prefix)))
@@ -64,6 +63,25 @@ class Run:
                 tables.text("", ("", ""), facts),
             )
         )
+
+
+def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say what steps took: time by part, bytes by what holds them."""
+    parts = [f"{part} {seconds:.4f} s" for part, seconds in (measured.get("seconds_by_part") or {}).items() if seconds]
+    saved = tables.size(measured.get("saved_bytes"))
+    for split in ("saved_by_cause", "saved_by_stage"):
+        largest = sorted((measured.get(split) or {}).items(), key=lambda item: -item[1])[:3]
+        saved += "".join(f"{', ' if i else '; most '}{k} {tables.size(v)}" for i, (k, v) in enumerate(largest) if v)
+    state = [f"{k} {tables.size(v)}" for k, v in (measured.get("state_bytes") or {}).items() if v]
+    peak = f"{tables.size(measured.get('peak_bytes'))} ({measured.get('peak_measure')})"
+    facts = [
+        ("a step", ", ".join(parts)),
+        ("saved for backward", saved),
+        ("lived at most in a step", tables.size(live) if (live := measured.get("live_bytes")) else ""),
+        ("held throughout", ", ".join(state)),
+        ("peak memory", peak),
+    ]
+    return [(name, said) for name, said in facts if said]
 
 
 def _apart(prefix: dict[str, Any]) -> str:

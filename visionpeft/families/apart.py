@@ -41,16 +41,9 @@ def set_apart(
     dtype, limit = settings["prefix_dtype"], settings["cache_limit"]
     if dtype is None and not views:
         return None, None
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise ConfigError(f"cache_limit={limit} is not usable; it must be a number of GB above 0")
-    if not plan.untouched:
-        given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"
-        raise ConfigError(
-            f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
-            f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"
-        )
+    refuse_without_stages(plan, views, dtype)
     if views and len(devices(settings["device"])) > 1:
         raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
     rounds = family.rounds(views, {**settings, **extra, "task": base.task})
@@ -78,3 +71,19 @@ def set_apart(
         count = min(int(share), images) if share > 1 else round(images * share)
         store.check_room(count * rounds.total * prefix.length * stored.itemsize)
     return prefix, store
+
+
+def refuse_without_stages(plan: Plan, views: int, dtype: str | None) -> None:
+    """Refuse a plan whose first stage trains, where stages are to run apart.
+
+    Raises:
+        ConfigError: It does, or `dtype` is not known.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
+    if not plan.untouched:
+        given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"
+        raise ConfigError(
+            f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
+            f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"
+        )

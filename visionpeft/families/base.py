@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import delta as deltas
-from .. import lean
+from .. import lean, measure
 from ..attach import merge
 from ..errors import OutOfMemory
 from ..lean.prefix import Prefix, put_on
@@ -101,6 +102,7 @@ class Job:
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     lean: str = "off"  # a level of lean, or "off"
+    stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
 
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
@@ -123,6 +125,31 @@ class Job:
     def delta(self) -> Path:
         """Where the best epoch's delta goes."""
         return self.folder / "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What decides, beside model and plan, how much memory a training step takes."""
+
+    batch: int  # images
+    imgsz: int
+    optimizer: str
+    amp: bool  # forward in half precision, under autocast
+    objects: int  # labelled ones in an image: the most of the run, for it is the fullest batch that counts
+    area: float  # what share of the image one of them covers, on average
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A training step on made-up data. It may run on tensors without content, so nothing in it may depend on values but
+    by `true`."""
+
+    batch: Callable[[], Any]
+    loss: Callable[[Any], Tensor]  # forward, of such a batch
+    validate: Callable[[], object]
+    optimizer: torch.optim.Optimizer
+    average: int  # bytes of the moving average
+    true: Callable[[Sequence[int]], int] = math.prod  # how many elements of a mask of this shape are true
 
 
 class Family(ABC):
@@ -170,6 +197,23 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def design(self, source: str, **options: Any) -> Base:
+        """Return a base as `load` does, but with random weights where its own would have to be fetched.
+
+        Raises:
+            ModelError: As for `load`.
+        """
+
+    @abstractmethod
+    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+        """Return how many labelled objects the fullest image of a run of these settings holds, augmentation included, and
+        what share of an image one of them covers, on average."""
+
+    @abstractmethod
+    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+        """Return a training step of a model that a plan is attached to, on made-up data."""
+
+    @abstractmethod
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         """Look a data set up and check it.
 
@@ -204,6 +248,14 @@ class Family(ABC):
     @abstractmethod
     def train(self, job: Job) -> None:
         """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
+
+    @abstractmethod
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        """Refuse data that a model of these classes cannot be judged on.
+
+        Raises:
+            DataError: It has others.
+        """
 
     @abstractmethod
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
@@ -338,6 +390,23 @@ def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> 
             numel = sum(module._buffers[n].numel() for n in ("running_mean", "running_var"))  # type: ignore[union-attr]
             found.append(Statistics(name, HEAD if stage is None else stage, numel))
     return tuple(found)
+
+
+def stage_modules(anatomy: Anatomy) -> dict[str, str]:
+    """Return the paths of the outermost modules that belong to one stage, with the stage's label: what runs in them counts
+    as the stage's when a step is measured."""
+    labels = {s.index: "stem" if s.kind == "stem" else s.name or f"stage {s.index}" for s in anatomy.stages}
+    found = {s.name: labels[s.index] for s in anatomy.stages if s.name}  # also of those without parameters
+    owners: dict[str, set[int]] = {}
+    for parameter in anatomy.params:
+        parts = parameter.name.split(".")
+        for end in range(1, len(parts)):
+            owners.setdefault(".".join(parts[:end]), set()).add(parameter.stage)
+    for path, (stage, *others) in owners.items():
+        above = owners.get(path.rpartition(".")[0], ())
+        if stage != HEAD and not others and len(above) != 1:
+            found[path] = labels[stage]
+    return {**found, **dict.fromkeys(anatomy.heads, measure.HEAD)}
 
 
 def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:

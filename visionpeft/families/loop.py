@@ -27,7 +27,7 @@ from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter
 from ..progress import Progress
-from .base import Family, Job, keep_best
+from .base import Family, Job, Rehearsal, Step, keep_best
 from .images import Images, loader, score
 from .launch import check_shares, devices, launch
 from .views import Rounds, Views
@@ -194,7 +194,6 @@ class _Loop:
             )
         self.images, workers = images, 0 if job.store else job.workers
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
-        self.meter = Meter(self.own, accelerator.device)
         self.batch = max(job.batch // accelerator.num_processes, 1)
         self.generator = torch.Generator().manual_seed(job.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
@@ -203,6 +202,8 @@ class _Loop:
         self.batches = accelerator.prepare(batches)
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
+        kept = {"optimizer": self.optimizer, "average": self.average.model}
+        self.meter = Meter(self.own, accelerator.device, stages=job.stages, **kept)
         per_epoch = math.ceil(len(self.batches) / accelerator.gradient_accumulation_steps)
         self.schedule = _schedule(self.optimizer, job, recipe, per_epoch)
         self.mix = _mix(recipe, len(job.data.names))
@@ -238,6 +239,7 @@ class _Loop:
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         total, seen = 0.0, 0
+        self.meter.begin("data")
         for images, labels in self.batches:
             count = len(images)
             if self.mix:
@@ -245,22 +247,25 @@ class _Loop:
             with self.accelerator.accumulate(self.model):
                 loss = self._step(images, labels)
                 self._check(loss, epoch)
+                if self.accelerator.sync_gradients:
+                    self.meter.begin("optimizer")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self.updates += 1
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
+            self.meter.begin("data")
             total, seen = total + loss * count, seen + count
             tell(total / seen)
         return total / seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
-        self.meter.start()
+        self.meter.begin("forward")
         with self.accelerator.autocast():
             loss = self.criterion(self.model(images), labels)
+        self.meter.begin("backward")
         self.accelerator.backward(loss)
-        self.meter.stop()
         if self.accelerator.num_processes > 1:  # where one process loses it, all stop
             loss = self.accelerator.reduce(loss.detach(), "mean")
         return loss.item()
@@ -323,6 +328,25 @@ class _Loop:
         return saved["epoch"] + 1
 
 
+def rehearse(model: nn.Module, step: Step) -> Rehearsal:
+    """Return a training step of a classifier on made-up data."""
+    criterion = nn.CrossEntropyLoss()
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.zeros(step.batch, 3, step.imgsz, step.imgsz), torch.zeros(step.batch, dtype=torch.long)
+
+    def loss(given: tuple[Tensor, Tensor]) -> Tensor:
+        return criterion(model(given[0]), given[1])
+
+    @torch.no_grad()
+    def validate() -> None:
+        loss(batch())
+
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    average = sum(t.nbytes for t in checkpoint.live(model).values())
+    return Rehearsal(batch, loss, validate, _optimizer_of(step.optimizer, groups, lr=1e-3), average)
+
+
 # ------------------------------------------------------------------------------------------------------------- the pieces
 def _accelerator(job: Job, recipe: Recipe) -> Accelerator:
     cpu = select_device(job.device).type == "cpu"
@@ -376,20 +400,16 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
             groups.setdefault((job.rate(key), decays), []).append(parameter)
-    kind = timm.optim.get_optimizer_class(job.optimizer.lower(), bind_defaults=False)
+    # timm's schedules multiply what they set by the group's lr_scale
+    made = [{"params": p, "lr_scale": rate, "weight_decay": recipe.weight_decay * d} for (rate, d), p in groups.items()]
+    return _optimizer_of(job.optimizer, made, lr=job.lr0, momentum=recipe.momentum)
+
+
+def _optimizer_of(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    kind = timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
     # one kernel for all parameters, where the optimizer has such, as most of torch's own do
     how: dict[str, Any] = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
-    return timm.optim.create_optimizer_v2(
-        [
-            # timm's schedules multiply what they set by the group's lr_scale
-            {"params": params, "lr_scale": rate, "weight_decay": recipe.weight_decay * decays}
-            for (rate, decays), params in groups.items()
-        ],
-        job.optimizer.lower(),
-        lr=job.lr0,
-        momentum=recipe.momentum,
-        **how,
-    )
+    return timm.optim.create_optimizer_v2(groups, name.lower(), **settings, **how)
 
 
 def _schedule(optimizer: Any, job: Job, recipe: Recipe, per_epoch: int) -> Any:

@@ -29,7 +29,7 @@ from ..pictures import Picture
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
-from .base import Base, Data, Family, Job, Judged, Leading
+from .base import Base, Data, Family, Job, Judged, Leading, Rehearsal, Step
 from .evidence import Answers
 from .images import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
 from .timm_anatomy import classifiers, input_size, leading, read_anatomy
@@ -86,6 +86,11 @@ class Timm(Family):
         model.names = _class_names(model, options)
         return Base(source, model, "classify", dict(model.names), _facts(model), bool(pretrained))
 
+    def design(self, source: str, **options: Any) -> Base:
+        if options.get("checkpoint_path") is not None and Path(options["checkpoint_path"]).is_file():
+            return self.load(source, **options)
+        return self.load(source, **{**options, "checkpoint_path": None, "pretrained": False})
+
     # ---------------------------------------------------------------------------------------------------------- the data
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         return read_folders(source, split)
@@ -118,19 +123,29 @@ class Timm(Family):
     def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return loop.augmentation(settings)
 
+    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+        return 0, 0.0
+
+    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+        return loop.rehearse(model, step)
+
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
         loop.run(self, job, transform)
+
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        if strange := [name for name in data.names.values() if name not in names.values()]:
+            raise DataError(
+                f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(names.values())}"
+            )
 
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         use = _use(options, imgsz=None, batch=32, device=None, workers=0)
         device = loop.select_device(use["device"])
         own: Any = copy.deepcopy(model).to(device)
-        index = {name: i for i, name in getattr(own, "names", data.names).items()}
-        if strange := [name for name in data.names.values() if name not in index]:
-            raise DataError(
-                f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(index)}"
-            )
+        names = getattr(own, "names", data.names)
+        self.check_classes(names, data)
+        index = {name: i for i, name in names.items()}
         items = [(file, index[data.names[i]]) for file, i in data.facts["val"]]
         images = Images(items, transform(own, use["imgsz"]))
         guesses: list[int] = []

@@ -36,12 +36,26 @@ from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
 from ..scenes import find
 from ..twins import plain
-from .base import Base, Data, Family, Job, Judged, Leading, observe, read_layers, read_params, read_statistics
+from . import yolo_rehearsal
+from .base import (
+    Base,
+    Data,
+    Family,
+    Job,
+    Judged,
+    Leading,
+    Rehearsal,
+    Step,
+    observe,
+    read_layers,
+    read_params,
+    read_statistics,
+)
 from .images import draw, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
 from .yolo_pictures import labelled, predicted
-from .yolo_tasks import TASKS, Task, build, fit, outputs_of, task_of
+from .yolo_tasks import TASKS, Task, build, fit, outputs_of, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable
 from .yolo_voice import aside, quiet
 
@@ -140,6 +154,10 @@ class Yolo(Family):
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
         return Base(source, model, task.name, dict(model.names), facts, pretrained)
 
+    def design(self, source: str, **options: Any) -> Base:
+        design = Path(source).with_suffix(".yaml").name
+        return self.load(source if Path(find(source)).is_file() or not _known(design) else design, **options)
+
     # ---------------------------------------------------------------------------------------------------------- the data
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         task = TASKS[base.task if base else "detect"]
@@ -168,7 +186,7 @@ class Yolo(Family):
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
                 if not Path(image).is_file():
                     raise DataError(f"{source} lists the {part} image {image}, which is not there; correct the list")
-                rows = _rows(Path(label))
+                rows = rows_of(Path(label))
                 boxes += len(rows)
                 _check_rows(rows, data["nc"], label, task, outputs)
                 digest.update(f"{Path(image).name}|{os.path.getsize(image)}|{rows}\n".encode())
@@ -254,6 +272,12 @@ class Yolo(Family):
     def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in settings.items() if k not in _NO_VIEW}
 
+    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+        return yolo_rehearsal.objects(data, settings)
+
+    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+        return yolo_rehearsal.rehearse(model, base, step)
+
     # ------------------------------------------------------------------------------------------------------------ the run
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
@@ -263,13 +287,15 @@ class Yolo(Family):
         finally:
             trainer.close()
 
-    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
-        names = dict(model.names)  # type: ignore[arg-type, call-overload]
-        if names != dict(data.names):
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        if dict(names) != dict(data.names):
             raise DataError(
                 f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
                 f"{brief(list(names.values()))}; give data with the same classes in the same order"
             )
+
+    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+        self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
@@ -307,7 +333,7 @@ class Yolo(Family):
             return draw(data, count, guess if model is not None else None)
         some = [f for f in spread(data.facts["val"], count) if imread(f) is not None]  # Ultralytics leaves out the others
         if model is None:
-            rows = [_rows(Path(label)) for label in img2label_paths(list(some))]
+            rows = [rows_of(Path(label)) for label in img2label_paths(list(some))]
             return [labelled(f, r, data.task, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
         with _predictor(model, options) as predictor:  # one at a time, or they would be padded to one size
             return [predicted(predictor(file)[0]) for file in some]
@@ -409,6 +435,14 @@ def _for_inference(model: Any) -> Any:
     return model
 
 
+def _known(design: str) -> bool:
+    """Say whether Ultralytics has a network of this name."""
+    try:
+        return bool(yaml_model_load(design))
+    except FileNotFoundError:
+        return False
+
+
 def _from_yaml(source: str) -> nn.Module:
     """Return a network with random weights."""
     design = yaml_model_load(source)
@@ -440,10 +474,6 @@ def _slices(attention: Any) -> dict[str, tuple[tuple[int, int], ...]]:
         "v": (2 * attention.key_dim, step),
     }
     return {n: tuple((h * step + a, h * step + b) for h in range(attention.num_heads)) for n, (a, b) in spans.items()}
-
-
-def _rows(label: Path) -> list[str]:
-    return [line for line in label.read_text(encoding="utf-8-sig").splitlines() if line.strip()] if label.is_file() else []
 
 
 def _check_rows(rows: list[str], count: int, label: str, task: Task, outputs: Mapping[str, Any]) -> None:

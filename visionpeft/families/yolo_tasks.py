@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,6 +187,11 @@ def _keep_rows(source: Any, model: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- labels
+def rows_of(label: Path) -> list[str]:
+    """Return the rows of a label file; none where there is none."""
+    return [line for line in label.read_text(encoding="utf-8-sig").splitlines() if line.strip()] if label.is_file() else []
+
+
 def outputs_of(task: Task, data: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return what a data YAML asks of the head beside its classes.
 

@@ -154,7 +154,9 @@ class Tuned:
         model: Any = unwrap_model(self.model)
         self.ema.__class__ = TrainedEMA
         self.job.equip(model)
-        self._meter = Meter(model, self.device)
+        kept = {"optimizer": self.optimizer, "average": self.ema.ema}
+        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
+        self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
         if not self.job.resume:
             return
@@ -189,10 +191,12 @@ class Tuned:
         self._batch = 0
         if self.job.store:
             self.train_loader.dataset.epoch = self.epoch  # each reads another view
+        self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
+        self._meter.begin("data")
         self._progress.start(self.epoch, len(self.train_loader))
 
     def preprocess_batch(self: Any, batch: dict) -> dict:
-        self._meter.start()
+        self._meter.begin("forward")
         if not self.job.store:
             return super().preprocess_batch(batch)  # type: ignore[misc]
         vectors = batch["img"].to(self.device, non_blocking=self.device.type == "cuda")
@@ -204,10 +208,11 @@ class Tuned:
             super().plot_training_samples(batch, ni)  # type: ignore[misc]
 
     def optimizer_step(self: Any) -> None:
-        self._meter.stop()
         self._batch += 1
         if self._batch % self._accumulate == 0 or self._batch == len(self.train_loader):
+            self._meter.begin("optimizer")
             super().optimizer_step()  # type: ignore[misc]
+        self._meter.begin("data")
         self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
 
     def _handle_nan_recovery(self: Any, epoch: int) -> bool:
@@ -294,6 +299,16 @@ def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
     options = {"find_unused_parameters": wrapper.find_unused_parameters, "static_graph": wrapper.static_graph, still: False}
     return DistributedDataParallel(model, device_ids=wrapper.device_ids, **options)
+
+
+class MeteredScaler:
+    """Mixin over a gradient scaler, which Ultralytics gives the loss between forward and backward, scaling or not."""
+
+    meter: Meter
+
+    def scale(self, outputs: Any) -> Any:
+        self.meter.begin("backward")
+        return super().scale(outputs)  # type: ignore[misc]
 
 
 class TrainedEMA(ModelEMA):

@@ -59,7 +59,7 @@ class Prefix:
         self.image = x.shape[1:]
         _check(trial, self, outputs, results)
         self._last = next(name for name in reversed(self.modules) if name in self.read)
-        self._fast = self._faster(model, outputs, x).to(dtype).to(memory_format=torch.channels_last)
+        self._fast = _cast(self._faster(model, outputs, x), dtype)
 
     def __deepcopy__(self, memo: dict) -> Prefix:
         return self  # it never changes
@@ -68,6 +68,11 @@ class Prefix:
     def length(self) -> int:
         """Numbers in the vector of one image."""
         return sum(math.prod(self.shapes[name]) for name in self.read)
+
+    @property
+    def bytes(self) -> int:
+        """What its own copy of the modules takes."""
+        return sum(t.nbytes for t in (*self._fast.parameters(), *self._fast.buffers()))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -250,6 +255,21 @@ def fold(model: nn.Module) -> None:
         above, _, leaf = norm_path.rpartition(".")
         rest = nn.Sequential(*norm.children())  # timm's BatchNormAct2d also drops and activates
         parent.get_submodule(above)._modules[leaf] = rest
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the model with its floats in another type, channels last; in place, tensor by tensor, for `to` cannot turn the
+    fake tensors of a forecast."""
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point():
+                turned = tensor.detach().to(dtype)
+                turned = turned.to(memory_format=torch.channels_last) if turned.dim() == 4 else turned
+                if name in module._buffers:
+                    module._buffers[name] = turned
+                else:
+                    module._parameters[name] = nn.Parameter(turned, False)
+    return model
 
 
 def _trim(model: nn.Module, modules: Iterable[str], run: Callable[[], object]) -> None:

@@ -154,13 +154,17 @@ class Product(torch.autograd.Function):
             elif kept is not None:
                 tensors, ctx.steps = kept
             ctx.save_for_backward(weight, up, down, scale, *tensors)
-            return op(x, whole, bias)
+            out = op(x, whole, bias)
+            ctx.layout = layout(out) if out.dim() == 4 else None
+            return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         weight, up, down, scale, *tensors = ctx.saved_tensors
         op, needs = ctx.op, ctx.needs_input_grad
+        if ctx.layout is torch.channels_last and layout(g) is not ctx.layout:  # else all gradients before it go without
+            g = g.contiguous(memory_format=ctx.layout)
         with exactly(g):
             gx = gw = gb = gu = gd = whole = x = None
             if needs[3]:

@@ -14,6 +14,8 @@ from .base import Method
 @METHODS.register("full")
 @dataclass(frozen=True)
 class FullConfig(Method):
+    worth: ClassVar[float | None] = 1.0
+    staged: ClassVar[bool] = True
     bn: ClassVar[str] = "train"
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:

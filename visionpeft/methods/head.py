@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..registry import METHODS
 from .base import Method
@@ -11,4 +12,4 @@ from .base import Method
 @METHODS.register("head")
 @dataclass(frozen=True)
 class HeadConfig(Method):
-    pass
+    worth: ClassVar[float | None] = 0.0

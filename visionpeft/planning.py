@@ -1,0 +1,214 @@
+"""The verbs before a run: plan, forecast, fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import budget, settings
+from . import forecast as forecasting
+from .budget import Fit
+from .errors import ConfigError
+from .families.apart import refuse_without_stages
+from .families.base import Step
+from .forecast import Forecast
+from .methods.base import Method
+from .plan import Plan, make_plan
+from .settings import device_of, find_family, fitted, lasting, split_options
+
+Freeze = int | Sequence[int | str]
+OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
+
+
+def plan(
+    model: str | Path = "yolo11n.pt",
+    *,
+    data: str | Path | None = None,
+    method: str | Method | None = None,
+    freeze: Freeze = 0,
+    bn: str | None = None,
+    head: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """Say what `train` would train and add, without training.
+
+    Args:
+        model: As for `train`.
+        data: As for `train`; without it the model keeps its own classes.
+        method: As for `train`.
+        freeze: As for `train`.
+        bn: As for `train`.
+        head: As for `train`.
+        model_args: As for `train`.
+        **options: Fields of the method.
+
+    Raises:
+        VisionpeftError: As for `train`.
+    """
+    family = find_family(str(model))
+    tuning, _ = split_options(family, method, freeze, options)
+    base = family.load(str(model), **(model_args or {}))
+    own, _ = fitted(family, base, data, head)
+    return make_plan(tuning, family.anatomy(own, str(model)), freeze, bn)
+
+
+def forecast(
+    model: str | Path = "yolo11n.pt",
+    *,
+    data: str | Path | None = None,
+    method: str | Method | None = None,
+    freeze: Freeze = 0,
+    bn: str | None = None,
+    head: str | None = None,
+    epochs: int | None = None,
+    imgsz: int | None = None,
+    batch: int | None = None,
+    optimizer: str | None = None,
+    device: str | int | Sequence[int] | None = None,
+    amp: bool | str | None = None,
+    cache: int = 0,
+    prefix_dtype: str | None = None,
+    lean: str = "auto",
+    objects: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Forecast:
+    """Say how much memory `train` would take at its peak, in seconds, without weights, GPU or the memory itself.
+
+    Args:
+        model: As for `train`; of a model that is not here, the design is enough.
+        data: As for `train`; from it come the classes, and the number of labelled objects in the fullest image.
+        method: As for `train`.
+        freeze: As for `train`.
+        bn: As for `train`.
+        head: As for `train`.
+        epochs: As for `train`: in more of them, mosaic puts fuller images together.
+        imgsz: As for `train`.
+        batch: As for `train`.
+        optimizer: As for `train`.
+        device: "cpu", or else a GPU is meant, whether there is one or not.
+        amp: As for `train`; by default half precision on a GPU.
+        cache: As for `train`.
+        prefix_dtype: As for `train`.
+        lean: As for `train`.
+        objects: Labelled objects in the fullest image, where there are no data to count them in; by default 40.
+        model_args: As for `train`.
+        **options: Fields of the method, and further arguments of the family.
+
+    Returns:
+        The bytes, by what takes them. What CUDA takes beside tensors is assumed, and said apart.
+
+    Raises:
+        VisionpeftError: As for `train`.
+    """
+    given = {k: v for k, v in locals().items() if k != "options"}
+    rehearsed = _Rehearsed(given, options)
+    made = rehearsed.trace(rehearsed.plan, lean, rehearsed.settings["imgsz"])
+    return made.at(rehearsed.settings["batch"])
+
+
+def fit(
+    memory: str | float,
+    *,
+    model: str | Path = "yolo11n.pt",
+    data: str | Path | None = None,
+    method: str | Method | None = None,
+    freeze: Freeze | None = None,
+    bn: str | None = None,
+    head: str | None = None,
+    epochs: int | None = None,
+    imgsz: int | None = None,
+    batch: int | None = None,
+    optimizer: str | None = None,
+    device: str | int | Sequence[int] | None = None,
+    amp: bool | str | None = None,
+    lean: str | None = None,
+    objects: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Fit:
+    """Say how to train a model in a GPU's memory: methods, freezing, lean, batch and image sizes that fit, best first.
+
+    What is given stays as it is; the rest is searched.
+
+    Args:
+        memory: "6GB", "6GiB", or a number of GB.
+        model: As for `forecast`.
+        data: As for `forecast`.
+        method: As for `train`.
+        freeze: As for `train`.
+        bn: As for `train`.
+        head: As for `train`.
+        epochs: As for `forecast`.
+        imgsz: As for `train`.
+        batch: As for `train`.
+        optimizer: As for `train`.
+        device: As for `forecast`; with "cpu", `memory` is the machine's.
+        amp: As for `forecast`.
+        lean: As for `train`.
+        objects: As for `forecast`.
+        model_args: As for `train`.
+        **options: Fields of the method, and further arguments of the family.
+
+    Raises:
+        ConfigError: Nothing fits; the sentence says the least that does.
+        VisionpeftError: As for `train`.
+    """
+    given = {k: v for k, v in locals().items() if k not in ("options", "memory")}
+    amount = forecasting.parse_memory(memory)
+    rehearsed = _Rehearsed(given, options)
+    return budget.search(
+        rehearsed.anatomy,
+        amount,
+        rehearsed.trace,
+        imgsz=rehearsed.settings["imgsz"],
+        batch=rehearsed.settings["batch"],
+        method=rehearsed.tuning if method else None,
+        freeze=freeze,
+        bn=bn,
+        lean=lean,
+        fixed=[k for k in ("imgsz", "batch") if given[k] is not None],
+    )
+
+
+class _Rehearsed:
+    """What forecasts of one model have in common."""
+
+    def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
+        self.given = given
+        self.family = family = find_family(str(given["model"]))
+        self.tuning, self.extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
+        self.base = family.design(lasting(given["model"]), **(given["model_args"] or {}))
+        defaults = family.defaults_for(self.base)
+        self.settings = {k: v if given.get(k) is None else given[k] for k, v in defaults.items()}
+        settings.check_settings(self.settings, {k: v for k, v in given.items() if v is not None})
+        self.gpu = given["device"] is None or device_of(given["device"]) != "cpu"
+        amp = given["amp"]
+        family.check({**self.settings, **self.extra, "device": "cpu", "amp": amp, "seed": 0})
+        self.amp = amp == "bf16" if not self.gpu else amp not in (False, "fp32")
+        if self.settings["batch"] < 1:
+            raise ConfigError(f"batch={self.settings['batch']} is found on the GPU; give a number of images")
+        self.fitted, data = fitted(family, self.base, given["data"], given["head"])
+        self.anatomy = family.anatomy(self.fitted, str(given["model"]))
+        self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
+        if (said := given["objects"]) is not None:
+            if isinstance(said, bool) or not isinstance(said, int) or said < 1:
+                raise ConfigError(f"objects={said} is not usable; it must be a whole number of at least 1")
+            self.objects = said
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of what was given."""
+        return make_plan(self.tuning, self.anatomy, self.given["freeze"], self.given["bn"])
+
+    def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.Trace:
+        """Return what a plan takes."""
+        views, dtype, leading = self.given.get("cache", 0), self.given.get("prefix_dtype"), None
+        if views or dtype:
+            refuse_without_stages(plan, views, dtype)
+            leading = self.family.leading(self.base, plan.untouched, imgsz)
+        step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area)
+        how: dict[str, Any] = {"lean": lean, "gpu": self.gpu, "leading": leading, "prefix_dtype": dtype}
+        return forecasting.trace(self.family, self.base, self.fitted, plan, step, **how, cached=bool(views))
