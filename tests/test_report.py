@@ -221,6 +221,29 @@ def test_foreign_and_truncated_files_are_named(tmp_path: Path, capsys, text: str
     assert not (out / "report.html").exists()
 
 
+@pytest.mark.parametrize("part", ["run", "names", "states", "run.after", "run.parameters", "names.model", "score"])
+def test_a_cell_that_lacks_a_part_is_named(tmp_path: Path, capsys, part: str) -> None:
+    out = make_results(tmp_path / "r", ["yolov8n"], ["road_signs"], seeds=[0])
+    file = sorted((out / "cells").iterdir())[0]
+    cell = json.loads(file.read_text())
+    *inside, key = part.split(".")
+    owner = cell[inside[0]] if inside else cell
+    owner[key] = "mAP" if key == "score" else None
+    if inside:
+        del owner[key]
+    file.write_text(json.dumps(cell))
+    code, _, said = run(capsys, out)
+    assert code == 2 and str(file) in said and "\n" not in said
+
+
+def test_evidence_that_is_none_is_named(tmp_path: Path, capsys) -> None:
+    out = make_results(tmp_path / "r", ["yolov8n"], ["road_signs"], seeds=[0])
+    file = sorted((out / "cells").iterdir())[0]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "evidence": {"kind": "classify", "data": "AAAA"}}))
+    code, _, said = run(capsys, out)
+    assert code == 2 and file.name in said and "\n" not in said
+
+
 def test_a_foreign_benchmark_json_is_named(tmp_path: Path, capsys) -> None:
     out = make_results(tmp_path / "r", ["yolov8n"], ["road_signs"], seeds=[0])
     for text in ("{", "[]", "3"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..families.evidence import Evidence, unpack
 from ..tables import size
 from .grid import hash_of
@@ -94,7 +94,8 @@ def compare(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples
         resamples: Draws of the bootstrap; the same cells always give the same intervals.
 
     Raises:
-        ConfigError: What a cell says of its images cannot be read.
+        DataError: What a cell says of its images cannot be read.
+        ConfigError: Cells that belong together were measured on different images.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in sorted(cells, key=lambda c: (c["names"]["data"], c["names"]["model"], c["cell"]["seed"])):
@@ -194,7 +195,10 @@ class _Drawn:
     def scores(self, cell: Mapping[str, Any]) -> np.ndarray:
         """Return a cell's score in each resample of its images."""
         if (key := cell["hash"]) not in self._scores:
-            evidence: Evidence = unpack(cell["evidence"])
+            try:
+                evidence: Evidence = unpack(cell["evidence"])
+            except DataError as error:
+                raise DataError(f"{key}.json: {error}; run its cell anew") from error
             count = len(evidence.images)
             random = np.random.default_rng(0)
             draws = random.multinomial(count, np.full(count, 1 / count), size=self._resamples)
