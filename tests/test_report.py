@@ -110,9 +110,10 @@ def test_the_answer_is_the_least_memory_near_to_full(results: Path) -> None:
         assert section.answer.row.method == min(near, key=lambda m: taken[m])
     rows = section.rows
     alone = answer([row for row in rows if row.method in ("full", "head")], section.memory, "full")
-    assert alone.row.method == "full" and "No other method keeps 95 %" in alone.said and "head: 0." in alone.said
+    assert alone.row.method == "full" and "No other keeps 95 %" in alone.said and "head: 0." in alone.said
+    assert alone.beside and alone.beside.method == "head" and dict(alone.shares)["score"] < 0.95
     without = answer([row for row in rows if row.method != "full"], section.memory, "full")
-    assert "no full here to compare it with" in without.said and not without.shares
+    assert "no full here to compare it with" in without.said and not without.beside
 
 
 def test_the_front_is_what_nothing_beats(results: Path) -> None:

@@ -21,11 +21,13 @@ class Answer:
     Attributes:
         row: The method.
         said: Why, in a sentence or two.
-        shares: What it takes and gives as shares of the reference's, by name; empty where it is the reference itself.
+        beside: The method that is set beside the reference: the one named, or else the nearest; None: there is no reference.
+        shares: What that takes and gives as shares of the reference's, by name.
     """
 
     row: Row
     said: str
+    beside: Row | None = None
     shares: list[tuple[str, float]] = field(default_factory=list)
 
 
@@ -44,15 +46,14 @@ def answer(rows: Sequence[Row], memory: Memory, against: str) -> Answer:
         said = f"The best score, {score(rows[0].score_mean)} {rows[0].score}; there is {missing} here to compare it with."
         return Answer(rows[0], said)
     near = [row for row in others if row.score_mean >= NEAR * full.score_mean]
-    best = _beside(others[0], full, memory)
-    if not near:
-        return Answer(full, f"No other method keeps {_NEAR} of its score. Nearest is {best}.")
-    least = min(near, key=lambda row: _order(row, memory))
-    if _order(least, memory) >= _order(full, memory):
-        return Answer(full, f"None that keeps {_NEAR} of its score takes less memory. Nearest is {best}.")
-    which = f"The least memory of {len(near)} that keep" if len(near) > 1 else "The only other that keeps"
-    said = f"{_beside(least, full, memory)}. {which} {_NEAR} of {against}'s score."
-    return Answer(least, said, _shares(least, full, memory))
+    least = min(near, key=lambda row: _order(row, memory), default=None)
+    if least and _order(least, memory) < _order(full, memory):
+        which = f"The least memory of {len(near)} that keep" if len(near) > 1 else "The only other that keeps"
+        said = f"{_beside(least, full, memory)}. {which} {_NEAR} of {against}'s score."
+        return Answer(least, said, least, _shares(least, full, memory))
+    why = f"None that keeps {_NEAR} of its score takes less memory" if near else f"No other keeps {_NEAR} of its score"
+    said = f"{why}. Nearest is {_beside(others[0], full, memory)}."
+    return Answer(full, said, others[0], _shares(others[0], full, memory))
 
 
 def rule(against: str) -> str:

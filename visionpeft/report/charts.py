@@ -38,7 +38,7 @@ _CONFIG: dict[str, Any] = {
         "titleFontWeight": "normal",
         "titlePadding": 8,
     },
-    "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
+    "axisY": {"domain": False, "ticks": False, "labelPadding": 10},
     "text": {"color": _INK, "fontSize": 12},
 }
 _COLOUR = alt.Color("colour:N", scale=None)  # rows bring their own

@@ -119,7 +119,7 @@ def _saved_by_operation(section: Section) -> Figure | None:
 
     def few(own: Mapping[str, float]) -> dict[str, float]:
         rest = sum(value for name, value in own.items() if name not in named)
-        return {**{name: own[name] for name in named if name in own}, **({"other": rest} if rest else {})}
+        return {**{name: own.get(name, 0) for name in named}, **({"other": rest} if rest else {})}
 
     return _bytes(section, "Bytes saved for backward, by operation", caption, "saved_by_cause", few)
 

@@ -23,7 +23,7 @@ from .columns import columns
 from .content import Report, Section
 from .figures import figures
 from .rows import by_seed, front, old_classes, states
-from .words import percent, score, signed
+from .words import count_of, percent, score, signed
 
 _JPEG = b"\xff\xd8\xff"
 
@@ -49,7 +49,7 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.globals |= {"columns": columns, "front": front, "states": states}
-    environment.filters |= {"percent": percent, "score": score, "signed": signed}
+    environment.filters |= {"count_of": count_of, "percent": percent, "score": score, "signed": signed}
     drawn = {s.key: figures(s, report) for s in report.sections}
     specs = {f"{key}-{i}": f.spec for key, own in drawn.items() for i, f in enumerate(own)}
     return environment.get_template("page.html").render(

@@ -30,3 +30,8 @@ def seconds(value: float | None) -> str:
 def percent(share: float) -> str:
     """Return a share: 34.5 %, 0.2 %, 113 %."""
     return f"{100 * share:.1f} %" if share < 0.9995 else f"{100 * share:.0f} %"
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return a number of things: 1 run, 2 runs."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
