@@ -287,6 +287,9 @@ def test_a_folder_that_cannot_be_written(results: Path, tmp_path: Path, capsys) 
     (tmp_path / "file").write_text("")
     code, _, said = run(capsys, results, "--markdown", tmp_path / "file" / "t.md")
     assert code == 2 and "cannot write" in said and "\n" not in said
+    for option in ("--out", "--markdown"):
+        code, _, said = run(capsys, results, option, tmp_path)
+        assert code == 2 and "is a folder; name the file" in said and "\n" not in said
 
 
 # ----------------------------------------------------------------------------------------------------------------- markdown

@@ -36,7 +36,7 @@ def notes(rows: Sequence[Row], against: str) -> list[str]:
         (
             any(gpu_peak(row) is None for row in rows),
             "On a CPU there is no allocator's peak. Bytes saved and bytes alive are counted exactly and are the same on a "
-            "GPU, but leave out the model's weights, the optimizer's state, and what CUDA and its libraries take.",
+            "GPU, but leave out what lives before a step, as weights and the optimizer's state do, and what CUDA takes.",
         ),
         (
             any(row.retained_after is not None for row in rows),

@@ -13,8 +13,8 @@ def score(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Return a difference of scores: +0.012, −0.004."""
-    return f"{value:+.3f}".replace("-", "−")
+    """Return a difference of scores: +0.012, −0.004, 0.000."""
+    return f"{value:+.3f}".replace("-", "−") if abs(value) >= 0.0005 else score(0)
 
 
 def interval(low: float | None, high: float | None, text: Callable[[float], str] = score) -> str:

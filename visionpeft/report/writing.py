@@ -33,7 +33,8 @@ def write(
         The files written.
 
     Raises:
-        ConfigError: There are no results, a file in them is truncated or of something else, or the extra is missing.
+        ConfigError: There are no results, a file in them is truncated or of something else, the extra is missing, or the
+            file cannot be written.
 
     >>> visionpeft.report.write("RESULTS", markdown="table.md")
     """
@@ -47,6 +48,8 @@ def write(
             raise ConfigError(
                 f"the page needs {missing[0]}, which is not installed: pip install 'visionpeft[report]', or ask for Markdown"
             )
+    if folder := next((file for file in (page, markdown) if file is not None and Path(file).is_dir()), None):
+        raise ConfigError(f"{folder} is a folder; name the file to write, such as {Path(folder) / 'report.html'}")
     report = gather(folders)
     written = []
     if page is not None:
