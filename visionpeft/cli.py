@@ -312,6 +312,35 @@ def val(delta: str, *, data: str, model: str | None = None, model_args: str | No
 
 
 @app.command(group=_USE)
+def forgetting(
+    delta: str,
+    data: str,
+    *,
+    model: str | None = None,
+    model_args: str | None = None,
+    json_: bool = False,
+    **options: Options,
+) -> None:
+    """Measure what the adapted body costs the base's own classes, under the base's own head.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    data
+        Labelled images of the base's classes, under the base's own names.
+    model
+        The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
+    json_
+        Print JSON.
+    """
+    found = api.forgetting(delta, data, **_base(model, model_args), **_values(options))
+    print(json.dumps(found.to_dict(), indent=2) if json_ else found)
+
+
+@app.command(group=_USE)
 def predict(delta: str, source: str, *, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Run an adapted model on images; prints one line of JSON per image.
 
