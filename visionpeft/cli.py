@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -495,12 +494,9 @@ def _value(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        made = yaml.safe_load(given)
+        return recipes.number(yaml.safe_load(given))
     except yaml.YAMLError:
         return given
-    if isinstance(made, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", made):
-        return float(made)
-    return made
 
 
 def _base(model: str | None, model_args: str | None) -> dict[str, Any]:
