@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -19,13 +20,13 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import make_squares
+from conftest import make_squares, yolo
 from filelock import FileLock
 from safetensors.torch import save_file
 from ultralytics.utils.metrics import ap_per_class
 
 import visionpeft
-from visionpeft import benchmark, cli, files, scenes
+from visionpeft import benchmark, cli, files, recipes, scenes
 from visionpeft.benchmark import cell as cells
 from visionpeft.benchmark import grid, results, sweep
 from visionpeft.errors import ConfigError, DataError, DiskFull, OutOfMemory, TrainingError, VisionpeftError
@@ -34,6 +35,7 @@ from visionpeft.families.loop import _Loop
 from visionpeft.families.yolo_trainer import Tuned
 from visionpeft.registry import FAMILIES
 
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "benchmark").glob("*.yaml"))
 RUN: dict[str, Any] = {"imgsz": 160, "batch": 4, "workers": 0, "device": "cpu"}
 
 
@@ -362,6 +364,50 @@ def test_a_mistake_in_a_config(kind: str, tiles: dict[str, Any], tmp_path: Path,
     assert stopped.value.code == 2 and len(error.splitlines()) == 1
     with pytest.raises(VisionpeftError, match=says):
         raise VisionpeftError(error)
+
+
+@pytest.fixture(scope="module")
+def places(drawn: dict[str, Path], tiles: dict[str, Any], boxes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is laid out as the packaged configurations want it, everything in it small and random."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "weights").mkdir()
+    torch.manual_seed(0)
+    model = yolo("yolov8n")
+    torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}}, root / "weights" / "yolov8n.pt")
+    for name, file, classes in (
+        ("mobilenetv2_100", "mobilenetv2_100.tf2_in1k_dequant", 1000),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224.tinyimagenet200", 200),
+    ):
+        save_file(timm.create_model(name, num_classes=classes).state_dict(), root / "weights" / f"{file}.safetensors")
+    for name in ("aerial_airport", "road_signs"):
+        (root / name).symlink_to(drawn["new"].parent)
+    shutil.copytree(boxes.parent, root / "coco128_640", ignore=shutil.ignore_patterns("*.cache"))
+    said = yaml.safe_load((root / "coco128_640" / "data.yaml").read_text())
+    said["names"] = {i: f"class {i}" for i in range(80)}
+    (root / "coco128_640" / "data.yaml").write_text(yaml.safe_dump(said))
+    (root / "eurosat_rgb_2000").symlink_to(tiles["root"] / "squares")
+    return root
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_packaged_config_runs_in_small(
+    path: Path, places: Path, drawn: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
+    find = scenes.find
+    pictures = {"scenes/satellite": str(drawn["new"]), "scenes/driving": str(drawn["old"])}
+    monkeypatch.setattr(scenes, "find", lambda source: pictures.get(str(source)) or find(source))
+    config = recipes.read(path.stem, "benchmark")
+    made = grid.make_grid(config, path.stem, places)
+    models = config["model"] if isinstance(config["model"], list) else [config["model"]]
+    assert made.name == path.stem and len(made.cells) == len(models) * len(config["method"]) * len(config["seed"])
+    assert {"full", "head", "lora"} < {c.names["method"] for c in made.cells}
+    for cell in {c.names["model"]: c for c in made.cells}.values():  # the last method on each model
+        options = {**cell.spec["options"], "epochs": 1, "batch": 4, "device": "cpu"}
+        options |= {"imgsz": 64} if "imgsz" in options else {}
+        content = cells.measure(dataclasses.replace(cell, spec={**cell.spec, "options": options}), tmp_path, {}, None)
+        assert bool(content["retained"]) == ("retain" in config)
+        results = json.loads(json.dumps([content]))
+        assert benchmark.compare(results, resamples=5)[0].names == cell.names
 
 
 # -------------------------------------------------------------------------------------------------------------- the sweep

@@ -19,7 +19,7 @@ from .grid import hash_of
 FORMAT = 1
 _KEYS = {
     "cells": {"format", "hash", "cell", "names", "score", "run", "states", "evidence", "seconds"},
-    "failed": {"format", "cell", "error", "kind"},
+    "failed": {"format", "hash", "cell", "names", "error", "kind"},
     "trials": {"format", "hash", "cell", "score", "seconds"},
 }
 _WITHIN = {  # a cell: what a row is made of

@@ -78,7 +78,8 @@ def run(
         name = "benchmark" if isinstance(config, Mapping) else Path(config).stem
         grid = make_grid(given, name, root)
         _note(grid, out)
-        share = threads or int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // jobs, 1))
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        share = threads or int(said if said.isdigit() else max((os.cpu_count() or 1) // jobs, 1))
         with _Board(grid, quiet) as board, ThreadPoolExecutor(jobs) as pool:
             _Sweep(grid, out, retry, share, board, pool).run()
         wanted = {cell.hash for cell in grid.cells}
