@@ -103,7 +103,7 @@ def methods_page() -> str:
 def recipes_page() -> str:
     """Return every packaged recipe as it lies in the repository: its comments are its documentation."""
     lines = ["# Recipes", "", RECIPES]
-    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+    for path in sorted((ROOT / "configs" / "train").glob("*.yaml")):
         lines += [f"## {path.stem}", "", f"```yaml\n{path.read_text().rstrip()}\n```", ""]
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from ultralytics import YOLO
 from visionpeft import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs" / "train").glob("*.yaml"))
 SMALL = "--epochs 1 --imgsz 64 --batch 4 --workers 0 --device cpu".split()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
+from .report import write as write_report
 
 app = App(
     name="visionpeft",
@@ -312,6 +312,35 @@ def val(delta: str, *, data: str, model: str | None = None, model_args: str | No
 
 
 @app.command(group=_USE)
+def forgetting(
+    delta: str,
+    data: str,
+    *,
+    model: str | None = None,
+    model_args: str | None = None,
+    json_: bool = False,
+    **options: Options,
+) -> None:
+    """Measure what the adapted body costs the base's own classes, under the base's own head.
+
+    Parameters
+    ----------
+    delta
+        The delta file.
+    data
+        Labelled images of the base's classes, under the base's own names.
+    model
+        The base; by default the one the delta names.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
+    json_
+        Print JSON.
+    """
+    found = api.forgetting(delta, data, **_base(model, model_args), **_values(options))
+    print(json.dumps(found.to_dict(), indent=2) if json_ else found)
+
+
+@app.command(group=_USE)
 def predict(delta: str, source: str, *, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
     """Run an adapted model on images; prints one line of JSON per image.
 
@@ -417,6 +446,23 @@ def families() -> None:
     print(tables.text("", ("family", "models"), rows))
 
 
+@app.command(group=_TRAIN)
+def report(*results: str, out: str | None = None, markdown: str | None = None) -> None:
+    """Write what `benchmark` found as a page of HTML that needs no network, and as Markdown.
+
+    Parameters
+    ----------
+    results
+        The folder that a benchmark wrote into, or several.
+    out
+        The page; by default RESULTS/report.html, or report.html here for several folders. With --markdown alone, none.
+    markdown
+        A file for the tables in Markdown.
+    """
+    for written in write_report(results, out, markdown):
+        print(written)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
     if not (log := logging.getLogger("visionpeft")).handlers:
@@ -466,12 +512,9 @@ def _value(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        made = yaml.safe_load(given)
+        return recipes.number(yaml.safe_load(given))
     except yaml.YAMLError:
         return given
-    if isinstance(made, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", made):
-        return float(made)
-    return made
 
 
 def _base(model: str | None, model_args: str | None) -> dict[str, Any]:

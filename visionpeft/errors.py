@@ -14,6 +14,10 @@ class ConfigError(VisionpeftError):
     """An option that does not exist, does not fit, or contradicts another."""
 
 
+class DiskFull(VisionpeftError):
+    """No room for what is to be written; nothing that was there is touched."""
+
+
 class ModelError(VisionpeftError):
     """A model that is not known, cannot be read, or cannot be adapted."""
 

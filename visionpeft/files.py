@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ConfigError
+from .errors import ConfigError, DiskFull, VisionpeftError
+
+_LEAST = 1 << 20  # bytes; with less, a disk is full
 
 
 def write(path: str | Path, content: bytes | str) -> Path:
@@ -15,6 +19,7 @@ def write(path: str | Path, content: bytes | str) -> Path:
 
     Raises:
         ConfigError: The folder cannot be written.
+        DiskFull: There is no room; `path` is as it was.
     """
     data = content.encode() if isinstance(content, str) else content
     return replace(path, lambda temporary: temporary.write_bytes(data))
@@ -25,6 +30,7 @@ def replace(path: str | Path, produce: Callable[[Path], object]) -> Path:
 
     Raises:
         ConfigError: The folder cannot be written.
+        DiskFull: There is no room; `path` is as it was.
     """
     path = Path(path)
     folder = writable(path.parent)
@@ -37,6 +43,10 @@ def replace(path: str | Path, produce: Callable[[Path], object]) -> Path:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+    except Exception as error:
+        if full(error, folder):
+            raise DiskFull(f"the disk is full: {path} cannot be written; free some space, and try again") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename itself survive a power cut
@@ -48,11 +58,18 @@ def replace(path: str | Path, produce: Callable[[Path], object]) -> Path:
     return path
 
 
+def full(error: Exception, folder: str | Path) -> bool:
+    """Say whether it is for want of space that something failed to write to `folder`: libraries say so in many ways."""
+    said = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return said or (not isinstance(error, VisionpeftError) and shutil.disk_usage(folder).free < _LEAST)
+
+
 def writable(folder: str | Path) -> Path:
     """Create `folder` where needed and return it.
 
     Raises:
         ConfigError: It cannot be created, or nothing can be written there.
+        DiskFull: There is no room.
     """
     folder = Path(folder)
     try:
@@ -60,8 +77,10 @@ def writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"the disk is full: nothing can be written to {folder}; free some space first") from error
         reason = error.strerror or type(error).__name__
-        raise ConfigError(f"cannot write to {folder} ({reason}); give another folder with project=...") from error
+        raise ConfigError(f"cannot write to {folder} ({reason}); give another folder") from error
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,4 +35,13 @@ def read(given: str | Path, kind: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError(f"{path} holds no options; it must be a list of 'option: value' lines")
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    return {name.replace("-", "_"): number(value) for name, value in values.items()}
+
+
+def number(value: Any) -> Any:
+    """Return 1e-3 as a number, which YAML 1.1 takes for text; in lists and mappings, too."""
+    if isinstance(value, list):
+        return [number(v) for v in value]
+    if isinstance(value, dict):
+        return {k: number(v) for k, v in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value

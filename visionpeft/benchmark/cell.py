@@ -6,7 +6,6 @@ The process that started it holds its stdin open, and when that closes, however 
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from .. import api, files, scenes
 from ..errors import ConfigError, VisionpeftError
 from ..pictures import Picture
 from ..run import Run
+from ..settings import find_family
 from .grid import Cell, command, under
 from .results import FORMAT
 
@@ -49,7 +49,7 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     """
     began = time.perf_counter()
     arguments = {**cell.arguments(), **chosen}
-    family = api.find_family(arguments["model"])
+    family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     data = family.read_data(scenes.find(arguments["data"]), base)
     images = len(data.facts["train"])
@@ -96,7 +96,7 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
     """Run one trial of a search, on the training images alone, and return what its file holds."""
     began = time.perf_counter()
     arguments = {**cell.arguments(), **cell.spec["trial"]}
-    family = api.find_family(arguments["model"])
+    family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     data = family.read_data(scenes.find(arguments["data"]), base)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def main() -> int:
         files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
         return DONE
     except Exception as error:
-        if _full(error, out):
+        if files.full(error, out):
             return FULL
         if not isinstance(error, VisionpeftError):
             traceback.print_exc()
@@ -159,18 +159,6 @@ def error_kind(error: Exception) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in said or "Cannot allocate memory" in said:
         return "OutOfMemory"
     return "OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-
-
-def _full(error: Exception, out: Path) -> bool:
-    """Say whether the disk is full: libraries have their own words for it, so it is tried."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    try:
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(bytes(1 << 20))
-    except OSError:
-        return True
-    return False
 
 
 def _end_with_the_starter() -> None:

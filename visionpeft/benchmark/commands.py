@@ -24,7 +24,7 @@ def benchmark(
     """Train a grid of models, data, methods and seeds beside each other, and print the table as Markdown.
 
     What is in the folder of results already is not run again, so the same command goes on after Ctrl-C or a crash. Without
-    --config, the table of what is there. Exits with 1 where a cell failed.
+    --config, the table of what is there. Exits with 1 where a cell of the folder failed.
 
     Parameters
     ----------
@@ -54,5 +54,6 @@ def benchmark(
     print(table(cells))
     failed = read(out, "failed")
     for one in failed:
-        print(f"visionpeft: {one['hash']} failed: {one['error']}", file=sys.stderr)
+        said = " · ".join(one["names"].values())
+        print(f"visionpeft: {said} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})", file=sys.stderr)
     return 1 if failed else 0

@@ -8,16 +8,16 @@ import inspect
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import api, scenes
-from ..errors import ConfigError, DataError, nearest
+from ..errors import ConfigError
 from ..families.base import Base, Family
-from ..methods.base import make_method
 from ..scenes.sets import PREFIX
+from ..settings import find_family, split_options
 
 AXES = ("model", "data", "method", "freeze", "seed")
 OWN = ("name", "retain", "search", "equal", "against")  # of the benchmark, not of train()
@@ -156,7 +156,7 @@ def command(arguments: Mapping[str, Any]) -> str:
     """Return the command that runs `train` with these arguments."""
     words = ["visionpeft", "train"]
     for name, value in arguments.items():
-        if value is None:
+        if value is None or (name, value) == ("freeze", 0):
             continue
         text = value if isinstance(value, str) else json.dumps(value, default=str)
         if name == "freeze" and isinstance(value, list):
@@ -179,7 +179,7 @@ class _Places:
         if key not in self._bases:
             source = under(self.root, model)
             given = {k: under(self.root, v) for k, v in model_args.items()}
-            family = api.find_family(source)
+            family = find_family(source)
             read = [scenes.find(source), *(v for v in given.values() if isinstance(v, str))]
             digest = hashlib.sha256()
             for file in (Path(f) for f in read if Path(f).is_file()):
@@ -192,11 +192,8 @@ class _Places:
         key = (source, base.source, old)
         if key not in self._data:
             read = family.read_data(scenes.find(under(self.root, source)), base)
-            if old and (strange := [n for n in read.names.values() if n not in base.names.values()]):
-                raise DataError(
-                    f"retain: {source} has the class '{strange[0]}', which {base.source} does not know; give images of the "
-                    "base's classes, under the base's own names"
-                )
+            if old:
+                family.check_classes(base.names, read)
             self._data[key] = read.fingerprint
         return self._data[key]
 
@@ -222,7 +219,7 @@ def _cell(
     model, data, method, freeze, seed, retain = (given.pop(k) for k in (*AXES, "retain"))
     model_args = given.pop("model_args", None) or {}
     family, base, weights = places.base(model, model_args)
-    _check(family, method, freeze, [*given, *search])
+    _check(family, method, freeze, {**given, **{k: values[0] for k, values in search.items()}})
     spec = {
         "model": model,
         "model_args": model_args,
@@ -249,20 +246,12 @@ def _cell(
     return Cell(json.loads(json.dumps(spec, default=str)), names, places.root)
 
 
-def _check(family: Family, method: str, freeze: Any, options: Iterable[str]) -> None:
+def _check(family: Family, method: str, freeze: Any, options: Mapping[str, Any]) -> None:
     """Refuse options that no training run of this method and family would take, before any has started."""
-    parts = make_method(method, {}, freeze).parts
-    known = {
-        *inspect.signature(api.train).parameters,
-        *family.arguments(),
-        *(f.name for p in parts for f in dataclasses.fields(p)),
-    }
-    known -= {*_NOT, *AXES, "options"}
-    if strange := next((name for name in options if name not in known), None):
-        raise ConfigError(
-            f"'{strange}' is no setting of a benchmark, of train, of the {family.name} family or of method '{method}'."
-            f"{nearest(strange, [*known, *AXES, *OWN])}"
-        )
+    if settled := next((name for name in _NOT if name in options), None):
+        raise ConfigError(f"'{settled}' is settled by the sweep; leave it out of the config")
+    taken = set(inspect.signature(api.train).parameters) - {"options", *_NOT}
+    split_options(family, method, freeze, {k: v for k, v in options.items() if k not in taken}, [*taken, *OWN])
 
 
 def _name(data: str) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import files, recipes
-from ..errors import ConfigError, Interrupted
+from ..errors import ConfigError, DiskFull, Interrupted
 from . import cell as cells
 from .grid import Cell, Grid, make_grid
 from .results import FORMAT, load, read
@@ -77,7 +78,8 @@ def run(
         name = "benchmark" if isinstance(config, Mapping) else Path(config).stem
         grid = make_grid(given, name, root)
         _note(grid, out)
-        share = threads or int(os.environ.get("OMP_NUM_THREADS") or max((os.cpu_count() or 1) // jobs, 1))
+        said = os.environ.get("OMP_NUM_THREADS", "")
+        share = threads or int(said if said.isdigit() else max((os.cpu_count() or 1) // jobs, 1))
         with _Board(grid, quiet) as board, ThreadPoolExecutor(jobs) as pool:
             _Sweep(grid, out, retry, share, board, pool).run()
         wanted = {cell.hash for cell in grid.cells}
@@ -124,9 +126,16 @@ class _Sweep:
         raise error
 
     def _one(self, cell: Cell) -> None:
-        """Run a cell, unless it is there."""
+        """Run a cell, unless it is there; where the sweep cannot go on, let no other start."""
         if self.stop:
             return
+        try:
+            self._run(cell)
+        except Exception as error:
+            self.stop = error
+            raise
+
+    def _run(self, cell: Cell) -> None:
         done = self.out / ("trials" if "trial" in cell.spec else "cells") / f"{cell.hash}.json"
         failed = self.out / "failed" / f"{cell.hash}.json"
         if done.is_file():
@@ -172,19 +181,18 @@ class _Sweep:
                 if self.stop:
                     process.kill()
             assert process.stdin
-            try:
+            with suppress(BrokenPipeError):  # where it has ended already; its exit code says how
                 process.stdin.write((json.dumps(given) + "\n").encode())
                 process.stdin.flush()  # and it stays open: the process ends when it closes
-            except BrokenPipeError:
-                pass  # it has ended already; its exit code says how
             code = process.wait()
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             with self._lock:
                 self._live.discard(process)
         if self.stop or done.is_file() or failed.is_file():
             return
         if code == cells.FULL:
-            raise ConfigError(
+            raise DiskFull(
                 f"the disk of {self.out} is full; free some and give the same command again: every finished cell is kept"
             )
         kind = "OutOfMemory" if _killed_for_memory() > before else "Died"
@@ -256,10 +264,9 @@ class _Board:
             if str(cell) in self._running:
                 self._running.remove(str(cell))
             self._done += 1
-            now: dict[str, Any] = {
-                "description": self._running[0] if self._running else "",
-                "count": f"{self._done}/{self._total}",
-            }
+            now: dict[str, Any] = {"description": "", "count": f"{self._done}/{self._total}"}
+            if self._running:
+                now["description"] = self._running[0]
             self._bar.update(self._task, advance=1, **now)
             if not self._quiet:
                 self._console.print(self._line(cell, seconds, content), markup=False)

@@ -252,6 +252,14 @@ class Family(ABC):
         """Train: leave `job.checkpoint` after every epoch and `job.delta` at the best one."""
 
     @abstractmethod
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        """Refuse data that a model of these classes cannot be judged on.
+
+        Raises:
+            DataError: It has others.
+        """
+
+    @abstractmethod
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         """Evaluate a model on the data's validation part."""
 

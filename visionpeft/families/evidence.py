@@ -101,29 +101,40 @@ class Detections(Evidence):
         return cls(names, *found, owners("target_cls"), joined("target_cls", np.int16))
 
     @cached_property
-    def _classes(self) -> dict[int, tuple[Array, Array, Array]]:
-        """Of each class that is in the set: its objects' images; its detections' images and true positives, best first."""
+    def _classes(self) -> dict[int, tuple[Array, Array, Array, Array]]:
+        """Of each class that is in the set: its objects' images; its detections' images, best first; which of those are true
+        at any overlap, and at which."""
         true = np.unpackbits(self.tp, axis=1, count=10)
         best = np.argsort(-self.conf)  # as Ultralytics sorts them
         image, true, cls = self.image[best], true[best], self.cls[best]
-        return {
-            int(c): (self.target_image[self.target_cls == c], image[cls == c], true[cls == c])
-            for c in np.unique(self.target_cls)
-        }
+        found = {}
+        for c in np.unique(self.target_cls):
+            hits = np.flatnonzero(true[cls == c].any(1))
+            found[int(c)] = self.target_image[self.target_cls == c], image[cls == c], hits, true[cls == c][hits]
+        return found
 
     def _precision(self, counts: Array | None) -> dict[int, float]:
-        """Return the mean average precision of each class that has objects, by Ultralytics' own `compute_ap`."""
+        """Return the mean average precision of each class that has objects, by Ultralytics' own `compute_ap`.
+
+        The curve of precision over recall is given it at the true detections and just before each, which is all that it
+        depends on: they are few among thousands.
+        """
         counts = np.ones(len(self.images)) if counts is None else np.asarray(counts, float)
         found = {}
-        for c, (objects, image, true) in self._classes.items():
+        for c, (objects, image, hits, true) in self._classes.items():
             if not (total := counts[objects].sum()):
                 continue
             weight = counts[image]
-            seen = weight > 0
-            weight, true = weight[seen, None], true[seen]
-            hits, misses = (true * weight).cumsum(0), ((1 - true) * weight).cumsum(0)  # (N_c, 10)
-            recall, precision = hits / (total + 1e-16), hits / np.maximum(hits + misses, 1e-16)
-            areas = [compute_ap(recall[:, j], precision[:, j])[0] for j in range(10)] if len(true) else [0.0]
+            seen = weight.cumsum()[hits]  # detections up to each true one
+            own = weight[hits]
+            kept = own > 0
+            seen, own, right = seen[kept], own[kept, None], (true[kept] * own[kept, None]).cumsum(0)  # (H,), (H, 1), (H, 10)
+            before = np.concatenate((np.zeros((1, 10)), right[:-1]))[: len(right)]
+            hit = np.stack((before, right), 1).reshape(-1, 10)  # (2 H, 10)
+            tried = np.stack((seen[:, None] - own, seen[:, None]), 1).reshape(-1, 1)
+            precision: Any = np.where(tried > 0, hit / np.maximum(tried, 1e-16), 1.0)
+            recall: Any = hit / (total + 1e-16)
+            areas = [compute_ap(recall[:, k], precision[:, k])[0] for k in range(10)] if len(hit) else [0.0]
             found[c] = float(np.mean(areas))
         return found
 

@@ -133,15 +133,19 @@ class Timm(Family):
     def train(self, job: Job) -> None:
         loop.run(self, job, transform)
 
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        if strange := [name for name in data.names.values() if name not in names.values()]:
+            raise DataError(
+                f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(names.values())}"
+            )
+
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         use = _use(options, imgsz=None, batch=32, device=None, workers=0)
         device = loop.select_device(use["device"])
         own: Any = copy.deepcopy(model).to(device)
-        index = {name: i for i, name in getattr(own, "names", data.names).items()}
-        if strange := [name for name in data.names.values() if name not in index]:
-            raise DataError(
-                f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(index)}"
-            )
+        names = getattr(own, "names", data.names)
+        self.check_classes(names, data)
+        index = {name: i for i, name in names.items()}
         items = [(file, index[data.names[i]]) for file, i in data.facts["val"]]
         images = Images(items, transform(own, use["imgsz"]))
         guesses: list[int] = []

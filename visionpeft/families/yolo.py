@@ -287,13 +287,15 @@ class Yolo(Family):
         finally:
             trainer.close()
 
-    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
-        names = dict(model.names)  # type: ignore[arg-type, call-overload]
-        if names != dict(data.names):
+    def check_classes(self, names: Mapping[int, str], data: Data) -> None:
+        if dict(names) != dict(data.names):
             raise DataError(
                 f"{data.source} has the classes {brief(list(data.names.values()))}, but the model knows "
                 f"{brief(list(names.values()))}; give data with the same classes in the same order"
             )
+
+    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+        self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
