@@ -84,6 +84,12 @@ class Row:
     lean: str
     cells: list[dict[str, Any]] = field(repr=False)
 
+    @property
+    def peak(self) -> int | None:
+        """Bytes that a step takes at most: on a GPU its allocator's peak, elsewhere what lived at once in a step."""
+        on_gpu = self.cells[0]["run"]["measured"].get("cuda")
+        return self.peak_bytes if on_gpu or self.live_bytes is None else self.live_bytes
+
 
 def compare(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples: int = RESAMPLES) -> list[Row]:
     """Return a row per model, data set and method.
@@ -130,7 +136,7 @@ def markdown(rows: Sequence[Row], against: str = "full") -> str:
     for r in rows:
         line = [r.method, f"{r.score_mean:.3f}", _range(r.low, r.high, _plain), _signed(r.difference)]
         line += [_range(r.difference_low, r.difference_high, _signed)]
-        line += [f"{r.trained_body:,}", f"{r.trained_head:,}", size(r.saved_bytes), size(r.live_bytes or r.peak_bytes)]
+        line += [f"{r.trained_body:,}", f"{r.trained_head:,}", size(r.saved_bytes), size(r.peak)]
         line += ["–" if r.step_seconds is None else f"{r.step_seconds:.3f}", size(r.delta_bytes.get("file"))]
         line += [_plain(r.retained_before), _plain(r.retained_after)] if retained else []
         line += ["/".join(map(str, dict.fromkeys(r.epochs.values()))), str(r.seeds), r.bn, r.head, r.lean]
@@ -251,22 +257,21 @@ def _labels(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]
     """Return a label for each group; where two of one model and data are called alike, with the options that differ."""
     found = {}
     for key, (first, *_) in groups.items():
-        alike = [g[0] for k, g in groups.items() if k != key and g[0]["names"] == first["names"]]
-        mine = {**first["cell"]["options"], "equal": first["cell"]["equal"], "search": sorted(first["cell"]["search"])}
-        for other in ("retain", "data_sha256", "weights_sha256"):
-            mine[other] = str(first["cell"][other])[:8]
-        theirs = [
-            {**a["cell"]["options"], "equal": a["cell"]["equal"], "search": sorted(a["cell"]["search"])}
-            | {o: str(a["cell"][o])[:8] for o in ("retain", "data_sha256", "weights_sha256")}
-            for a in alike
-        ]
-        more = [f"{k} {v}" for k, v in mine.items() if any(t.get(k) != v for t in theirs)]
+        alike = [_facts(g[0]) for k, g in groups.items() if k != key and g[0]["names"] == first["names"]]
+        more = [f"{k} {v}" for k, v in _facts(first).items() if any(other.get(k) != v for other in alike)]
         found[key] = ", ".join([first["names"]["method"], *more])
     return found
 
 
 def _range(low: float | None, high: float | None, text: Callable[[float | None], str]) -> str:
     return "–" if low is None or high is None else f"{text(low)} to {text(high)}"
+
+
+def _facts(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what may tell cells of one name apart, hashes as short as people write them."""
+    spec = cell["cell"]
+    named = {k: spec[k] for k in ("equal", "search", "retain", "model_args")}
+    return {**spec["options"], **named, **{k: spec[k][:8] for k in ("data_sha256", "weights_sha256", "retain_sha256")}}
 
 
 def _signed(value: float | None) -> str:
