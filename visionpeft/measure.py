@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ WATCHED = ("saved_bytes", "saved_by_stage", "saved_by_cause", "live_bytes")  # o
 class SavedBytes:
     """Counts the unique storages that autograd keeps for backward while it is entered, parameters and buffers apart.
 
-    The number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts;
-    what it keeps as attributes of its context does not: `PeakBytes` sees that, too.
+    Counted is the most that is kept at once; what was saved for a result that is dropped again does not stay in it. The
+    number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts; what
+    it keeps as attributes of its context does not: `PeakBytes` sees that, too.
 
     >>> with SavedBytes(model) as saved:
     ...     loss = model(x).sum()
@@ -38,33 +39,49 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module, *given: Tensor):
-        own: Iterable[Tensor] = (*model.parameters(), *model.buffers(), *given)
-        self._own = {t.untyped_storage().data_ptr() for t in own}
-        self._kept: dict[int, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes kept so far."""
-        return sum(self._kept.values())
+        self._own = {s._cdata for s in _storages([*model.parameters(), *model.buffers(), *given])}
+        self._users: Counter[int] = Counter()  # of each storage that is kept now
+        self._sizes: dict[int, int] = {}
+        self._now = 0
+        self.bytes = 0  # the most so far
 
     def __enter__(self) -> SavedBytes:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error or (None, None, None))
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        # a storage freed and another made at its address cannot both be kept, so the larger of the two is right
-        if address not in self._own and size > self._kept.get(address, 0):
-            self._note(address, size)
-        return tensor.detach()  # a result kept with its own graph would keep that for ever, where backward is never called
+    def _pack(self, tensor: Tensor) -> _Kept:
+        # a result kept with its own graph would keep that for ever, where backward is never called
+        kept, storage = _Kept(tensor.detach()), tensor.untyped_storage()
+        if (key := storage._cdata) not in self._own:
+            self._users[key] += 1
+            weakref.finalize(kept, self._drop, key).atexit = False
+            if self._users[key] == 1:
+                self._sizes[key] = storage.nbytes()
+                self._change(key, self._sizes[key])
+        return kept
 
-    def _note(self, address: int, size: int) -> None:
-        self._kept[address] = size
+    def _drop(self, key: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self._change(key, -self._sizes.pop(key))
+
+    def _change(self, key: int, size: int) -> None:
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+
+
+class _Kept:
+    """What autograd keeps instead of a tensor; it ends when autograd lets go."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 class SavedSplit(SavedBytes):
@@ -91,7 +108,8 @@ class SavedSplit(SavedBytes):
         super().__init__(model, *given)
         self._labels = {model.get_submodule(path): label for path, label in stages.items()}
         self._stage = next(iter(stages.values()), LOSS)
-        self._origin: dict[int, tuple[str, str]] = {}
+        self._changes: list[tuple[int, int, tuple[str, str]]] = []  # storage, bytes, and for what is kept stage and cause
+        self._largest = 0  # so many of them led to the most
 
     @property
     def by_stage(self) -> dict[str, int]:
@@ -113,11 +131,17 @@ class SavedSplit(SavedBytes):
         super().__exit__(*error)
         self._calls.__exit__(*error or (None, None, None))
 
-    def _note(self, address: int, size: int) -> None:
-        super()._note(address, size)
-        self._follow()
-        called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
-        self._origin[address] = self._stage, next((f.__name__.strip("_") for f in called if f), "other")
+    def _change(self, key: int, size: int) -> None:
+        origin = "", ""
+        if size > 0:
+            self._follow()
+            called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
+            origin = self._stage, next((f.__name__.strip("_") for f in called if f), "other")
+        self._changes.append((key, size, origin))
+        before = self.bytes
+        super()._change(key, size)
+        if self.bytes > before:
+            self._largest = len(self._changes)
 
     def _follow(self) -> None:
         """Set the stage to the one that runs."""
@@ -126,9 +150,16 @@ class SavedSplit(SavedBytes):
         self._stage = next((self._labels[module] for module in modules if module in self._labels), outside)
 
     def _sums(self, which: int) -> Counter[str]:
+        """Sum up what was kept when it was the most."""
+        kept: dict[int, tuple[int, tuple[str, str]]] = {}
+        for key, size, origin in self._changes[: self._largest]:
+            if size > 0:
+                kept[key] = size, origin
+            else:
+                kept.pop(key, None)
         sums: Counter[str] = Counter()
-        for address, origin in self._origin.items():
-            sums[origin[which]] += self._kept[address]
+        for size, origin in kept.values():
+            sums[origin[which]] += size
         return sums
 
 
