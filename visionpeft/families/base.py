@@ -20,6 +20,7 @@ from ..errors import TrainingError
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
+from ..trackers import Trackers
 from ..twins import plain
 from .views import Rounds, Store
 
@@ -89,6 +90,7 @@ class Job:
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
+    trackers: Trackers  # where the numbers of its epochs go
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     lean: str = "off"  # a level of lean, or "off"
