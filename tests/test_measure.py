@@ -327,6 +327,14 @@ def test_a_run_measures_itself(family: str, loops, tmp_path: Path, monkeypatch: 
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_what_measuring_costs() -> None:
+    """The benchmark runs; of so few steps, its numbers mean nothing."""
+    script = Path(__file__).parents[1] / "benchmarks" / "measure.py"
+    done = subprocess.run([sys.executable, str(script), "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0].split() for line in done.stdout.splitlines()] == [["lean", x] for x in ("off", *lean.LEVELS)]
+
+
 def test_the_table_of_lean(tmp_path: Path) -> None:
     """The benchmark runs, at sizes at which its numbers mean nothing."""
     script = Path(__file__).parents[1] / "benchmarks" / "lean.py"

@@ -90,6 +90,12 @@ def test_an_unknown_tracker_is_refused(given: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [5, ["csv", 5]])
+def test_trackers_are_names(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not understood; give names such as 'tensorboard,wandb'"):
+        visionpeft.train(tmp_path / "nowhere", model="timm/resnet18", project=tmp_path, trackers=given)
+
+
 def test_a_missing_package_is_named_before_anything_trains(loops, tmp_path: Path, monkeypatch, capsys) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else real(name, *more))

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Part = Literal["data", "forward", "backward", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer")  # of a step, in their order
 HEAD, LOSS = "head", "loss"  # labels of what runs in the head, and behind it
+_ON_GPU = "CUDA allocator's peak"
 WATCHED = ("saved_bytes", "saved_by_stage", "saved_by_cause", "live_bytes")  # of a report, what the first step tells
 
 
@@ -136,7 +137,7 @@ class SavedSplit(SavedBytes):
         if size > 0:
             self._follow()
             called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
-            origin = self._stage, next((f.__name__.strip("_") for f in called if f), "other")
+            origin = self._stage, getattr(next(filter(None, called), None), "__name__", "other").strip("_")
         self._changes.append((key, size, origin))
         before = self.bytes
         super()._change(key, size)
@@ -363,8 +364,8 @@ class Meter:
         self._earlier = report
         self._watched = {k: report.get(k) for k in WATCHED}
         self._gradients = (report.get("state_bytes") or {}).get("gradients")
-        if self._cuda:
-            self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"] or 0, "reserved": 0}
+        if self._cuda and report["peak_measure"] == _ON_GPU:
+            self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"], "reserved": 0}
 
     def report(self) -> dict[str, Any]:
         """Return what was measured, as JSON's values; bytes, and seconds.
@@ -388,7 +389,7 @@ class Meter:
             **(self._watched or dict.fromkeys(WATCHED)),
             "state_bytes": self._state(),
             "peak_bytes": self.memory,
-            "peak_measure": "CUDA allocator's peak" if self._cuda else "bytes saved for backward",
+            "peak_measure": _ON_GPU if self._cuda else "bytes saved for backward",
             "cuda": dict(self._cuda) if self._cuda else None,
             "step_seconds": old.get("step_seconds") if step is None else step,
             "seconds_by_part": medians if step is not None else old.get("seconds_by_part") or medians,

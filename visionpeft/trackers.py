@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, float]
 
 _CSV, _IDS = "metrics.csv", "trackers.json"  # in the run's folder; the latter holds the names of runs at W&B and MLflow
+_ALL = 2**31  # epochs: after the last, whichever that was
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 
 
@@ -32,8 +33,10 @@ def names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         ConfigError: One is not known, or its package is not installed.
     """
-    parts = given.split(",") if isinstance(given, str) else given or ()
-    wanted = tuple(dict.fromkeys(part.strip() for part in parts if isinstance(part, str) and part.strip()))
+    parts = given.split(",") if isinstance(given, str) else [] if given is None else given
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ConfigError(f"trackers={given!r} is not understood; give names such as 'tensorboard,wandb'")
+    wanted = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     for name in wanted:
         if name not in TRACKERS:
             raise ConfigError(f"trackers='{name}' is not known; there are {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
@@ -113,7 +116,10 @@ class Trackers:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log what the run came to, and close all."""
         if self._opened is None:
-            self.open(2**31)
+            try:
+                self.open(_ALL)
+            except ConfigError as error:  # all is trained: not worth losing
+                log.warning(str(error))
         said = {k: v for k, v in flat(summary).items() if isinstance(v, int | float) and math.isfinite(v)}
         for name in list(self._opened or ()):
             with self._spared(name):
@@ -182,7 +188,7 @@ class TensorBoard(Tracker):
     def __init__(self, run: Trackers, done: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        again = any(run.folder.glob(_EVENTS)) and done < 2**31
+        again = any(run.folder.glob(_EVENTS)) and done < _ALL
         self._writer = SummaryWriter(str(run.folder), purge_step=done + 1 if again else None)
         self._config = run.config
         if not done:
