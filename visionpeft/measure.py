@@ -368,19 +368,18 @@ class Meter:
             self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"], "reserved": 0}
 
     def report(self) -> dict[str, Any]:
-        """Return what was measured, as JSON's values; bytes, and seconds.
+        """Return what was measured, as JSON's values: bytes, and seconds.
 
-        Returns:
-            saved_bytes: Kept for backward in the first step, exact on any device.
-            saved_by_stage, saved_by_cause: The same by the stage and by the operation that saved it (see `SavedSplit`).
-            live_bytes: The most that lived at once in the first step above what lived before it (see `PeakBytes`).
-            state_bytes: weights, buffers, gradients, optimizer, average (what it does not share with the model).
-            peak_bytes, peak_measure: What stands for the memory of training, and what it is.
-            cuda: The allocator's peaks in training steps, allocated and reserved; None on a CPU.
-            step_seconds: Forward and backward of a step, the first step apart (median).
-            seconds_by_part: The same for data, forward, backward and optimizer; None where there was none. Where gradients
-                are accumulated, of those steps in which the optimizer ran.
-            first_step_seconds: The first step, forward to optimizer; that it was watched is included.
+        - ``saved_bytes``: kept for backward in the first step, exact on any device (see `SavedBytes`)
+        - ``saved_by_stage``, ``saved_by_cause``: the same by stage and by operation (see `SavedSplit`)
+        - ``live_bytes``: the most that lived at once in the first step above what lived before it (see `PeakBytes`)
+        - ``state_bytes``: weights, buffers, gradients, optimizer, and the average less what it shares with the model
+        - ``peak_bytes``, ``peak_measure``: what stands for the memory of training, and what it is
+        - ``cuda``: the allocator's peaks in training steps, allocated and reserved; None on a CPU
+        - ``step_seconds``: forward and backward of a step, median, the first apart
+        - ``seconds_by_part``: the same for data, forward, backward and optimizer, None where there was none; where gradients
+          are accumulated, the optimizer's of those steps in which it ran
+        - ``first_step_seconds``: the first step, forward to optimizer, watched as it was
         """
         self._count()
         medians = {k: statistics.median(v) if v else None for k, v in self._times.items()}
