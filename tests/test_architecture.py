@@ -23,6 +23,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "progress": 2,
     "pictures": 2,
     "checkpoint": 2,
+    "trackers": 2,
     "scenes": 2,
     "plan": 2,
     "methods": 3,

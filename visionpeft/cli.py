@@ -53,6 +53,7 @@ _TEXT = (
     "prefix_dtype",
     "lean",
     "memory",
+    "trackers",
     "target_modules",
 )  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
@@ -83,6 +84,7 @@ def train(
     lean: Annotated[str | None, _HOW] = None,
     model_args: Annotated[str | None, _ON] = None,
     delta_dtype: Annotated[str | None, _RUN] = None,
+    trackers: Annotated[str | None, _RUN] = None,
     project: Annotated[str | None, _RUN] = None,
     name: Annotated[str | None, _RUN] = None,
     exist_ok: Annotated[bool, _RUN] = False,
@@ -144,6 +146,8 @@ def train(
         Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
     delta_dtype
         fp16 or fp32: how the delta stores trained weights.
+    trackers
+        Where every epoch's numbers go beside metrics.csv: tensorboard, wandb, mlflow (several: tensorboard,wandb).
     project
         Folder of runs.
     name
