@@ -29,7 +29,7 @@ from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .lean.prefix import put_on
 from .methods.base import Method
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
