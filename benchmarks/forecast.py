@@ -132,11 +132,18 @@ def main() -> None:
     parser.add_argument("--validation", action="store_true", help="the validation step instead of training")
     args = parser.parse_args()
     names = ("net", "plan", "lean", "objects", "forecast MB", "measured MB", "error", "forecast s")
-    found = []
+    found: list[float] = []
+    errors: dict[str, dict[str, str]] = {}
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names), flush=True)
     for *cells, error in rows(args):
         found.append(float(error))
         print("| " + " | ".join(cells) + " |", flush=True)
+        net, plan, lean, objects, *_, said, _ = cells
+        errors.setdefault(f"{net}, {objects} objects" if len(args.objects) > 1 else net, {})[f"{plan}, {lean}"] = said
+    columns = list(dict.fromkeys(c for row in errors.values() for c in row))
+    print("\n| error of | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for net, row in errors.items():
+        print(f"| {net} | " + " | ".join(row.get(c, "") for c in columns) + " |")
     if found:
         within = sum(e <= TOP for e in found)
         print(f"\n{within} of {len(found)} within {TOP:.0%}; the largest error is {max(found):.1%}")

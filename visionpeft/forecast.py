@@ -16,6 +16,7 @@ import functools
 import gc
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from . import tables
 from .attach import attach, settle, train_mode
 from .errors import ConfigError
 from .families.base import Base, Family, Leading, Rehearsal, Step
-from .lean.prefix import DTYPES, Prefix, put_on
+from .lean.prefix import DTYPES, Prefix, put_on, take_off
 from .measure import PeakBytes
 from .plan import Plan
 
@@ -158,6 +159,8 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): counts are of objects
             return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else self.number()
+        if func in (_aten.allclose.default, _aten.equal.default):
+            return True
         if func is _aten.nonzero.default:
             return self._places(args[0])
         if func is _aten._unique2.default:  # with places, of things that are all different; else of labels, by image
@@ -355,7 +358,7 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
     """Run a step, and tell what grows with the batch from the rest; None where that cannot be told."""
     step, half = replace(case.step, batch=batch), case.step.amp
     answers, ledger = Answers(batch), Ledger(batch if tell else sys.maxsize, case.gpu)
-    with _uncollected(), FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
+    with _quietly(), FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
         with FakeCopyMode(fake):
             model, plain = copy.deepcopy(case.fitted), copy.deepcopy(case.base.model if case.leading else nn.Module())
         settle(attach(model, case.plan, start=False), case.plan)
@@ -390,8 +393,10 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             state, stepping = ledger.once, ledger.peaks()
         if not validation:
             judge = Ledger(ledger.batch, case.gpu)
+            leanly.remove(model.eval())
+            if case.leading:  # validated is the exact model
+                take_off(model)
             with judge, _autocast(half and case.gpu, case.gpu):
-                model.eval()
                 rehearsal.validate()
             validation = judge.peaks()
     one = Forecast(
@@ -415,12 +420,15 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector still: some hundred thousand short-lived objects set it going again and again."""
+def _quietly() -> Iterator[None]:
+    """Keep the garbage collector still, which some hundred thousand short-lived objects set going again and again, and
+    torch from warning of copied fake tensors."""
     was = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
     finally:
         if was:
             gc.enable()

@@ -194,7 +194,9 @@ class _Rehearsed:
         self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         self.anatomy = family.anatomy(self.fitted, str(given["model"]))
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
-        if (said := given["objects"]) is not None:
+        if self.base.task == "classify":
+            self.objects, self.area = 0, 0.0
+        elif (said := given["objects"]) is not None:
             if isinstance(said, bool) or not isinstance(said, int) or said < 1:
                 raise ConfigError(f"objects={said} is not usable; it must be a whole number of at least 1")
             self.objects = said

@@ -106,7 +106,8 @@ def pack(act: Activation, x: Tensor) -> Tensor:
     assert act.mask is not None
     if _numpy(x):  # several times faster than torch here
         return torch.from_numpy(numpy.packbits(act.mask(x.detach().numpy()), bitorder="little"))
-    bits = functional.pad(act.mask(x).reshape(-1), (0, -x.numel() % 8)).view(torch.uint8)
+    bits = act.mask(x).reshape(-1).view(torch.uint8)
+    bits = functional.pad(bits, (0, -x.numel() % 8)) if x.numel() % 8 else bits
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=x.device)
     return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
@@ -123,7 +124,7 @@ def gate(act: Activation, packed: Tensor, g: Tensor) -> Tensor:
             numpy.multiply(g.numpy().view(whole), mask, out=out.numpy().view(whole))
         return out
     places = torch.arange(8, dtype=torch.uint8, device=g.device)
-    mask = (packed.unsqueeze(1) >> places).bitwise_and_(1).view(-1)[: g.numel()].view(g.shape).to(torch.bool)
+    mask = (packed.unsqueeze(1) >> places).bitwise_and_(1).view(-1)[: g.numel()].view(g.shape).view(torch.bool)
     return torch.where(mask, g, g * act.slope if act.slope else 0)
 
 
