@@ -190,6 +190,10 @@ def plan(
     bn: str | None = None,
     head: str | None = None,
     memory: bool = False,
+    imgsz: int | None = None,
+    batch: int | None = None,
+    lean: str | None = None,
+    device: str | None = None,
     model_args: str | None = None,
     json_: bool = False,
     **options: Options,
@@ -211,15 +215,27 @@ def plan(
     head
         As for train.
     memory
-        Forecast the peak, in seconds, for a GPU or --device cpu; --batch, --imgsz, --lean, ... as for train.
+        Forecast the peak, in seconds, on a GPU; further settings as for train.
+    imgsz
+        For --memory, as for train.
+    batch
+        For --memory, as for train.
+    lean
+        For --memory, as for train.
+    device
+        For --memory: cpu, else a GPU is meant.
     model_args
         As for train.
     json_
         Print JSON.
     """
     named = {"model": model, "data": data, "method": method, "freeze": freeze, "bn": bn, "head": head}
+    more = {"imgsz": imgsz, "batch": batch, "lean": lean, "device": device}
+    options |= {k: v for k, v in more.items() if v is not None}
     given = _values({**named, **options, "model_args": model_args})
     if not memory:
+        if alone := [k for k in more if k in options]:
+            raise ConfigError(f"{alone[0]} is no part of a plan; add --memory to forecast what it takes")
         made = planning.plan(**given)
         print(json.dumps(made.to_dict(), indent=2) if json_ else made)
         return

@@ -210,7 +210,7 @@ class Ledger(PeakBytes):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         if func is _aten.convolution.default:
             self._pass(_forward_inside(self.gpu, out, *args))
-        elif len({x.dtype for x in args if isinstance(x, Tensor)}) > 1 and torch.Tag.pointwise in func.tags and not self.gpu:
+        elif not self.gpu and torch.Tag.pointwise in func.tags and func is not _aten.where.self:
             self._pass(_promoted([x for x in args if isinstance(x, Tensor)]))
         elif func._overloadpacket is _aten.sum and out.dtype is torch.long is not args[0].dtype:
             self._pass([args[0].numel() * out.itemsize])
@@ -253,8 +253,10 @@ class Ledger(PeakBytes):
 def _promoted(tensors: Sequence[Tensor]) -> list[int]:
     """Return the sizes of the copies of those that a CPU's kernel turns into the type of the others."""
     kinds = {x.dtype for x in tensors if x.dim()}
-    common = functools.reduce(torch.promote_types, kinds) if kinds else None
-    return [x.numel() * common.itemsize for x in tensors if common and x.dim() and x.dtype is not common]
+    if len(kinds) < 2:
+        return []
+    common = functools.reduce(torch.promote_types, kinds)
+    return [x.numel() * common.itemsize for x in tensors if x.dim() and x.dtype is not common]
 
 
 def _forward_inside(gpu: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, *rest: Any) -> list[int]:
