@@ -21,11 +21,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
 from visionpeft import delta as deltas
+from visionpeft.families.loop import _Loop
 from visionpeft.families.yolo_tasks import TASKS, build
+from visionpeft.families.yolo_trainer import Tuned
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 
@@ -185,3 +188,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "random11n.pt"
     torch.save({"model": model.half(), "train_args": {"imgsz": 64, "task": "detect"}, "epoch": -1}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def loops(
+    boxes: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict, type, str]]:
+    """A tiny run of both training loops, by family: data, arguments of `train`, and where its loop begins an epoch."""
+    weights = tmp_path_factory.mktemp("timm") / "resnet.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), weights)
+    common = {"epochs": 2, "batch": 4, "device": "cpu", "workers": 0, "quiet": True}
+    named = {"model": "timm/test_resnet", "model_args": {"checkpoint_path": str(weights)}, "imgsz": 32}
+    squares = make_squares(tmp_path_factory.mktemp("squares"))
+    return {
+        "yolo": (boxes, {**common, "model": checkpoint, "imgsz": 64}, Tuned, "_model_train"),
+        "timm": (squares, {**common, **named}, _Loop, "_epoch"),
+    }

@@ -23,6 +23,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "progress": 2,
     "pictures": 2,
     "checkpoint": 2,
+    "trackers": 2,
     "scenes": 2,
     "plan": 2,
     "methods": 3,
@@ -38,9 +39,10 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "planning": 8,
     "api": 9,
     "benchmark": 10,
-    "cli": 11,
-    "__init__": 12,
-    "__main__": 12,
+    "report": 11,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 13,
 }
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)
 

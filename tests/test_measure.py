@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NETS, ctrl_c, flat, make_squares
-from safetensors.torch import save_file
+from conftest import NETS, ctrl_c, flat
 from torch import Tensor, nn
 
 import visionpeft
@@ -21,8 +20,6 @@ from visionpeft import attach, lean, measure
 from visionpeft import delta as deltas
 from visionpeft.errors import Interrupted
 from visionpeft.families.base import stage_modules
-from visionpeft.families.loop import _Loop
-from visionpeft.families.yolo import Tuned
 from visionpeft.measure import WATCHED, Meter, PeakBytes, SavedBytes, SavedSplit, held
 from visionpeft.methods.base import make_method
 from visionpeft.plan import make_plan
@@ -299,28 +296,10 @@ def test_a_gpu_tells_times_and_peaks() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ in both loops
-@pytest.fixture(scope="module")
-def families(
-    boxes: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Path, dict, type, str]]:
-    """By family: data, arguments of `train`, and the method of its loop with which an epoch begins."""
-    import timm
-
-    weights = tmp_path_factory.mktemp("weights") / "resnet.safetensors"
-    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), weights)
-    common = {"epochs": 2, "batch": 4, "device": "cpu", "workers": 0, "quiet": True}
-    named = {"model": "timm/test_resnet", "model_args": {"checkpoint_path": str(weights)}, "imgsz": 32}
-    squares = make_squares(tmp_path_factory.mktemp("squares"))
-    return {
-        "yolo": (boxes, {**common, "model": checkpoint, "imgsz": 64}, Tuned, "_model_train"),
-        "timm": (squares, {**common, **named}, _Loop, "_epoch"),
-    }
-
-
 @pytest.mark.parametrize("family", ["yolo", "timm"])
-def test_a_run_measures_itself(family: str, families, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_measures_itself(family: str, loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every key, the same for both; whole or resumed; and the weights are those of a run that nobody watched."""
-    data, args, owner, method = families[family]
+    data, args, owner, method = loops[family]
     args = {**args, "method": "lora", "r": 2, "project": tmp_path}
     run = visionpeft.train(data, name="whole", **args)
     said = json.loads((run.folder / "run.json").read_text())["measured"]
@@ -346,6 +325,14 @@ def test_a_run_measures_itself(family: str, families, tmp_path: Path, monkeypatc
     assert blind.measured["saved_bytes"] is None
     a, b = (deltas.read(r.delta).tensors for r in (run, blind))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_what_measuring_costs() -> None:
+    """The benchmark runs; of so few steps, its numbers mean nothing."""
+    script = Path(__file__).parents[1] / "benchmarks" / "measure.py"
+    done = subprocess.run([sys.executable, str(script), "--rounds", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0].split() for line in done.stdout.splitlines()] == [["lean", x] for x in ("off", *lean.LEVELS)]
 
 
 def test_the_table_of_lean(tmp_path: Path) -> None:

@@ -294,6 +294,8 @@ def test_two_processes_train_what_one_does(squares: Path, base, tmp_path: Path, 
     for key in a:
         assert torch.allclose(a[key], b[key], atol=1e-5), key
     assert two.after == pytest.approx(one.after, abs=1e-4)
+    logged = [line.split(",")[0] for line in (two.folder / "metrics.csv").read_text().splitlines()]
+    assert logged == ["epoch", "1", "2"], "by the first process alone"
 
 
 def test_what_goes_wrong_in_a_process_is_one_sentence(squares: Path, base, tmp_path: Path, capfd) -> None:

@@ -133,7 +133,7 @@ def test_two_processes(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatc
         finally:
             script.unlink(), script.with_suffix(".pt").unlink()
 
-    args = {**SMALL, "method": "lora+bitfit", "r": 2, "freeze": 2, "quiet": True}
+    args = {**SMALL, "method": "lora+bitfit", "r": 2, "freeze": 2, "quiet": True, "trackers": "tensorboard"}
     one = visionpeft.train(boxes, model=checkpoint, project=tmp_path, **args)
     with monkeypatch.context() as patch:
         patch.setattr(BaseTrainer, "train", on_cpu)
@@ -145,6 +145,10 @@ def test_two_processes(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatc
         assert "Traceback" not in said.err and said.out == ""
     a, b = (deltas.read(run.delta) for run in (one, two))
     assert a.plan == b.plan and len(two.history) == 2
+    logged = [line.split(",")[0] for line in (two.folder / "metrics.csv").read_text().splitlines()]
+    assert logged == ["epoch", "1", "2"], "by the first process alone"
+    assert len(list(two.folder.glob("events.out.tfevents.*"))) == 3, "its epochs, then from here the result"
+    assert sum(two.measured["saved_by_stage"].values()) == two.measured["saved_bytes"] > 0 < two.measured["live_bytes"]
     assert {k for k in a.tensors if is_added(k)} == {k for k in b.tensors if is_added(k)} != set()
     assert not any(int(k.split(".")[1]) < 2 for k in b.tensors)
     assert visionpeft.val(two.delta, boxes, device="cpu") == two.after

@@ -1,6 +1,6 @@
 """visionpeft: adapt a pretrained YOLO or timm model to your own images on the GPU you already have."""
 
-from . import benchmark, data
+from . import benchmark, data, report
 from .api import (
     Adapted,
     Forgetting,
@@ -41,6 +41,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "report",
     "train",
     "val",
     "verify",

@@ -22,17 +22,19 @@ from torch import nn
 from . import attach as attaching
 from . import checkpoint, files, pictures, scenes, tables
 from . import delta as deltas
+from . import trackers as tracking
 from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .lean.prefix import put_on
 from .methods.base import Method
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
 from .settings import check_settings, device_of, find_family, lasting, split_options, views_of
+from .trackers import Trackers
 
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
 
@@ -61,6 +63,7 @@ def train(
     cache_limit: float = 20.0,
     prefix_dtype: str | None = None,
     lean: str = "auto",
+    trackers: str | Sequence[str] = "csv",
     quiet: bool = False,
     project: str | Path = "runs/visionpeft",
     name: str | None = None,
@@ -102,6 +105,8 @@ def train(
             then computed in fp32 and kept as bf16. Validation is of the exact model, and so is the result.
         lean: How exact training saves memory: "memory" keeps the least for backward, "auto" what costs no time, "off"
             trains as PyTorch does.
+        trackers: Where the numbers of every epoch go beside ``metrics.csv``: "tensorboard", "wandb", "mlflow", or several
+            ("tensorboard,wandb").
         quiet: Print no plan, and show no progress.
         project: Folder of runs.
         name: Folder of this run in it; by default "train", "train2", ...
@@ -125,7 +130,7 @@ def train(
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        new = {k: v for k, v in defaults.items() if k in ("cache", "cache_limit", "prefix_dtype", "lean")}
+        new = {k: v for k, v in defaults.items() if k in ("cache", "cache_limit", "prefix_dtype", "lean", "trackers")}
         return _train(**{**new, **saved}, quiet=quiet)  # the run may be older than these
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
@@ -191,6 +196,7 @@ def _train(
     began = time.perf_counter()
     source = given["model"] = lasting(given["model"])
     given["model_args"] = {k: lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()}
+    tracked = tracking.names(given["trackers"])
     family = find_family(source)
     before, configured = given.pop("before", None), given.pop("method_settings", None)
     apart = given.pop("before_apart", None)
@@ -244,16 +250,21 @@ def _train(
         before=before,
         delta_dtype=given["delta_dtype"],
         header=_header(family, base, data, arguments),
+        trackers=Trackers(tracked, folder.resolve(), {**arguments, "plan": _totals(made)}, quiet),
         prefix=prefix,
         store=store,
         lean=given["lean"],
         stages=stage_modules(anatomy),
         **settings,
     )
-    if not done:
-        _run(family, job)
-    saved = checkpoint.load(job.checkpoint)
-    return _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use, fitted, apart)
+    with job.trackers:
+        if not done:
+            _run(family, job)
+        saved = checkpoint.load(job.checkpoint)
+        run = _result(family, job, tuning, saved, arguments, time.perf_counter() - began, use, fitted, apart)
+        said = {"before": run.before, "after": run.after, "measured": run.measured, "delta_bytes": run.delta_bytes}
+        job.trackers.finish({**said, "seconds": run.seconds})
+    return run
 
 
 def _run(family: Family, job: Job) -> None:
@@ -293,12 +304,7 @@ def _result(
         plan=plan,
         before=job.before,
         after=after,
-        parameters={
-            "total": plan.total,
-            "body": plan.trained_body,
-            "head": plan.trained_head,
-            "statistics": sum(r.moving for r in plan.rows),
-        },
+        parameters=_totals(plan),
         seconds=round(seconds, 2),
         measured=_measured(family, job, saved["measured"], apart),
         delta=job.delta if job.base.pretrained else None,
@@ -312,6 +318,12 @@ def _result(
     run = dataclasses.replace(run, pictures=_pictures(family, job, untrained, result, saved["history"], use))
     run.save()
     return run
+
+
+def _totals(plan: Plan) -> dict[str, int]:
+    """Return how many numbers a plan's model has, how many train, and how many statistics move."""
+    trained = {"body": plan.trained_body, "head": plan.trained_head}
+    return {"total": plan.total, **trained, "statistics": sum(r.moving for r in plan.rows)}
 
 
 def _measured(family: Family, job: Job, measured: Mapping[str, Any], apart: dict[str, float] | None) -> dict[str, Any]:
@@ -588,6 +600,7 @@ def _new_folder(project: Path, name: str | None, exist_ok: bool, merged: str) ->
         except FileExistsError:
             if name:
                 raise _taken(folder) from None
+    tracking.clear(folder)
     for old in ("checkpoint.pt", "delta.safetensors", "run.json", merged):  # an earlier run's would be taken for this one's
         (folder / old).unlink(missing_ok=True)
     return folder

@@ -16,6 +16,7 @@ from .registry import METHODS
 
 DEPTHS = (0.22, 0.44)  # shares of the body's stages that may be frozen; of YOLO11's 23 stages, 5 and 10
 SHRUNK = (0.75, 0.5)  # image sizes that are looked at where nothing fits, relative to the one wanted
+ROOM = 0.85  # of the budget: where a level of lean takes more, a less lean one is not looked at
 SMALLEST = 4  # images a step: with fewer, gradients are noisy, so such choices come last
 
 
@@ -25,7 +26,7 @@ class Choice:
 
     forecast: Forecast
     worth: float  # how near to full fine-tuning it may be expected to come: 1 is as good
-    cost: float  # operations of a training image, relative to full fine-tuning at the image size wanted
+    cost: float  # of a training image, relative to full fine-tuning at the image size wanted
     reason: str = ""
 
     @property
@@ -86,7 +87,7 @@ class Fit:
         return "\n".join(
             (
                 tables.text(f"{self.model} in {tables.size(self.budget)}", names, rows, right=(1, 3, 4, 5, 6, 7)),
-                f"cost: operations of a training image, relative to full fine-tuning{assumed}",
+                f"cost: of a training image, by operations and bytes moved, relative to full fine-tuning{assumed}",
                 f"The first: visionpeft train --model {self.model} {command}",
             )
         )
@@ -123,22 +124,25 @@ def search(
         ConfigError: Nothing fits; said is the least that does.
     """
     plans = list(_plans(anatomy, method, freeze, bn))
-    levels = (lean,) if lean else tuple(reversed(LEVELS))  # the leanest first: where it does not fit, no other does
+    levels = (lean,) if lean else tuple(reversed(LEVELS))  # the leanest first: where it barely fits, no other does
     sizes = [imgsz] + ([] if "imgsz" in fixed else [_multiple(imgsz * share) for share in SHRUNK])
-    whole = trace(plans[0][0], levels[-1], imgsz).at(batch)
-    full = whole.flops / batch
+    best = plans[0] if method is None and not freeze else next(_plans(anatomy, None, None, None))
+    full = trace(best[0], levels[0], imgsz)
     found: list[Choice] = []
     least: Forecast | None = None
     for size in sizes:
         for plan, worth in plans:
             for level in levels:
-                made = trace(plan, level, size)
+                known = plan is best[0] and level is levels[0] and size == imgsz
+                made = full if known else trace(plan, level, size)
                 fits = _largest(made, budget, batch, "batch" in fixed)
                 if fits is None:
                     small = made.at(batch if "batch" in fixed else 1)
                     least = small if least is None or small.total < least.total else least
                     break
-                found.append(Choice(fits, worth * size / imgsz, fits.flops / fits.batch / full))
+                found.append(Choice(fits, worth * size / imgsz, made.at(1).cost / full.at(1).cost))
+                if fits.batch < batch or fits.total > ROOM * budget:
+                    break
         if any(c.forecast.batch >= min(SMALLEST, batch) for c in found):
             break
     if not found:
@@ -200,13 +204,11 @@ def _pareto(found: list[Choice], batch: int) -> list[Choice]:
     def rank(c: Choice) -> tuple:
         return min(c.forecast.batch, min(SMALLEST, batch)), c.worth, c.forecast.batch, -c.cost, -c.forecast.total
 
+    others = [rank(c) for c in found]
+
     def beaten(c: Choice) -> bool:
-        own = (*rank(c)[:3], -c.cost, -c.forecast.total)
-        return any(
-            all(a >= b for a, b in zip((*rank(o)[:3], -o.cost, -o.forecast.total), own, strict=True)) and o is not c
-            for o in found
-            if (*rank(o)[:3], -o.cost, -o.forecast.total) != own
-        )
+        own = rank(c)
+        return any(all(a >= b for a, b in zip(o, own, strict=True)) and o != own for o in others)
 
     return sorted((c for c in found if not beaten(c)), key=rank, reverse=True)
 

@@ -17,6 +17,7 @@ from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
+from .report import write as write_report
 
 app = App(
     name="visionpeft",
@@ -52,6 +53,7 @@ _TEXT = (
     "prefix_dtype",
     "lean",
     "memory",
+    "trackers",
     "target_modules",
 )  # never numbers
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
@@ -82,6 +84,7 @@ def train(
     lean: Annotated[str | None, _HOW] = None,
     model_args: Annotated[str | None, _ON] = None,
     delta_dtype: Annotated[str | None, _RUN] = None,
+    trackers: Annotated[str | None, _RUN] = None,
     project: Annotated[str | None, _RUN] = None,
     name: Annotated[str | None, _RUN] = None,
     exist_ok: Annotated[bool, _RUN] = False,
@@ -143,6 +146,8 @@ def train(
         Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
     delta_dtype
         fp16 or fp32: how the delta stores trained weights.
+    trackers
+        Where every epoch's numbers go beside metrics.csv: tensorboard, wandb, mlflow (several: tensorboard,wandb).
     project
         Folder of runs.
     name
@@ -443,6 +448,23 @@ def families() -> None:
     """List the families of models."""
     rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
     print(tables.text("", ("family", "models"), rows))
+
+
+@app.command(group=_TRAIN)
+def report(*results: str, out: str | None = None, markdown: str | None = None) -> None:
+    """Write what `benchmark` found as a page of HTML that needs no network, and as Markdown.
+
+    Parameters
+    ----------
+    results
+        The folder that a benchmark wrote into, or several.
+    out
+        The page; by default RESULTS/report.html, or report.html here for several folders. With --markdown alone, none.
+    markdown
+        A file for the tables in Markdown.
+    """
+    for written in write_report(results, out, markdown):
+        print(written)
 
 
 def main(arguments: list[str] | None = None) -> None:

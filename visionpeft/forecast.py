@@ -12,7 +12,10 @@ run gives the peak for all batch sizes.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import lean as leanly
@@ -36,6 +40,7 @@ from .plan import Plan
 
 CONTEXT = 500e6  # bytes of a GPU that CUDA's context, kernels and cuBLAS take; assumed
 WORKSPACE = 128e6  # bytes that cuDNN's algorithms take while they run; assumed
+OPERATIONS, BANDWIDTH = 20e12, 300e9  # a second, about an RTX 3060's in half precision; only to compare steps by
 ROUNDING = 0.06  # share that the allocator adds to tensors by rounding and by gaps between them; assumed
 
 _aten = torch.ops.aten
@@ -59,6 +64,7 @@ class Forecast:
     saved: int  # of that, what lives when backward begins
     validation: int  # the most that validation takes beside weights, average and optimizer
     flops: float  # multiplications and additions of a training step
+    traffic: float  # bytes that it reads and writes, about
     objects: int  # labelled ones that were assumed in every image
 
     @property
@@ -75,6 +81,11 @@ class Forecast:
     def total(self) -> int:
         """Tensors and allowance."""
         return self.tensors + self.allowance
+
+    @property
+    def cost(self) -> float:
+        """What a training step costs, by its operations and the bytes that it moves: to compare steps by, no time."""
+        return self.flops / OPERATIONS + self.traffic / BANDWIDTH
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -117,7 +128,8 @@ class Trace:
     sums: Sequence[tuple[int, int]]  # (once, per image) of the training step at moments that may be its peak
     saved: tuple[int, int]
     validation: Sequence[tuple[int, int]]
-    flops: tuple[float, float]
+    flops: float  # per image
+    traffic: float  # per image
 
     def at(self, batch: int) -> Forecast:
         """Return the forecast for so many images a step."""
@@ -127,7 +139,8 @@ class Trace:
             step=max(once + batch * each for once, each in self.sums),
             saved=self.saved[0] + batch * self.saved[1],
             validation=max(once + batch * each for once, each in self.validation),
-            flops=self.flops[0] + batch * self.flops[1],
+            flops=batch * self.flops,
+            traffic=batch * self.traffic,
         )
 
 
@@ -136,21 +149,23 @@ class Answers(TorchDispatchMode):
     """Answers where code asks for the content of a tensor that has none: whether it is true, what number it is, how many
     elements of a mask are true. Numbers are as large as they may be expected to be at most."""
 
-    def __init__(self, batch: int, objects: int):
+    def __init__(self, batch: int):
         super().__init__()
-        self.batch, self.objects = batch, objects
+        self.batch = batch
         self.true: Callable[[Sequence[int]], int] = math.prod
+        self.number: Callable[[], int] = lambda: 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): counts are of objects
-            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else self.objects
+            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else self.number()
         if func is _aten.nonzero.default:
             return self._places(args[0])
-        if func is _aten._unique2.default:  # labels are looked through for the images that they belong to
-            inverse = torch.empty(args[0].numel() if len(args) > 2 and args[2] else 0, dtype=torch.long)
-            return args[0].new_empty(self.batch), inverse, torch.empty(self.batch, dtype=torch.long)
+        if func is _aten._unique2.default:  # with places, of things that are all different; else of labels, by image
+            places = len(args) > 2 and args[2]
+            count = args[0].numel() if places else self.batch
+            return args[0].new_empty(count), torch.empty(count * places, dtype=torch.long), args[0].new_empty(count).long()
         if func is _aten.bincount.default:
-            return torch.empty(self.batch, dtype=torch.long)
+            return torch.empty((kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0), dtype=torch.long)
         if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default):
             indices: list[Any] = []
             for index in args[1]:
@@ -176,10 +191,14 @@ class Ledger(PeakBytes):
         self.batch, self.gpu = batch, gpu
         self.once = self.each = 0  # bytes that live now: whatever the batch, and per image
         self.sums: set[tuple[int, int]] = set()
-        self.flops = 0.0
+        self.flops = self.traffic = 0.0  # operations; bytes that they read and write, about
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return args[0].fake_device
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if not func.is_view:
+            self.traffic += 2 * sum(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))
         if func is _aten.convolution_backward.default:  # torch's own count is wrong with groups
             g, x, weight, turned, mask = *args[:3], args[7], args[10]
             self.flops += 2 * (x if turned else g).numel() * weight[0].numel() * sum(mask[:2])
@@ -187,7 +206,11 @@ class Ledger(PeakBytes):
         elif count := flop_registry.get(func._overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         if func is _aten.convolution.default:
-            self._pass(_forward_inside(self.gpu, *args))
+            self._pass(_forward_inside(self.gpu, out, *args))
+        elif len({x.dtype for x in args if isinstance(x, Tensor)}) > 1 and torch.Tag.pointwise in func.tags and not self.gpu:
+            self._pass(_promoted([x for x in args if isinstance(x, Tensor)]))
+        elif func._overloadpacket is _aten.sum and out.dtype is torch.long is not args[0].dtype:
+            self._pass([args[0].numel() * out.itemsize])
         return out
 
     def _pass(self, sizes: Sequence[int]) -> None:
@@ -224,7 +247,14 @@ class Ledger(PeakBytes):
         return found
 
 
-def _forward_inside(gpu: bool, x: Tensor, weight: Tensor, bias: Any, stride: Any, *rest: Any) -> list[int]:
+def _promoted(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the sizes of the copies of those that a CPU's kernel turns into the type of the others."""
+    kinds = {x.dtype for x in tensors if x.dim()}
+    common = functools.reduce(torch.promote_types, kinds) if kinds else None
+    return [x.numel() * common.itemsize for x in tensors if common and x.dim() and x.dtype is not common]
+
+
+def _forward_inside(gpu: bool, out: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, *rest: Any) -> list[int]:
     """Return the sizes of what a convolution takes inside and gives back: copies in another layout.
 
     On a CPU these are oneDNN's, as `torch.profiler` shows them: with channels first it computes in a layout of its own.
@@ -233,7 +263,9 @@ def _forward_inside(gpu: bool, x: Tensor, weight: Tensor, bias: Any, stride: Any
     copies = [] if last is _last(x) else [x.nbytes]
     if gpu or x.dim() != 4 or (small and set(stride) == {1}):
         return copies
-    return [*copies, weight.nbytes, weight.nbytes] if last else [*copies, x.nbytes, weight.nbytes]
+    if last:
+        return [*copies, weight.nbytes, weight.nbytes]
+    return [*copies, *max([x.nbytes, weight.nbytes], [out.nbytes], key=sum)]
 
 
 def _backward_inside(
@@ -245,13 +277,14 @@ def _backward_inside(
     copies = [t.nbytes for t in (g, x) if _last(t) is not last]
     if gpu or x.dim() != 4:
         return copies
+    learns = mask[1] or mask[2]  # for the bias alone, oneDNN computes both
     if last:
         copies += [] if small else [weight.nbytes]
-        apart = [x.nbytes] if groups > 1 else []
-        return [*copies, weight.nbytes, weight.nbytes, *apart] if mask[1] else copies
-    if mask[1] and groups == 1:
+        parts = 256 if groups > 1 else 2  # sums of the weight's gradient, by parts
+        return [*copies, parts * weight.nbytes] if learns else copies
+    if learns and groups == 1:
         return [*copies, g.nbytes, x.nbytes, weight.nbytes]
-    return [*copies, x.nbytes, x.nbytes]
+    return [*copies, x.nbytes] if set(stride) == {1} else [*copies, x.nbytes, x.nbytes]
 
 
 def _last(x: Tensor) -> bool:
@@ -276,56 +309,74 @@ class _CudaAutocast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def trace(
-    family: Family,
-    base: Base,
-    fitted: nn.Module,
-    plan: Plan,
-    step: Step,
-    *,
-    lean: str = "auto",
-    gpu: bool = True,
-    leading: Leading | None = None,
-    prefix_dtype: str | None = None,
-    cached: bool = False,
-) -> Trace:
-    """Return what a training step of a plan takes.
+@dataclass(frozen=True)
+class Case:
+    """What is to be forecast."""
+
+    family: Family
+    base: Base
+    fitted: nn.Module  # the base with its head made for the data; it stays as it is
+    plan: Plan
+    step: Step  # its batch does not count
+    lean: str = "auto"  # a level, or "off"
+    gpu: bool = True  # which needs an allowance, and computes in half precision otherwise than a CPU
+    leading: Leading | None = None  # the frozen stages, where they run apart from the rest
+    prefix_dtype: str | None = None  # their precision
+    cached: bool = False  # whether their outputs are read from the disk instead
+
+
+def trace(case: Case, validation: Sequence[tuple[int, int]] = ()) -> Trace:
+    """Return what a training step takes.
 
     Args:
-        family: Whose model it is.
-        base: The base.
-        fitted: The base with its head made for the data; it stays as it is.
-        plan: What trains.
-        step: How; its batch does not count.
-        lean: A level of lean, or "off".
-        gpu: Whether it trains on a GPU, which needs an allowance.
-        leading: The frozen stages, where they run apart from the rest.
-        prefix_dtype: Their precision.
-        cached: Whether their outputs are read from the disk instead.
+        case: What is to be forecast.
+        validation: What validation takes, where it is known from another plan that edits nothing either.
     """
-    sizes = {size for p in (*fitted.parameters(), *fitted.buffers()) for size in (*p.shape, p.numel())}
-    batch = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
-    answers, ledger = Answers(batch, step.objects), Ledger(batch, gpu)
-    own = replace(step, batch=batch)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
+    sizes = {size for p in (*case.fitted.parameters(), *case.fitted.buffers()) for size in (*p.shape, p.numel())}
+    prime = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
+    if made := _run(case, prime, True, validation):
+        return made
+    (few, many), (fewer, more) = (_ALONE, (_run(case, count, False, validation) for count in _ALONE))
+    assert fewer is not None and more is not None
+
+    def line(a: float, b: float) -> tuple[int, int]:
+        each = (b - a) / (many - few)
+        return math.ceil(a - few * each), math.ceil(each)
+
+    one, two = fewer.at(few), more.at(many)
+    sums, saved, validated = (line(getattr(one, k), getattr(two, k)) for k in ("step", "saved", "validation"))
+    return Trace(one, [sums], saved, [validated], two.flops / many, two.traffic / many)
+
+
+_ALONE = (2, 8)  # batches, where a loss goes through its images one by one: what it takes for each looks like no multiple
+
+
+def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int]]) -> Trace | None:
+    """Run a step, and tell what grows with the batch from the rest; None where that cannot be told."""
+    step, half = replace(case.step, batch=batch), case.step.amp
+    answers, ledger = Answers(batch), Ledger(batch if tell else sys.maxsize, case.gpu)
+    with _uncollected(), FakeTensorMode(allow_non_fake_inputs=True) as fake, answers:
         with FakeCopyMode(fake):
-            model, plain = copy.deepcopy(fitted), copy.deepcopy(base.model if leading else nn.Module())
-        settle(attach(model, plan, start=False), plan)
-        train_mode(model.train(), plan)
-        rehearsal = family.rehearse(model, base, own)
+            model, plain = copy.deepcopy(case.fitted), copy.deepcopy(case.base.model if case.leading else nn.Module())
+        settle(attach(model, case.plan, start=False), case.plan)
+        train_mode(model.train(), case.plan)
+        rehearsal = case.family.rehearse(model, case.base, step)
+        if tell and rehearsal.loops:
+            return None
         weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        if leading:
-            stored = DTYPES[prefix_dtype or "bf16"] if cached else DTYPES[prefix_dtype or "fp32"]
-            computing = DTYPES[prefix_dtype or "fp32"]
-            prefix = Prefix(plain, leading.modules, torch.zeros(2, *leading.image), leading.read, computing, stored)
+        if case.leading:
+            computing = DTYPES[case.prefix_dtype or "fp32"]
+            stored = DTYPES[case.prefix_dtype or "bf16"] if case.cached else computing
+            images = torch.zeros(2, *case.leading.image)
+            prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
             weights += prefix.bytes
             put_on(model, prefix)
-            if cached:
+            if case.cached:
                 rehearsal = _from_vectors(rehearsal, torch.zeros(batch, prefix.length, dtype=stored))
-        if lean != "off":
-            leanly.apply(model, lean)
-        answers.true = rehearsal.true
-        with ledger, _autocast(step.amp, gpu):
+        if case.lean != "off":
+            leanly.apply(model, case.lean)
+        answers.true, answers.number = rehearsal.true, rehearsal.number
+        with ledger, _autocast(half, case.gpu):
             given = rehearsal.batch()
             loss = rehearsal.loss(given)
         with ledger:
@@ -337,17 +388,18 @@ def trace(
             rehearsal.optimizer.zero_grad()
             del given
             state, stepping = ledger.once, ledger.peaks()
-            flops = ledger.flops
-        ledger = Ledger(batch, gpu)
-        with ledger, _autocast(step.amp and gpu, gpu):
-            model.eval()
-            rehearsal.validate()
-    example = Forecast(
-        plan=plan,
-        lean=lean,
+        if not validation:
+            judge = Ledger(ledger.batch, case.gpu)
+            with judge, _autocast(half and case.gpu, case.gpu):
+                model.eval()
+                rehearsal.validate()
+            validation = judge.peaks()
+    one = Forecast(
+        plan=case.plan,
+        lean=case.lean,
         batch=batch,
         imgsz=step.imgsz,
-        gpu=gpu,
+        gpu=case.gpu,
         weights=weights,
         average=rehearsal.average,
         optimizer=state,
@@ -355,10 +407,23 @@ def trace(
         saved=0,
         validation=0,
         flops=0.0,
+        traffic=0.0,
         objects=step.objects,
     )
     sums = [*peaks, *((once - state, each) for once, each in stepping)]
-    return Trace(example, sums, saved, ledger.peaks(), (0.0, flops / batch))
+    return Trace(one, sums, saved, validation, ledger.flops / batch, ledger.traffic / batch)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector still: some hundred thousand short-lived objects set it going again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextmanager

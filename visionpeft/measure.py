@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal
 
@@ -19,14 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Part = Literal["data", "forward", "backward", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer")  # of a step, in their order
 HEAD, LOSS = "head", "loss"  # labels of what runs in the head, and behind it
+_ON_GPU = "CUDA allocator's peak"
 WATCHED = ("saved_bytes", "saved_by_stage", "saved_by_cause", "live_bytes")  # of a report, what the first step tells
 
 
 class SavedBytes:
     """Counts the unique storages that autograd keeps for backward while it is entered, parameters and buffers apart.
 
-    The number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts;
-    what it keeps as attributes of its context does not: `PeakBytes` sees that, too.
+    Counted is the most that is kept at once; what was saved for a result that is dropped again does not stay in it. The
+    number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts; what
+    it keeps as attributes of its context does not: `PeakBytes` sees that, too.
 
     >>> with SavedBytes(model) as saved:
     ...     loss = model(x).sum()
@@ -38,33 +40,49 @@ class SavedBytes:
     """
 
     def __init__(self, model: nn.Module, *given: Tensor):
-        own: Iterable[Tensor] = (*model.parameters(), *model.buffers(), *given)
-        self._own = {t.untyped_storage().data_ptr() for t in own}
-        self._kept: dict[int, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes kept so far."""
-        return sum(self._kept.values())
+        self._own = {s._cdata for s in _storages([*model.parameters(), *model.buffers(), *given])}
+        self._users: Counter[int] = Counter()  # of each storage that is kept now
+        self._sizes: dict[int, int] = {}
+        self._now = 0
+        self.bytes = 0  # the most so far
 
     def __enter__(self) -> SavedBytes:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error or (None, None, None))
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        # a storage freed and another made at its address cannot both be kept, so the larger of the two is right
-        if address not in self._own and size > self._kept.get(address, 0):
-            self._note(address, size)
-        return tensor.detach()  # a result kept with its own graph would keep that for ever, where backward is never called
+    def _pack(self, tensor: Tensor) -> _Kept:
+        # a result kept with its own graph would keep that for ever, where backward is never called
+        kept, storage = _Kept(tensor.detach()), tensor.untyped_storage()
+        if (key := storage._cdata) not in self._own:
+            self._users[key] += 1
+            weakref.finalize(kept, self._drop, key).atexit = False
+            if self._users[key] == 1:
+                self._sizes[key] = storage.nbytes()
+                self._change(key, self._sizes[key])
+        return kept
 
-    def _note(self, address: int, size: int) -> None:
-        self._kept[address] = size
+    def _drop(self, key: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self._change(key, -self._sizes.pop(key))
+
+    def _change(self, key: int, size: int) -> None:
+        self._now += size
+        self.bytes = max(self.bytes, self._now)
+
+
+class _Kept:
+    """What autograd keeps instead of a tensor; it ends when autograd lets go."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
 
 
 class SavedSplit(SavedBytes):
@@ -91,7 +109,8 @@ class SavedSplit(SavedBytes):
         super().__init__(model, *given)
         self._labels = {model.get_submodule(path): label for path, label in stages.items()}
         self._stage = next(iter(stages.values()), LOSS)
-        self._origin: dict[int, tuple[str, str]] = {}
+        self._changes: list[tuple[int, int, tuple[str, str]]] = []  # storage, bytes, and for what is kept stage and cause
+        self._largest = 0  # so many of them led to the most
 
     @property
     def by_stage(self) -> dict[str, int]:
@@ -113,11 +132,17 @@ class SavedSplit(SavedBytes):
         super().__exit__(*error)
         self._calls.__exit__(*error or (None, None, None))
 
-    def _note(self, address: int, size: int) -> None:
-        super()._note(address, size)
-        self._follow()
-        called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
-        self._origin[address] = self._stage, next((f.__name__.strip("_") for f in called if f), "other")
+    def _change(self, key: int, size: int) -> None:
+        origin = "", ""
+        if size > 0:
+            self._follow()
+            called = (frame.f_locals.get("func") for frame in _stack("__torch_function__"))
+            origin = self._stage, getattr(next(filter(None, called), None), "__name__", "other").strip("_")
+        self._changes.append((key, size, origin))
+        before = self.bytes
+        super()._change(key, size)
+        if self.bytes > before:
+            self._largest = len(self._changes)
 
     def _follow(self) -> None:
         """Set the stage to the one that runs."""
@@ -126,9 +151,16 @@ class SavedSplit(SavedBytes):
         self._stage = next((self._labels[module] for module in modules if module in self._labels), outside)
 
     def _sums(self, which: int) -> Counter[str]:
+        """Sum up what was kept when it was the most."""
+        kept: dict[int, tuple[int, tuple[str, str]]] = {}
+        for key, size, origin in self._changes[: self._largest]:
+            if size > 0:
+                kept[key] = size, origin
+            else:
+                kept.pop(key, None)
         sums: Counter[str] = Counter()
-        for address, origin in self._origin.items():
-            sums[origin[which]] += self._kept[address]
+        for size, origin in kept.values():
+            sums[origin[which]] += size
         return sums
 
 
@@ -332,23 +364,22 @@ class Meter:
         self._earlier = report
         self._watched = {k: report.get(k) for k in WATCHED}
         self._gradients = (report.get("state_bytes") or {}).get("gradients")
-        if self._cuda:
-            self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"] or 0, "reserved": 0}
+        if self._cuda and report["peak_measure"] == _ON_GPU:
+            self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"], "reserved": 0}
 
     def report(self) -> dict[str, Any]:
-        """Return what was measured, as JSON's values; bytes, and seconds.
+        """Return what was measured, as JSON's values: bytes, and seconds.
 
-        Returns:
-            saved_bytes: Kept for backward in the first step, exact on any device.
-            saved_by_stage, saved_by_cause: The same by the stage and by the operation that saved it (see `SavedSplit`).
-            live_bytes: The most that lived at once in the first step above what lived before it (see `PeakBytes`).
-            state_bytes: weights, buffers, gradients, optimizer, average (what it does not share with the model).
-            peak_bytes, peak_measure: What stands for the memory of training, and what it is.
-            cuda: The allocator's peaks in training steps, allocated and reserved; None on a CPU.
-            step_seconds: Forward and backward of a step, the first step apart (median).
-            seconds_by_part: The same for data, forward, backward and optimizer; None where there was none. Where gradients
-                are accumulated, of those steps in which the optimizer ran.
-            first_step_seconds: The first step, forward to optimizer; that it was watched is included.
+        - ``saved_bytes``: kept for backward in the first step, exact on any device (see `SavedBytes`)
+        - ``saved_by_stage``, ``saved_by_cause``: the same by stage and by operation (see `SavedSplit`)
+        - ``live_bytes``: the most that lived at once in the first step above what lived before it (see `PeakBytes`)
+        - ``state_bytes``: weights, buffers, gradients, optimizer, and the average less what it shares with the model
+        - ``peak_bytes``, ``peak_measure``: what stands for the memory of training, and what it is
+        - ``cuda``: the allocator's peaks in training steps, allocated and reserved; None on a CPU
+        - ``step_seconds``: forward and backward of a step, median, the first apart
+        - ``seconds_by_part``: the same for data, forward, backward and optimizer, None where there was none; where gradients
+          are accumulated, the optimizer's of those steps in which it ran
+        - ``first_step_seconds``: the first step, forward to optimizer, watched as it was
         """
         self._count()
         medians = {k: statistics.median(v) if v else None for k, v in self._times.items()}
@@ -357,7 +388,7 @@ class Meter:
             **(self._watched or dict.fromkeys(WATCHED)),
             "state_bytes": self._state(),
             "peak_bytes": self.memory,
-            "peak_measure": "CUDA allocator's peak" if self._cuda else "bytes saved for backward",
+            "peak_measure": _ON_GPU if self._cuda else "bytes saved for backward",
             "cuda": dict(self._cuda) if self._cuda else None,
             "step_seconds": old.get("step_seconds") if step is None else step,
             "seconds_by_part": medians if step is not None else old.get("seconds_by_part") or medians,

@@ -12,7 +12,7 @@ from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
-from .forecast import Forecast
+from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
 from .settings import device_of, find_family, fitted, lasting, split_options
@@ -178,6 +178,7 @@ class _Rehearsed:
 
     def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
         self.given = given
+        self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(given["model"]))
         self.tuning, self.extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
         self.base = family.design(lasting(given["model"]), **(given["model_args"] or {}))
@@ -210,5 +211,9 @@ class _Rehearsed:
             refuse_without_stages(plan, views, dtype)
             leading = self.family.leading(self.base, plan.untouched, imgsz)
         step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area)
-        how: dict[str, Any] = {"lean": lean, "gpu": self.gpu, "leading": leading, "prefix_dtype": dtype}
-        return forecasting.trace(self.family, self.base, self.fitted, plan, step, **how, cached=bool(views))
+        case = Case(self.family, self.base, self.fitted, plan, step, lean, self.gpu, leading, dtype, bool(views))
+        if plan.edits or case.leading:
+            return forecasting.trace(case)
+        made = forecasting.trace(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
+        self.validation[imgsz] = made.validation
+        return made

@@ -68,20 +68,23 @@ class Run:
 def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:
     """Say what steps took: time by part, bytes by what holds them."""
     parts = [f"{part} {seconds:.4f} s" for part, seconds in (measured.get("seconds_by_part") or {}).items() if seconds]
-    saved = tables.size(measured.get("saved_bytes"))
-    for split in ("saved_by_cause", "saved_by_stage"):
-        largest = sorted((measured.get(split) or {}).items(), key=lambda item: -item[1])[:3]
-        saved += "".join(f"{', ' if i else '; most '}{k} {tables.size(v)}" for i, (k, v) in enumerate(largest) if v)
     state = [f"{k} {tables.size(v)}" for k, v in (measured.get("state_bytes") or {}).items() if v]
-    peak = f"{tables.size(measured.get('peak_bytes'))} ({measured.get('peak_measure')})"
     facts = [
         ("a step", ", ".join(parts)),
-        ("saved for backward", saved),
+        ("saved for backward", tables.size(measured.get("saved_bytes"))),
+        ("  by operation", _largest(measured.get("saved_by_cause"))),
+        ("  by stage", _largest(measured.get("saved_by_stage"))),
         ("lived at most in a step", tables.size(live) if (live := measured.get("live_bytes")) else ""),
         ("held throughout", ", ".join(state)),
-        ("peak memory", peak),
+        ("peak memory", f"{tables.size(measured.get('peak_bytes'))} ({measured.get('peak_measure')})"),
     ]
     return [(name, said) for name, said in facts if said]
+
+
+def _largest(sizes: dict[str, int] | None, count: int = 3) -> str:
+    """Say which are the largest of some sizes."""
+    ordered = sorted(((v, k) for k, v in (sizes or {}).items() if v), reverse=True)
+    return ", ".join([*(f"{k} {tables.size(v)}" for v, k in ordered[:count]), *(["..."] if ordered[count:] else [])])
 
 
 def _apart(prefix: dict[str, Any]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..families.evidence import Evidence, unpack
 from ..tables import size
 from .grid import hash_of
@@ -29,7 +29,8 @@ class Row:
         score: Name of the metric.
         score_mean: Over the seeds, of the adapted model on the validation images.
         score_by_seed: By seed.
-        low: Of the 95 % interval of the mean: validation images and seeds are drawn again and again.
+        low: Of the 95 % interval of the mean: validation images and seeds are drawn again and again. None: a cell kept
+            nothing of its images.
         high: Of the same.
         difference: From the row that all are compared with, on the seeds that both have; None: it is that row, or none is.
         difference_low: Of the 95 % interval of the difference, images and seeds drawn alike for both.
@@ -60,8 +61,8 @@ class Row:
     score: str
     score_mean: float
     score_by_seed: dict[int, float]
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     difference: float | None
     difference_low: float | None
     difference_high: float | None
@@ -99,7 +100,8 @@ def compare(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples
         resamples: Draws of the bootstrap; the same cells always give the same intervals.
 
     Raises:
-        ConfigError: What a cell says of its images cannot be read.
+        DataError: What a cell says of its images cannot be read.
+        ConfigError: Cells that belong together were measured on different images.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in sorted(cells, key=lambda c: (c["names"]["data"], c["names"]["model"], c["cell"]["seed"])):
@@ -120,19 +122,20 @@ def table(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples: 
     rows = compare(cells, against, resamples)
     for data, model in dict.fromkeys((r.names["data"], r.names["model"]) for r in rows):
         own = [r for r in rows if (r.names["data"], r.names["model"]) == (data, model)]
-        parts.append(f"**{data}, {model}**\n\n{_markdown(own, against)}")
+        parts.append(f"**{data}, {model}**\n\n{markdown(own, against)}")
     return "\n\n".join(parts)
 
 
-def _markdown(rows: Sequence[Row], against: str) -> str:
+def markdown(rows: Sequence[Row], against: str = "full") -> str:
+    """Return rows of one model and data set as a table in Markdown."""
     retained = any(r.retained_after is not None for r in rows)
     head = ["method", rows[0].score, "95 %", f"less {against}", "95 %", "body", "head", "saved", "peak", "s/step", "delta"]
     head += ["old classes, before", "after"] if retained else []
     head += ["epochs", "seeds", "bn", "head", "lean"]
     lines = [head, ["---"] * len(head)]
     for r in rows:
-        line = [r.method, f"{r.score_mean:.3f}", f"{r.low:.3f} to {r.high:.3f}", _signed(r.difference)]
-        line += ["–" if r.difference is None else f"{_signed(r.difference_low)} to {_signed(r.difference_high)}"]
+        line = [r.method, f"{r.score_mean:.3f}", _range(r.low, r.high, _plain), _signed(r.difference)]
+        line += [_range(r.difference_low, r.difference_high, _signed)]
         line += [f"{r.trained_body:,}", f"{r.trained_head:,}", size(r.saved_bytes), size(r.peak)]
         line += ["–" if r.step_seconds is None else f"{r.step_seconds:.3f}", size(r.delta_bytes.get("file"))]
         line += [_plain(r.retained_before), _plain(r.retained_after)] if retained else []
@@ -153,7 +156,7 @@ def _row(group: list[dict[str, Any]], label: str, top: list[dict[str, Any]] | No
             difference = float(np.mean([_score(c) - _score(t) for c, t in pairs]))
             ends = drawn.interval([c for c, _ in pairs], [t for _, t in pairs])
     steps = [c["run"]["measured"].get("step_seconds") for c in group]
-    kept = [c["retained"] for c in group if c["retained"]]
+    kept = [c["retained"] for c in group if c.get("retained")]
     return Row(
         names=dict(first["names"]),
         method=label,
@@ -198,7 +201,10 @@ class _Drawn:
     def scores(self, cell: Mapping[str, Any]) -> np.ndarray:
         """Return a cell's score in each resample of its images."""
         if (key := cell["hash"]) not in self._scores:
-            evidence: Evidence = unpack(cell["evidence"])
+            try:
+                evidence: Evidence = unpack(cell["evidence"])
+            except DataError as error:
+                raise DataError(f"{key}.json: {error}; run its cell anew") from error
             count = len(evidence.images)
             random = np.random.default_rng(0)
             draws = random.multinomial(count, np.full(count, 1 / count), size=self._resamples)
@@ -209,9 +215,13 @@ class _Drawn:
     def interval(self, group: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] = ()) -> Any:
         """Return the ends of the 95 % interval of the mean score over seeds; with others, of the paired difference.
 
+        They are None where a cell kept nothing of its images.
+
         Raises:
             ConfigError: Two cells that are compared were measured on different images.
         """
+        if not all(c.get("evidence") for c in (*group, *others)):
+            return None, None
         drawn = np.stack([self.scores(c) for c in group])  # (seeds, resamples)
         if others:
             drawn = drawn - np.stack([self.scores(c) for c in others])
@@ -251,6 +261,10 @@ def _labels(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]
         more = [f"{k} {v}" for k, v in _facts(first).items() if any(other.get(k) != v for other in alike)]
         found[key] = ", ".join([first["names"]["method"], *more])
     return found
+
+
+def _range(low: float | None, high: float | None, text: Callable[[float | None], str]) -> str:
+    return "–" if low is None or high is None else f"{text(low)} to {text(high)}"
 
 
 def _facts(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,12 @@ _KEYS = {
     "failed": {"format", "hash", "cell", "names", "error", "kind"},
     "trials": {"format", "hash", "cell", "score", "seconds"},
 }
+_WITHIN = {  # a cell: what a row is made of
+    "cell": {"seed", "freeze", "options", "own"},
+    "names": {"model", "data", "method"},
+    "run": {"after", "parameters", "measured", "history", "delta_bytes"},
+    "states": {"bn", "head", "lean"},
+}
 
 
 def read(out: str | Path, kind: str = "cells") -> list[dict[str, Any]]:
@@ -51,12 +57,24 @@ def load(file: Path, kind: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{where} ({' '.join(str(error).split())}); {instead}") from error
-    if not isinstance(content, dict) or (missing := _KEYS[kind] - content.keys()):
-        raise ConfigError(f"{where} (it has no {sorted(missing)[0] if isinstance(content, dict) else 'keys'}); {instead}")
+    if missing := _missing(content, _KEYS[kind]):
+        raise ConfigError(f"{where} (it has no {missing}); {instead}")
     if content["format"] != FORMAT:
         raise ConfigError(
             f"{file} has format {content['format']}, this visionpeft reads {FORMAT}; use the one that wrote it"
         )
     if hash_of(content["cell"]) != file.stem:
         raise ConfigError(f"{where} (its configuration is not that of its name: it was altered or renamed); {instead}")
+    for part, keys in _WITHIN.items() if kind == "cells" else ():
+        if missing := _missing(content[part], keys):
+            raise ConfigError(f"{where} (its {part} has no {missing}); {instead}")
+    if kind == "cells" and (missing := _missing(content["run"]["after"], {content["score"]})):
+        raise ConfigError(f"{where} (its run has no {missing}); {instead}")
     return content
+
+
+def _missing(content: Any, keys: set[str]) -> str:
+    """Return one of the keys that content lacks; nothing where it has them all."""
+    if not isinstance(content, dict):
+        return "keys"
+    return min(keys - content.keys(), default="")

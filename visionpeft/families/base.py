@@ -21,6 +21,7 @@ from ..errors import OutOfMemory
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
+from ..trackers import Trackers
 from ..twins import plain
 from .evidence import Evidence
 from .views import Rounds, Store
@@ -99,6 +100,7 @@ class Job:
     extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
+    trackers: Trackers  # where the numbers of its epochs go
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     lean: str = "off"  # a level of lean, or "off"
@@ -150,6 +152,8 @@ class Rehearsal:
     optimizer: torch.optim.Optimizer
     average: int  # bytes of the moving average
     true: Callable[[Sequence[int]], int] = math.prod  # how many elements of a mask of this shape are true
+    number: Callable[[], int] = lambda: 1  # what a whole number that is read from a tensor is
+    loops: bool = False  # whether the loss goes through the images one by one
 
 
 class Family(ABC):
@@ -393,20 +397,20 @@ def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> 
 
 
 def stage_modules(anatomy: Anatomy) -> dict[str, str]:
-    """Return the paths of the outermost modules that belong to one stage, with the stage's label: what runs in them counts
-    as the stage's when a step is measured."""
+    """Return the paths of the outermost modules that belong to one stage, with the stage's label, in the stages' order: what
+    runs in them counts as the stage's when a step is measured."""
     labels = {s.index: "stem" if s.kind == "stem" else s.name or f"stage {s.index}" for s in anatomy.stages}
-    found = {s.name: labels[s.index] for s in anatomy.stages if s.name}  # also of those without parameters
-    owners: dict[str, set[int]] = {}
+    owners: dict[str, set[int]] = {}  # the stages whose parameters a module holds
     for parameter in anatomy.params:
         parts = parameter.name.split(".")
         for end in range(1, len(parts)):
             owners.setdefault(".".join(parts[:end]), set()).add(parameter.stage)
+    found = {s.name: s.index for s in anatomy.stages if s.name}  # also of those without parameters
     for path, (stage, *others) in owners.items():
-        above = owners.get(path.rpartition(".")[0], ())
-        if stage != HEAD and not others and len(above) != 1:
-            found[path] = labels[stage]
-    return {**found, **dict.fromkeys(anatomy.heads, measure.HEAD)}
+        if stage != HEAD and not others and len(owners.get(path.rpartition(".")[0], ())) != 1:
+            found[path] = stage
+    body = {path: labels[stage] for path, stage in sorted(found.items(), key=lambda item: item[1])}
+    return {**body, **dict.fromkeys(anatomy.heads, measure.HEAD)}
 
 
 def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -160,7 +161,9 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
     loop = None
     try:
         loop = _Loop(family, job, recipe, accelerator, transform)
-        loop.run()
+        # of several processes, each ends with its part of the run
+        with job.trackers if accelerator.num_processes > 1 else nullcontext():
+            loop.run()
     finally:
         if loop:
             loop.meter.close()
@@ -218,6 +221,8 @@ class _Loop:
         start = self._resume() if self.job.resume else 0
         shown = self.accelerator.is_main_process and not self.job.quiet
         progress = Progress(self.job.epochs, self.family.score(self.job.base.task), shown)
+        if self.accelerator.is_main_process:
+            self.job.trackers.open(start)
         with progress, checkpoint.Writer() as self.writer:
             for epoch in range(start, self.job.epochs):
                 progress.start(epoch, len(self.batches))
@@ -287,6 +292,8 @@ class _Loop:
             self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}
         if not self.accelerator.is_main_process:
             return
+        group = self.optimizer.param_groups[0]
+        self.job.trackers.log(self.history[-1], group["lr"] / group["lr_scale"], self.meter.memory)
         kept = [keep_best(self.family, self.job, self.average.model, metrics, epoch + 1)] if best else []
         live = checkpoint.live(self.own)
         scaler = self.accelerator.scaler

@@ -14,6 +14,7 @@ from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import img2label_paths
 from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.tal import SegTaskAlignedAssigner
 
 from .base import Base, Data, Rehearsal, Step
 from .yolo_tasks import TASKS, Task, rows_of
@@ -34,7 +35,41 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
     stride = max(int(base.model.stride.max()), 32)  # type: ignore[operator, union-attr, arg-type]
     side = check_imgsz(step.imgsz, stride=stride, floor=stride, max_dim=1)
     model.args = get_cfg()
-    model.criterion = None
+    model.criterion = model.init_criterion()
+    assigned, number = _PER_OBJECT, step.objects
+    anchors = sum(math.prod(math.ceil(side / s) for _ in "hw") for s in base.model.stride.tolist())  # type: ignore[operator, union-attr]
+    inside = max(round(step.area * anchors), 1)
+
+    def noting(branch: Any) -> None:
+        """Note which branch computes its loss: of a head with two, the second assigns fewer anchors to an object."""
+        own = branch.loss
+
+        def loss(*args: Any) -> Any:
+            nonlocal assigned
+            assigned = min(branch.assigner.topk2, _PER_OBJECT)
+            return own(*args)
+
+        branch.loss = loss
+
+    def counting(assigner: Any) -> None:
+        """Note when masks are compared: then numbers are of the anchors whose masks an image has."""
+        own = assigner.pair_overlaps
+
+        def pair_overlaps(*args: Any, **extra: Any) -> Any:
+            nonlocal number
+            number = min(min(3 * assigner.topk, inside) * step.objects, anchors)
+            try:
+                return own(*args, **extra)
+            finally:
+                number = step.objects
+
+        assigner.pair_overlaps = pair_overlaps
+
+    for branch in (getattr(model.criterion, name, None) for name in ("one2many", "one2one")):
+        if branch is not None:
+            noting(branch)
+            if isinstance(branch.assigner, SegTaskAlignedAssigner):
+                counting(branch.assigner)
 
     def batch(count: int = step.batch) -> dict[str, Tensor]:
         return {
@@ -58,17 +93,17 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
     momentum = {"momentum": 0.9} if kind in (torch.optim.SGD, torch.optim.RMSprop) else {}
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **fused, **momentum)
     average = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))  # Ultralytics copies all of the model
-    anchors = sum(math.prod(math.ceil(side / s) for _ in "hw") for s in base.model.stride.tolist())  # type: ignore[operator, union-attr]
 
     def true(shape: Sequence[int]) -> int:
         """Of masks over anchors, those inside of an object (images, objects, anchors), and those assigned to one."""
         if not shape or shape[-1] != anchors:
             return math.prod(shape)
         if len(shape) == 3:
-            return math.prod(shape[:2]) * max(round(step.area * anchors), 1)
-        return math.prod(shape[:-1]) * min(step.objects * _PER_OBJECT, anchors)
+            return math.prod(shape[:2]) * inside
+        # an anchor that several objects choose goes to one of them
+        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-step.objects * assigned / anchors)))
 
-    return Rehearsal(batch, loss, validate, optimizer, average, true)
+    return Rehearsal(batch, loss, validate, optimizer, average, true, lambda: number, loops=task.name == "segment")
 
 
 def _labels(task: Task, model: Any, count: int, side: int, objects: int) -> dict[str, Tensor]:
@@ -77,7 +112,7 @@ def _labels(task: Task, model: Any, count: int, side: int, objects: int) -> dict
         return {"cls": torch.zeros(count, dtype=torch.long)}
     rows, map_ = count * objects, side // 4  # masks are four times smaller than the image
     made = {
-        "batch_idx": torch.zeros(rows),
+        "batch_idx": torch.arange(count, dtype=torch.float).repeat_interleave(objects),
         "cls": torch.zeros(rows, 1),
         "bboxes": torch.zeros(rows, 5 if task.name == "obb" else 4),
     }

@@ -65,10 +65,17 @@ class Tuned:
             # for several GPUs, Ultralytics starts processes, which come here too
             with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
                 try:
-                    with checkpoint.Writer() as self._writer:
+                    with self.job.trackers if RANK >= 0 else nullcontext(), checkpoint.Writer() as self._writer:
                         super().train()  # type: ignore[misc]
                 except subprocess.CalledProcessError:
                     raise failure(self.job.folder) from None
+
+    def run_callbacks(self: Any, event: str) -> None:
+        loggers = {"tensorboard": "tensorboard", "wandb": "wb", "mlflow": "mlflow"}
+        silent = {f"ultralytics.utils.callbacks.{loggers[n]}" for n in self.job.trackers.names if n in loggers}
+        callbacks = self.callbacks.get(event, [])  # Ultralytics' settings choose some; ours would log a second run
+        self.callbacks[event] = [c for c in callbacks if getattr(c, "__module__", "") not in silent]
+        super().run_callbacks(event)  # type: ignore[misc]
 
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
@@ -158,8 +165,13 @@ class Tuned:
         self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
         self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
-        if not self.job.resume:
-            return
+        if self.job.resume:
+            self._go_on(model)
+        if RANK in (-1, 0):
+            self.job.trackers.open(self.start_epoch)
+
+    def _go_on(self: Any, model: Any) -> None:
+        """Put everything back as the last complete epoch left it."""
         saved = checkpoint.load(self.job.checkpoint)
         checkpoint.restore(model, saved["model"])
         checkpoint.restore(self.ema.ema, saved["ema"])
@@ -238,6 +250,9 @@ class Tuned:
         names = {k: seen.get(key) for key, k in self._task.metrics.items()}
         losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
         self._history.append({"epoch": self.epoch + 1, **losses, **names})
+        group = self.optimizer.param_groups[0]
+        rate = self.args.lr0 * group["lr"] / group["initial_lr"]
+        self.job.trackers.log({"train/loss": sum(losses.values()), **self._history[-1]}, rate, self._meter.memory)
         best = self.fitness == self.best_fitness
         kept = [keep_best(FAMILIES["yolo"](), self.job, self.ema.ema, names, self.epoch + 1)] if best else []
         content = checkpoint.snapshot(

@@ -14,7 +14,6 @@ from .base import Method
 @METHODS.register("norm")
 @dataclass(frozen=True)
 class NormConfig(Method):
-    worth: ClassVar[float | None] = 0.6
     lr_scale: ClassVar[float] = 5.0
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
