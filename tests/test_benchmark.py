@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -290,10 +291,28 @@ def test_equal_time(tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     made = grid.make_grid({**tiles["config"], "equal": "time"}, "x", tiles["root"])
     full, other = made.cells
     assert made.reference(full) is None and made.reference(other) == full
+    speed = cells._epoch_seconds
     monkeypatch.setattr(cells, "_epoch_seconds", lambda run, images: 1.0)
     content = cells.measure(other, tmp_path, {}, 3.7)
     assert content["chosen"] == {"epochs": 3} and len(content["run"]["history"]) == 3 and "--epochs 3" in content["command"]
     assert content["train_seconds"] == 3.0
+    run = SimpleNamespace(measured=content["run"]["measured"], arguments={"batch": 4})
+    parts = run.measured["seconds_by_part"]
+    assert speed(run, 17) == pytest.approx(5 * sum(parts.values()))  # type: ignore[arg-type]  # five batches
+    run.measured = {"step_seconds": None}
+    monkeypatch.setattr(cells, "_epoch_seconds", speed)
+    with pytest.raises(ConfigError, match="2 epochs have one step only"):
+        cells._epochs(run, 4, 1.0)  # type: ignore[arg-type]
+    state = sweep._Sweep(made, tmp_path, False, 1, None, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="full · seed 0, whose time this cell would have, failed"):
+        state._seconds(other)
+    for seconds in (2.5, None):
+        said = {**content, "hash": full.hash, "cell": full.spec, "train_seconds": seconds}
+        files.write(tmp_path / "cells" / f"{full.hash}.json", json.dumps(said))
+        if seconds:
+            assert state._seconds(other) == seconds and state._seconds(full) is None
+    with pytest.raises(ConfigError, match="trained in one step only"):
+        state._seconds(other)
     with pytest.raises(ConfigError, match="needs 'full' in the grid"):
         grid.make_grid({**tiles["config"], "equal": "time", "method": "bitfit"}, "x", tiles["root"])
 

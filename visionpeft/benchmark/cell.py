@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
-from ..errors import ConfigError, VisionpeftError
+from ..errors import ConfigError, OutOfMemory, TrainingError, VisionpeftError
+from ..families.base import Base, Data, Family
 from ..pictures import Picture
 from ..run import Run
 from ..settings import find_family
@@ -49,16 +50,15 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     """
     began = time.perf_counter()
     arguments = {**cell.arguments(), **chosen}
-    family = find_family(arguments["model"])
-    base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    data = family.read_data(scenes.find(arguments["data"]), base)
+    family, base, data = _opened(arguments)
     images = len(data.facts["train"])
     if seconds is not None:
         probe = api.train(**{**arguments, "epochs": _PROBE}, project=out / "runs" / cell.hash, name="probe", quiet=True)
-        chosen = {**chosen, "epochs": max(int(seconds / _epoch_seconds(probe, images)), 1)}
+        chosen = {**chosen, "epochs": _epochs(probe, images, seconds)}
         shutil.rmtree(probe.folder)
         arguments |= chosen
     run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
+    each = _epoch_seconds(run, images)
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # the run is complete, and this the largest of its files
     adapted = api.load(run.delta) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
@@ -87,7 +87,7 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
         },
         "command": command(arguments),
         "environment": _environment(run),
-        "train_seconds": round(_epoch_seconds(run, images) * len(run.history), 3),
+        "train_seconds": each and round(each * len(run.history), 3),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
@@ -96,9 +96,7 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
     """Run one trial of a search, on the training images alone, and return what its file holds."""
     began = time.perf_counter()
     arguments = {**cell.arguments(), **cell.spec["trial"]}
-    family = find_family(arguments["model"])
-    base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    data = family.read_data(scenes.find(arguments["data"]), base)
+    family, base, data = _opened(arguments)
     with tempfile.TemporaryDirectory() as folder:
         arguments["data"] = family.hold_back(data, Path(folder), SHARE)
         score: float | None = None
@@ -106,9 +104,9 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
         try:
             run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
             score = run.after[family.score(base.task)]
-        except ConfigError:
+        except OutOfMemory:
             raise
-        except VisionpeftError as wrong:  # a rate that diverges is a result
+        except TrainingError as wrong:  # a rate that diverges is a result, the worst
             error = str(wrong)
     shutil.rmtree(out / "runs" / cell.hash, ignore_errors=True)
     seconds = round(time.perf_counter() - began, 2)
@@ -161,19 +159,33 @@ def error_kind(error: Exception) -> str:
     return "OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
 
 
+def _opened(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
+    """Return what `train` is to work on."""
+    family = find_family(arguments["model"])
+    base = family.load(arguments["model"], **arguments.get("model_args", {}))
+    return family, base, family.read_data(scenes.find(arguments["data"]), base)
+
+
 def _end_with_the_starter() -> None:
     sys.stdin.read()
     os._exit(1)
 
 
-def _epoch_seconds(run: Run, images: int) -> float:
-    """Return how long the training steps of an epoch take, their data included where it is measured."""
-    parts = run.measured.get("seconds_by_part") or {}
-    step = sum(parts.values()) or run.measured["step_seconds"]
-    if step is None:
-        raise ConfigError("an epoch has one step only, which is too few to measure its time; give a smaller batch")
+def _epoch_seconds(run: Run, images: int) -> float | None:
+    """Return how long the training steps of an epoch take, their data included; None: there was one step only."""
+    if run.measured["step_seconds"] is None:
+        return None
+    step = sum(v for v in run.measured["seconds_by_part"].values() if v)
     batch = run.arguments["batch"]
     return step * (math.ceil(images / batch) if batch >= 1 else 1)
+
+
+def _epochs(run: Run, images: int, seconds: float) -> int:
+    """Return how many epochs fit into so many seconds, at least one, by a run's own speed."""
+    each = _epoch_seconds(run, images)
+    if each is None:
+        raise ConfigError(f"{_PROBE} epochs have one step only, too few to measure its time; give a smaller batch")
+    return max(int(seconds / each), 1)
 
 
 def _use(run: Run, batch: int) -> dict[str, Any]:

@@ -218,14 +218,16 @@ class _Sweep:
         """Return the time that a cell's training steps may take.
 
         Raises:
-            ConfigError: The cell that says so failed.
+            ConfigError: The cell that says so failed, or does not say.
         """
         if "trial" in cell.spec or self.grid.equal != "time" or (other := self.grid.reference(cell)) is None:
             return None
         file = self.out / "cells" / f"{other.hash}.json"
         if not file.is_file():
             raise ConfigError(f"{other}, whose time this cell would have, failed; mend that first, then --retry")
-        return load(file, "cells")["train_seconds"]
+        if (seconds := load(file, "cells").get("train_seconds")) is None:
+            raise ConfigError(f"{other} trained in one step only, whose time is not measured; give more epochs")
+        return seconds
 
 
 class _Board:
