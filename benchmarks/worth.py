@@ -1,0 +1,36 @@
+"""What of the gain of full fine-tuning over the head alone each method reached: the `worth` that `visionpeft fit` orders by.
+
+    python benchmarks/worth.py RESULTS [RESULTS ...]        # folders that `visionpeft benchmark` left
+
+The mean over models and data, and each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+
+from visionpeft import benchmark
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+")
+    worth: dict[str, list[float]] = defaultdict(list)
+    for folder in parser.parse_args().results:
+        rows = benchmark.compare(benchmark.read(folder))
+        groups: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        for row in rows:
+            groups[row.names["model"], row.names["data"]][row.method] = row.score_mean
+        for scores in groups.values():
+            gain = scores["full"] - scores["head"]
+            for method, score in scores.items():
+                worth[method].append((score - scores["head"]) / gain)
+    print("| method | worth | of each |\n|---|---|---|")
+    for method, shares in sorted(worth.items(), key=lambda item: -statistics.mean(item[1])):
+        print(f"| {method} | {statistics.mean(shares):.2f} | {', '.join(f'{s:.2f}' for s in shares)} |")
+
+
+if __name__ == "__main__":
+    main()
