@@ -180,7 +180,7 @@ def _worth(method: Method) -> float:
     return max((part.worth or 0.0) for part in method.parts)
 
 
-_DEPTH = 0.6  # what freezing all of the body costs of a method's worth, from freeze=10 in benchmarks/README.md
+_DEPTH = 0.5  # what freezing all of the body costs of a method's worth, from benchmarks/worth.py
 
 
 def _largest(trace: Trace, budget: int, batch: int, fixed: bool) -> Forecast | None:

@@ -30,7 +30,9 @@ class Method:
     lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
     starts_unchanged: ClassVar[bool] = True  # attaching changes no output
-    worth: ClassVar[float | None] = None  # what of full fine-tuning's gain over head-only it reached in benchmarks/README.md
+    worth: ClassVar[float | None] = (
+        None  # share of full's gain over the head alone (benchmarks/worth.py); None: `fit` looks past it
+    )
     staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
 
     @property
