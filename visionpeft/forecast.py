@@ -157,7 +157,10 @@ class Answers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): counts are of objects
-            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else self.number()
+            # an optimizer divides by 1 minus the number that it reads
+            return True if args[0].dtype is torch.bool else 0.5 if args[0].is_floating_point() else self.number()
+        if func is _aten.allclose.default:
+            return True
         if func is _aten.nonzero.default:
             return self._places(args[0])
         if func is _aten._unique2.default:  # with places, of things that are all different; else of labels, by image
@@ -455,7 +458,7 @@ def parse_memory(text: str | int | float) -> int:
     Raises:
         ConfigError: It is no amount of memory.
     """
-    units = {"": 1e9, "gb": 1e9, "g": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
+    units = {"": 1e9, "gb": 1e9, "g": 1e9, "gib": 2**30, "mb": 1e6, "m": 1e6, "mib": 2**20}
     given = str(text).strip().lower().replace(" ", "")
     number = given.rstrip("gmib")
     try:

@@ -13,7 +13,6 @@ import ultralytics.optim
 from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import img2label_paths
-from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.tal import SegTaskAlignedAssigner
 
 from .base import Base, Data, Rehearsal, Step
@@ -32,13 +31,15 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         step: How it trains.
     """
     task = TASKS[base.task]
-    stride = max(int(base.model.stride.max()), 32)  # type: ignore[operator, union-attr, arg-type]
-    side = check_imgsz(step.imgsz, stride=stride, floor=stride, max_dim=1)
+    strides = base.model.stride.tolist()  # type: ignore[operator, union-attr]
+    coarsest = max(int(max(strides)), 32)
+    side = max(math.ceil(step.imgsz / coarsest), 1) * coarsest  # as Ultralytics does, and says in a warning
     model.args = get_cfg()
     model.criterion = model.init_criterion()
     assigned, number = _PER_OBJECT, step.objects
-    anchors = sum(math.prod(math.ceil(side / s) for _ in "hw") for s in base.model.stride.tolist())  # type: ignore[operator, union-attr]
-    inside = max(round(step.area * anchors), 1)
+    anchors = sum(math.ceil(side / s) ** 2 for s in strides)
+    # of a smaller object, the anchors are those inside of a square as wide as the second stride
+    inside = max(round(max(step.area, (sorted(strides)[:2][-1] / side) ** 2) * anchors), 1)
 
     def noting(branch: Any) -> None:
         """Note which branch computes its loss: of a head with two, the second assigns fewer anchors to an object."""
@@ -101,7 +102,8 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         if len(shape) == 3:
             return math.prod(shape[:2]) * inside
         # an anchor that several objects choose goes to one of them
-        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-step.objects * assigned / anchors)))
+        chosen = step.objects * min(assigned, inside)
+        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-chosen / anchors)))
 
     return Rehearsal(batch, loss, validate, optimizer, average, true, lambda: number, loops=task.name == "segment")
 
