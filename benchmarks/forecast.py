@@ -93,7 +93,9 @@ def filled(batch: Any, step: Step) -> Any:
         batch["bboxes"][:, :2] = torch.rand(count, 2) * (1 - side) + side / 2
         batch["bboxes"][:, 2:4] = side
     if "keypoints" in batch:
+        shape = batch["keypoints"].shape[:2]  # all seen, within their boxes
         batch["keypoints"] += 1
+        batch["keypoints"][..., :2] = batch["bboxes"][:, None, :2] + (torch.rand(*shape, 2) - 0.5) * side
     if "masks" in batch:
         batch["masks"] += 1
     return {**batch, "img": torch.rand(batch["img"].shape)}

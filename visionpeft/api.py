@@ -33,7 +33,7 @@ from .plan import Plan, make_plan
 from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
-from .settings import check_settings, device_of, find_family, lasting, split_options, views_of
+from .settings import check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
 from .trackers import Trackers
 
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
@@ -113,7 +113,8 @@ def train(
         exist_ok: Write into an existing folder of that name.
         resume: True for the newest run in `project`, or a run's folder: go on where it was. All other arguments are then
             the run's own.
-        memory: "6GB": method, freeze, lean, batch and imgsz, where they are not given, are the best that fits, see `fit`.
+        memory: "6GB": those of method, freeze, lean, batch and imgsz that are left at their defaults are the best that fits,
+            see `fit`.
         model_args: Further arguments for the family's model loader (timm's ``create_model``).
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
@@ -154,7 +155,8 @@ def train(
 
 def _fitting(given: Mapping[str, Any], options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
     """Return the settings of the best that fits into the memory given, and say so."""
-    if given["cache"] or given["prefix_dtype"]:
+    views = given["cache"] not in ("ram", "disk", True) and given["cache"]  # those three keep images, not outputs
+    if views or given["prefix_dtype"]:
         raise ConfigError("memory does not go with cache or prefix_dtype, which need the depth of freezing; leave one out")
     names = "model data method bn head epochs imgsz batch optimizer amp model_args".split()
     asked = {name: given[name] for name in names}
@@ -195,7 +197,7 @@ def _train(
 ) -> Run:
     began = time.perf_counter()
     source = given["model"] = lasting(given["model"])
-    given["model_args"] = {k: lasting(v) if isinstance(v, str | Path) else v for k, v in (given["model_args"] or {}).items()}
+    given["model_args"] = loader_arguments(given["model_args"])
     tracked = tracking.names(given["trackers"])
     family = find_family(source)
     before, configured = given.pop("before", None), given.pop("method_settings", None)

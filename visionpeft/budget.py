@@ -83,12 +83,12 @@ class Fit:
         gpu = self.best.forecast.gpu
         assumed = "; of the memory, " + tables.size(self.best.forecast.allowance) + " are assumed for CUDA" if gpu else ""
         first = self.best.settings
-        command = " ".join(f"--{k} {v}" for k, v in first.items())
+        command = " ".join(f"--{k} {','.join(map(str, v)) if isinstance(v, list | tuple) else v}" for k, v in first.items())
         return "\n".join(
             (
                 tables.text(f"{self.model} in {tables.size(self.budget)}", names, rows, right=(1, 3, 4, 5, 6, 7)),
                 f"cost: of a training image, by operations and bytes moved, relative to full fine-tuning{assumed}",
-                f"The first: visionpeft train --model {self.model} {command}",
+                f"The first: visionpeft train --data DATA --model {self.model} {command}, and what else was given here",
             )
         )
 
@@ -134,13 +134,18 @@ def search(
         for plan, worth in plans:
             for level in levels:
                 known = plan is best[0] and level is levels[0] and size == imgsz
-                made = full if known else trace(plan, level, size)
+                try:
+                    made = full if known else trace(plan, level, size)
+                except ConfigError:
+                    if size == imgsz:
+                        raise
+                    break  # it reads images of no other size
                 fits = _largest(made, budget, batch, "batch" in fixed)
                 if fits is None:
-                    small = made.at(batch if "batch" in fixed else 1)
+                    small = made.at(batch if "batch" in fixed else made.devices)
                     least = small if least is None or small.total < least.total else least
                     break
-                found.append(Choice(fits, worth * size / imgsz, made.at(1).cost / full.at(1).cost))
+                found.append(Choice(fits, worth * size / imgsz, made.at(made.devices).cost / full.at(full.devices).cost))
                 if fits.batch < batch or fits.total > ROOM * budget:
                     break
         if any(c.forecast.batch >= min(SMALLEST, batch) for c in found):
@@ -189,9 +194,9 @@ def _largest(trace: Trace, budget: int, batch: int, fixed: bool) -> Forecast | N
         forecast = trace.at(batch)
         if forecast.total <= budget:
             return forecast
-        if fixed or batch == 1:
+        if fixed or batch < 2 * trace.devices:
             return None
-        batch //= 2
+        batch = batch // (2 * trace.devices) * trace.devices
 
 
 def _multiple(size: float) -> int:
@@ -204,6 +209,7 @@ def _pareto(found: list[Choice], batch: int) -> list[Choice]:
     def rank(c: Choice) -> tuple:
         return min(c.forecast.batch, min(SMALLEST, batch)), c.worth, c.forecast.batch, -c.cost, -c.forecast.total
 
+    found = list({rank(c): c for c in found}.values())  # of those that are alike, the least lean
     others = [rank(c) for c in found]
 
     def beaten(c: Choice) -> bool:
@@ -216,19 +222,19 @@ def _pareto(found: list[Choice], batch: int) -> list[Choice]:
 def _explained(choices: list[Choice], batch: int, budget: int) -> Iterator[Choice]:
     """Yield the choices, each with why one would take it."""
     first = choices[0]
+    few = any(c.worth > first.worth for c in choices)
     for c in choices:
+        own, parts = c.forecast, []
         if c is first:
-            smaller = f", at a batch of {c.forecast.batch}" if c.forecast.batch < batch else ""
-            why = f"nearest to full fine-tuning of all that fits{smaller}"
-        elif c.worth >= first.worth and c.forecast.batch > first.forecast.batch:
-            why = "a larger batch"
+            parts.append(f"nearest to full fine-tuning of all that fits{f' with {SMALLEST} images a step' if few else ''}")
         elif c.worth >= first.worth:
-            why = f"as near, {tables.size(first.forecast.total - c.forecast.total)} less"
-        else:
-            parts = []
-            if c.forecast.total < first.forecast.total:
-                parts.append(f"{tables.size(budget - c.forecast.total)} to spare")
-            if c.cost < 0.98 * first.cost:
-                parts.append(f"{1 - c.cost / first.cost:.0%} cheaper")
-            why = ", ".join(parts) or "another way"
-        yield Choice(c.forecast, c.worth, c.cost, why)
+            parts.append("nearer" if c.worth > first.worth else "as near")
+        if own.batch < (batch if c is first else first.forecast.batch):
+            parts.append(f"at a batch of {own.batch}")
+        elif own.batch > first.forecast.batch:
+            parts.append("a larger batch")
+        if own.total < first.forecast.total:
+            parts.append(f"{tables.size(budget - own.total)} to spare")
+        if c.cost < 0.98 * first.cost:
+            parts.append(f"{1 - c.cost / first.cost:.0%} cheaper")
+        yield Choice(own, c.worth, c.cost, ", ".join(parts) or "another way")

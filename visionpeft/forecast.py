@@ -131,17 +131,23 @@ class Trace:
     validation: Sequence[tuple[int, int]]
     flops: float  # per image
     traffic: float  # per image
+    gradients: int  # bytes of all
+    devices: int = 1  # that share a batch
+    nbs: int = 0  # images whose gradients are accumulated, where a step has fewer
 
     def at(self, batch: int) -> Forecast:
-        """Return the forecast for so many images a step."""
+        """Return the forecast for so many images a step: of one device, where several share them."""
+        own = max(batch // self.devices, 1)
+        # gradients that wait for further steps, and those that devices exchange, are there all the time
+        waiting = self.gradients * ((self.devices > 1) + (round(self.nbs / batch) > 1))
         return replace(
             self.example,
             batch=batch,
-            step=max(once + batch * each for once, each in self.sums),
-            saved=self.saved[0] + batch * self.saved[1],
-            validation=max(once + batch * each for once, each in self.validation),
-            flops=batch * self.flops,
-            traffic=batch * self.traffic,
+            step=waiting + max(once + own * each for once, each in self.sums),
+            saved=self.saved[0] + own * self.saved[1],
+            validation=max(once + own * each for once, each in self.validation),
+            flops=own * self.flops,
+            traffic=own * self.traffic,
         )
 
 
@@ -158,7 +164,8 @@ class Answers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): counts are of objects
-            return True if args[0].dtype is torch.bool else 1.0 if args[0].is_floating_point() else self.number()
+            # an optimizer divides by 1 minus the number that it reads
+            return True if args[0].dtype is torch.bool else 0.5 if args[0].is_floating_point() else self.number()
         if func in (_aten.allclose.default, _aten.equal.default):
             return True
         if func is _aten.nonzero.default:
@@ -328,6 +335,8 @@ class Case:
     leading: Leading | None = None  # the frozen stages, where they run apart from the rest
     prefix_dtype: str | None = None  # their precision
     cached: bool = False  # whether their outputs are read from the disk instead
+    devices: int = 1  # that share a batch
+    nbs: int = 0  # images whose gradients are accumulated, where a step has fewer
 
 
 def trace(case: Case, validation: Sequence[tuple[int, int]] = ()) -> Trace:
@@ -340,7 +349,7 @@ def trace(case: Case, validation: Sequence[tuple[int, int]] = ()) -> Trace:
     sizes = {size for p in (*case.fitted.parameters(), *case.fitted.buffers()) for size in (*p.shape, p.numel())}
     prime = next(prime for prime in _PRIMES if all(size % prime for size in sizes))
     if made := _run(case, prime, True, validation):
-        return made
+        return replace(made, devices=case.devices, nbs=case.nbs)
     (few, many), (fewer, more) = (_ALONE, (_run(case, count, False, validation) for count in _ALONE))
     assert fewer is not None and more is not None
 
@@ -350,7 +359,9 @@ def trace(case: Case, validation: Sequence[tuple[int, int]] = ()) -> Trace:
 
     one, two = fewer.at(few), more.at(many)
     sums, saved, validated = (line(getattr(one, k), getattr(two, k)) for k in ("step", "saved", "validation"))
-    return Trace(one, [sums], saved, [validated], two.flops / many, two.traffic / many)
+    return Trace(
+        one, [sums], saved, [validated], two.flops / many, two.traffic / many, fewer.gradients, case.devices, case.nbs
+    )
 
 
 _ALONE = (2, 8)  # batches, where a loss goes through its images one by one: what it takes for each looks like no multiple
@@ -389,10 +400,15 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             loss.backward()
             del loss
             peaks = ledger.peaks()
-            rehearsal.optimizer.step()
+            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            try:
+                rehearsal.optimizer.step()
+            except RuntimeError as error:  # it compiles itself, say
+                raise ConfigError(f"what optimizer='{step.optimizer}' takes cannot be forecast; give another") from error
             rehearsal.optimizer.zero_grad()
             del given
-            state, stepping = ledger.once, ledger.peaks()
+            made, stepping = ledger.once, ledger.peaks()
+        state = sum(t.nbytes for t in tree_leaves(dict(rehearsal.optimizer.state)) if isinstance(t, Tensor))
         if not validation:
             judge = Ledger(ledger.batch, case.gpu)
             leanly.remove(model.eval())
@@ -417,8 +433,8 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
         traffic=0.0,
         objects=step.objects,
     )
-    sums = [*peaks, *((once - state, each) for once, each in stepping)]
-    return Trace(one, sums, saved, validation, ledger.flops / batch, ledger.traffic / batch)
+    sums = [*peaks, *((once - made, each) for once, each in stepping)]
+    return Trace(one, sums, saved, validation, ledger.flops / batch, ledger.traffic / batch, gradients)
 
 
 @contextmanager
@@ -465,7 +481,7 @@ def parse_memory(text: str | int | float) -> int:
     Raises:
         ConfigError: It is no amount of memory.
     """
-    units = {"": 1e9, "gb": 1e9, "g": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}
+    units = {"": 1e9, "gb": 1e9, "g": 1e9, "gib": 2**30, "mb": 1e6, "m": 1e6, "mib": 2**20}
     given = str(text).strip().lower().replace(" ", "")
     number = given.rstrip("gmib")
     try:

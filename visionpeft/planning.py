@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import budget, settings
+import torch
+
+from . import budget
 from . import forecast as forecasting
 from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
+from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
-from .settings import device_of, find_family, fitted, lasting, split_options
+from .settings import check_settings, device_of, find_family, fitted, lasting, loader_arguments, split_options, views_of
 
 Freeze = int | Sequence[int | str]
+IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok".split()  # for memory
 OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 
@@ -49,7 +53,7 @@ def plan(
     """
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
-    base = family.load(str(model), **(model_args or {}))
+    base = family.load(str(model), **loader_arguments(model_args))
     own, _ = fitted(family, base, data, head)
     return make_plan(tuning, family.anatomy(own, str(model)), freeze, bn)
 
@@ -68,7 +72,7 @@ def forecast(
     optimizer: str | None = None,
     device: str | int | Sequence[int] | None = None,
     amp: bool | str | None = None,
-    cache: int = 0,
+    cache: int | str | bool = 0,
     prefix_dtype: str | None = None,
     lean: str = "auto",
     objects: int | None = None,
@@ -159,13 +163,14 @@ def fit(
     given = {k: v for k, v in locals().items() if k not in ("options", "memory")}
     amount = forecasting.parse_memory(memory)
     rehearsed = _Rehearsed(given, options)
+    settled = method or set(options) - set(rehearsed.extra) - set(IDLE)  # the rest are fields of a method
     return budget.search(
         rehearsed.anatomy,
         amount,
         rehearsed.trace,
         imgsz=rehearsed.settings["imgsz"],
         batch=rehearsed.settings["batch"],
-        method=rehearsed.tuning if method else None,
+        method=rehearsed.tuning if settled else None,
         freeze=freeze,
         bn=bn,
         lean=lean,
@@ -180,26 +185,33 @@ class _Rehearsed:
         self.given = given
         self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(given["model"]))
-        self.tuning, self.extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
-        self.base = family.design(lasting(given["model"]), **(given["model_args"] or {}))
-        defaults = family.defaults_for(self.base)
-        self.settings = {k: v if given.get(k) is None else given[k] for k, v in defaults.items()}
-        settings.check_settings(self.settings, {k: v for k, v in given.items() if v is not None})
-        self.gpu = given["device"] is None or device_of(given["device"]) != "cpu"
-        amp = given["amp"]
-        family.check({**self.settings, **self.extra, "device": "cpu", "amp": amp, "seed": 0})
-        self.amp = amp == "bf16" if not self.gpu else amp not in (False, "fp32")
-        if self.settings["batch"] < 1:
-            raise ConfigError(f"batch={self.settings['batch']} is found on the GPU; give a number of images")
-        self.fitted, data = fitted(family, self.base, given["data"], given["head"])
+        idle = {k: v for k, v in options.items() if k in IDLE}  # of train's arguments, those that memory does not depend on
+        options = {k: v for k, v in options.items() if k not in idle}
+        self.tuning, extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
+        self.views, self.extra = views_of(family, given.get("cache"), extra)
+        with torch.random.fork_rng(devices=[]):  # random weights are as good as any
+            self.base = family.design(lasting(given["model"]), **loader_arguments(given["model_args"]))
+            defaults = {**family.defaults_for(self.base)}
+            said = {**idle, **{k: v for k, v in given.items() if v is not None}}
+            self.settings = {k: said.get(k, v) for k, v in defaults.items()}
+            check_settings(self.settings, said)
+            self.devices, self.gpu = _devices(given["device"])
+            amp = given["amp"]
+            family.check({**self.settings, **self.extra, "device": "cpu", "amp": amp, "seed": idle.get("seed", 0)})
+            self.amp = amp == "bf16" if not self.gpu else amp not in (False, "fp32")
+            if self.settings["batch"] < 1:
+                raise ConfigError(f"batch={self.settings['batch']} is found on the GPU; give a number of images")
+            self.settings["batch"] = int(self.settings["batch"])
+            check_shares(",".join(["cpu"] * self.devices), self.settings["batch"])
+            self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         self.anatomy = family.anatomy(self.fitted, str(given["model"]))
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0
-        elif (said := given["objects"]) is not None:
-            if isinstance(said, bool) or not isinstance(said, int) or said < 1:
-                raise ConfigError(f"objects={said} is not usable; it must be a whole number of at least 1")
-            self.objects = said
+        elif (objects := given["objects"]) is not None:
+            if isinstance(objects, bool) or not isinstance(objects, int) or objects < 1:
+                raise ConfigError(f"objects={objects} is not usable; it must be a whole number of at least 1")
+            self.objects = objects
 
     @property
     def plan(self) -> Plan:
@@ -208,14 +220,36 @@ class _Rehearsed:
 
     def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.Trace:
         """Return what a plan takes."""
-        views, dtype, leading = self.given.get("cache", 0), self.given.get("prefix_dtype"), None
-        if views or dtype:
-            refuse_without_stages(plan, views, dtype)
+        dtype, leading = self.given.get("prefix_dtype"), None
+        if self.views or dtype:
+            refuse_without_stages(plan, self.views, dtype)
             leading = self.family.leading(self.base, plan.untouched, imgsz)
-        step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area)
-        case = Case(self.family, self.base, self.fitted, plan, step, lean, self.gpu, leading, dtype, bool(views))
+        widest = self.family.widest(imgsz, self.extra)
+        step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area, widest)
+        case = Case(
+            self.family,
+            self.base,
+            self.fitted,
+            plan,
+            step,
+            lean,
+            self.gpu,
+            leading,
+            dtype,
+            cached=bool(self.views),
+            devices=self.devices,
+            nbs=self.extra.get("nbs", 0),
+        )
         if plan.edits or case.leading:
             return forecasting.trace(case)
         made = forecasting.trace(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
         self.validation[imgsz] = made.validation
         return made
+
+
+def _devices(device: Any) -> tuple[int, bool]:
+    """Return how many devices are meant, and whether they are GPUs, which need not be here."""
+    names = devices("" if device is None else device_of(device))
+    if strange := [n for n in names if n not in ("", "cpu", "cuda", "mps") and not n.removeprefix("-").isdigit()]:
+        raise ConfigError(f"device='{strange[0]}' is not known; give 'cpu', or the number of a GPU: 0, or '0,1' for two")
+    return len(names), names[0] != "cpu"

@@ -90,7 +90,9 @@ def check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Non
     Raises:
         ConfigError: One is not usable.
     """
-    if str(settings["optimizer"]).lower() == "auto":
+    if not isinstance(settings["optimizer"], str):
+        raise ConfigError(f"optimizer={settings['optimizer']} is not usable; give a name, e.g. 'AdamW' or 'SGD'")
+    if settings["optimizer"].lower() == "auto":
         raise ConfigError("optimizer='auto' ignores lr0 and picks its own; name one, e.g. 'AdamW' or 'SGD'")
     choices = {"head": ("keep", "rebuild"), "delta_dtype": ("fp16", "fp32"), "lean": ("off", *LEVELS)}
     for name, allowed in choices.items():
@@ -102,7 +104,8 @@ def check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Non
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
             raise ConfigError(f"{name}={value} is not usable; it must be a whole number of at least {least}")
     batch = settings["batch"]
-    if not isinstance(batch, int | float) or not (batch == -1 or 0 < batch < 1 or (batch >= 1 and batch == int(batch))):
+    number = isinstance(batch, int | float) and not isinstance(batch, bool)
+    if not number or not (batch == -1 or 0 < batch < 1 or (batch >= 1 and batch == int(batch))):
         raise ConfigError(f"batch={batch} is not usable; it must be at least 1 (or -1: as much as fits on the GPU)")
     for name, value in (("lr0", settings["lr0"]), ("lr_scale", given.get("lr_scale"))):
         if value is not None and not (isinstance(value, int | float) and 0 < value < 1e3):
@@ -114,6 +117,17 @@ def device_of(device: Any) -> str:
     if device is None:
         return "0" if torch.cuda.is_available() else "cpu"
     return ",".join(map(str, device)) if isinstance(device, list | tuple) else str(device)
+
+
+def loader_arguments(given: Any) -> dict[str, Any]:
+    """Return the further arguments of a model's loader, files by paths that hold in any folder.
+
+    Raises:
+        ConfigError: They are no names with values.
+    """
+    if not isinstance(given or {}, Mapping):
+        raise ConfigError(f"model_args={given!r} is not usable; give names with values, e.g. {{'num_classes': 10}}")
+    return {k: lasting(v) if isinstance(v, str | Path) else v for k, v in (given or {}).items()}
 
 
 def lasting(source: str | Path) -> str:

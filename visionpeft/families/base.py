@@ -139,6 +139,7 @@ class Step:
     amp: bool  # forward in half precision, under autocast
     objects: int  # labelled ones in an image: the most of the run, for it is the fullest batch that counts
     area: float  # what share of the image one of them covers, on average
+    widest: int = 0  # the largest image size trained on, where it varies from batch to batch
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,10 @@ class Family(ABC):
     def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
         """Return how many labelled objects the fullest image of a run of these settings holds, augmentation included, and
         what share of an image one of them covers, on average."""
+
+    def widest(self, imgsz: int, settings: Mapping[str, Any]) -> int:
+        """Return the size of the largest images that a run of these settings trains on."""
+        return imgsz
 
     @abstractmethod
     def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:

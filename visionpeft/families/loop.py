@@ -89,6 +89,8 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     if settings["optimizer"].lower() not in known:
         hint = nearest(settings["optimizer"], known)
         raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
+    if timm.optim.get_optimizer_info(settings["optimizer"].lower()).second_order:
+        raise ConfigError(f"optimizer='{settings['optimizer']}' needs second derivatives, which training does not make")
     check_shares(settings["device"], settings["batch"])
     for name in devices(settings["device"]):
         _precision(settings["amp"], select_device(name).type == "cpu")
@@ -413,10 +415,13 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _optimizer_of(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    kind = timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
-    # one kernel for all parameters, where the optimizer has such, as most of torch's own do
-    how: dict[str, Any] = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
-    return timm.optim.create_optimizer_v2(groups, name.lower(), **settings, **how)
+    try:
+        kind = timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
+        # one kernel for all parameters, where the optimizer has such, as most of torch's own do
+        how: dict[str, Any] = {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
+        return timm.optim.create_optimizer_v2(groups, name.lower(), **settings, **how)
+    except (AssertionError, ImportError) as error:
+        raise ConfigError(f"optimizer='{name}' cannot be used here ({error}); give another") from error
 
 
 def _schedule(optimizer: Any, job: Job, recipe: Recipe, per_epoch: int) -> Any:

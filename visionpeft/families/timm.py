@@ -127,6 +127,8 @@ class Timm(Family):
         return 0, 0.0
 
     def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+        if step.imgsz != base.facts["imgsz"]:
+            _check_size(base.model, step.imgsz, base.facts["imgsz"])
         return loop.rehearse(model, step)
 
     # ------------------------------------------------------------------------------------------------------------ the run

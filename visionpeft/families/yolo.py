@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -274,6 +275,9 @@ class Yolo(Family):
 
     def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
         return yolo_rehearsal.objects(data, settings)
+
+    def widest(self, imgsz: int, settings: Mapping[str, Any]) -> int:
+        return math.ceil(imgsz * (1 + (settings.get("multi_scale") or 0.0)))
 
     def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
         return yolo_rehearsal.rehearse(model, base, step)

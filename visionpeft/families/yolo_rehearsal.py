@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
-import ultralytics.optim
-from torch import Tensor
+from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import img2label_paths
-from ultralytics.utils.checks import check_imgsz
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.tal import SegTaskAlignedAssigner
 
 from .base import Base, Data, Rehearsal, Step
 from .yolo_tasks import TASKS, Task, rows_of
+from .yolo_voice import quiet
 
 _PER_OBJECT = 10  # anchors that Ultralytics assigns to a labelled object at most (its tal_topk)
 _SHARED = {"obb"}  # tasks whose validation batches are not twice those of training
@@ -32,13 +33,17 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         step: How it trains.
     """
     task = TASKS[base.task]
-    stride = max(int(base.model.stride.max()), 32)  # type: ignore[operator, union-attr, arg-type]
-    side = check_imgsz(step.imgsz, stride=stride, floor=stride, max_dim=1)
+    strides = base.model.stride.tolist()  # type: ignore[operator, union-attr]
+    coarsest = max(int(max(strides)), 32)
+
+    def side(imgsz: int) -> int:
+        """Return the size that Ultralytics rounds up to, which it says in a warning."""
+        return max(math.ceil(imgsz / coarsest), 1) * coarsest
+
     model.args = get_cfg()
     model.criterion = model.init_criterion()
     assigned, number = _PER_OBJECT, step.objects
-    anchors = sum(math.prod(math.ceil(side / s) for _ in "hw") for s in base.model.stride.tolist())  # type: ignore[operator, union-attr]
-    inside = max(round(step.area * anchors), 1)
+    anchors = inside = 0  # of an image, and those inside of one object, by the size of the batch that was made last
 
     def noting(branch: Any) -> None:
         """Note which branch computes its loss: of a head with two, the second assigns fewer anchors to an object."""
@@ -71,10 +76,14 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
             if isinstance(branch.assigner, SegTaskAlignedAssigner):
                 counting(branch.assigner)
 
-    def batch(count: int = step.batch) -> dict[str, Tensor]:
+    def batch(count: int = step.batch, size: int = side(step.widest or step.imgsz)) -> dict[str, Tensor]:
+        nonlocal anchors, inside
+        anchors = sum(math.ceil(size / s) ** 2 for s in strides)
+        # of a smaller object, the anchors are those inside of a square as wide as the second stride
+        inside = max(round(max(step.area, (sorted(strides)[:2][-1] / size) ** 2) * anchors), 1)
         return {
-            **_labels(task, model, count, side, step.objects),
-            "img": torch.zeros(count, base.facts["channels"], side, side, dtype=torch.uint8).float() / 255,
+            **_labels(task, model, count, size, step.objects),
+            "img": torch.zeros(count, base.facts["channels"], size, size, dtype=torch.uint8).float() / 255,
         }
 
     def loss(given: Mapping[str, Tensor]) -> Tensor:
@@ -82,16 +91,10 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
 
     @torch.no_grad()
     def validate() -> None:
-        given = batch(step.batch * (1 if task.name in _SHARED else 2))
+        given = batch(step.batch * (1 if task.name in _SHARED else 2), side(step.imgsz))
         predictions = model(given["img"])
         model.loss(given, predictions)
 
-    names = {name.lower(): name for name in dir(torch.optim)}
-    kinds = {"musgd": ultralytics.optim.MuSGD, **{k: getattr(torch.optim, v) for k, v in names.items()}}
-    kind = kinds[step.optimizer.lower()]
-    fused = {"fused": True} if kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) else {}
-    momentum = {"momentum": 0.9} if kind in (torch.optim.SGD, torch.optim.RMSprop) else {}
-    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-3, **fused, **momentum)
     average = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))  # Ultralytics copies all of the model
 
     def true(shape: Sequence[int]) -> int:
@@ -101,9 +104,24 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         if len(shape) == 3:
             return math.prod(shape[:2]) * inside
         # an anchor that several objects choose goes to one of them
-        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-step.objects * assigned / anchors)))
+        chosen = step.objects * min(assigned, inside)
+        return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-chosen / anchors)))
 
-    return Rehearsal(batch, loss, validate, optimizer, average, true, lambda: number, loops=task.name == "segment")
+    return Rehearsal(
+        batch, loss, validate, _optimizer(model, step.optimizer), average, true, lambda: number, loops=task.name == "segment"
+    )
+
+
+def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """Return Ultralytics' own, fused where training has it so (see yolo_trainer.py)."""
+    trainer = SimpleNamespace(args=model.args, data={})
+    with quiet():
+        made = BaseTrainer.build_optimizer(trainer, model, name, lr=1e-3, momentum=0.9, decay=5e-4)  # type: ignore[arg-type]
+    for group in made.param_groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+        if type(made) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+            group |= {"fused": True, "foreach": False}
+    return made
 
 
 def _labels(task: Task, model: Any, count: int, side: int, objects: int) -> dict[str, Tensor]:
@@ -127,7 +145,8 @@ def _labels(task: Task, model: Any, count: int, side: int, objects: int) -> dict
 def objects(data: Data, settings: Mapping[str, Any], draws: int = 100_000) -> tuple[int, float]:
     """Return the most labelled objects of an image of a run, and the share of an image that one covers on average.
 
-    With mosaic, an image holds parts of four: counted are all objects of the fullest four that a run comes across.
+    With mosaic, an image holds parts of four, mixup and cutmix join two such, and copy_paste repeats some: counted are all
+    objects of the fullest that a run comes across.
     """
     task = TASKS[data.task]
     if task.name == "classify":
@@ -136,11 +155,18 @@ def objects(data: Data, settings: Mapping[str, Any], draws: int = 100_000) -> tu
         [[float(n) for n in row.split()[1:]] for row in rows_of(Path(f))] for f in img2label_paths(list(data.facts["train"]))
     ]
     per_image = numpy.array([len(image) for image in rows])
-    if settings.get("mosaic", 1.0) > 0:
+
+    def on(name: str, default: float = 0.0) -> bool:
+        return settings.get(name, default) > 0
+
+    joined = (4 if on("mosaic", 1.0) else 1) * (1 + on("mixup") + on("cutmix"))
+    if joined > 1:
         random = numpy.random.default_rng(0)
         images = min(len(rows) * settings["epochs"], draws)
-        per_image = per_image[random.integers(0, len(rows), (images, 4))].sum(1)
-    return max(int(per_image.max()), 1), float(numpy.mean([_area(row, task) for image in rows for row in image]))
+        per_image = per_image[random.integers(0, len(rows), (images, joined))].sum(1)
+    most = max(int(per_image.max()), 1) * (2 if on("copy_paste") and task.name == "segment" else 1)
+    areas = [_area(row, task) for image in rows for row in image]
+    return most, float(numpy.mean(areas)) if areas else 0.0
 
 
 def _area(row: Sequence[float], task: Task) -> float:
