@@ -62,10 +62,10 @@ def test_a_failed_write_is_told_once_and_leaves_what_was_there(tmp_path: Path) -
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(TrainingError, match=r"cannot be saved \(No space left on device\); make room"):
+    with pytest.raises(TrainingError, match=r"cannot be saved \(the disk is full\); make room"):
         with checkpoints.Writer() as writer:
             writer.put(lambda: files.replace(target, full), lambda: files.write(target, "never"))
-            with pytest.raises(TrainingError, match="No space left"):
+            with pytest.raises(TrainingError, match="the disk is full"):
                 writer.put(lambda: files.write(target, "never"))
             writer.put(lambda: files.replace(target, full))
     assert target.read_text() == "first" and [f.name for f in tmp_path.iterdir()] == ["file"]
@@ -112,7 +112,7 @@ def test_a_full_disk_ends_a_run(
 
     monkeypatch.setattr(torch, "save", full)
     given = {"epochs": 3, "batch": 4, "device": "cpu", "workers": 0, "quiet": True, "project": tmp_path, **more}
-    with pytest.raises(TrainingError, match="No space left on device"):
+    with pytest.raises(TrainingError, match="the disk is full"):
         visionpeft.train(data, **given)
     monkeypatch.undo()
     assert checkpoints.load(tmp_path / "train" / "checkpoint.pt")["epoch"] == 0
@@ -187,6 +187,7 @@ def test_fewer_boxes_give_the_same_detections(
     import torchvision
 
     real = torchvision.ops.nms
+    monkeypatch.setattr("ultralytics.utils.nms.time.time", lambda: 0.0)  # it gives up on a slow machine
     monkeypatch.setattr(torchvision.ops, "nms", lambda b, s, t: (compared.append(len(b)), real(b, s, t))[1])
 
     def detections(kind: type) -> list[dict[str, torch.Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .errors import TrainingError
+from .errors import DiskFull, TrainingError
 
 
 def save(path: Path, content: Mapping[str, Any]) -> Path:
@@ -71,8 +71,9 @@ class Writer:
         if self._thread:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        if isinstance(error, OSError | RuntimeError):  # torch raises the latter where a disk is full
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        if isinstance(error, OSError | RuntimeError | DiskFull):  # torch raises the latter where a disk is full
+            reason = "the disk is full" if isinstance(error, DiskFull) else getattr(error, "strerror", None)
+            reason = reason or str(error).split("\n")[0]
             raise TrainingError(
                 f"the run cannot be saved ({reason}); make room on the disk, then go on with resume=..., "
                 "or give another folder with project=..."

@@ -40,6 +40,7 @@ def names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     for name in wanted:
         if name not in TRACKERS:
             raise ConfigError(f"trackers='{name}' is not known; there are {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+    for name in wanted:
         package = TRACKERS[name].package
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"trackers='{name}' needs a package that is not installed; pip install {package}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import checkpoint, files
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, DiskFull, TrainingError
 from ..lean.prefix import Prefix
 from ..tables import size
 from . import view_file
@@ -187,8 +187,8 @@ def _polite(store: Store) -> Iterator[None]:
     """Say in a sentence that the disk was full after all: others write to it, too."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, DiskFull) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise ConfigError(
             f"cache: {store.file.parent} is full; give a smaller cache, or set VISIONPEFT_CACHE to a folder on a larger disk"

@@ -426,4 +426,4 @@ def readable(source: str) -> Iterator[None]:
 
 def brief(error: object) -> str:
     text = " ".join(str(error).replace("❌", "").split())
-    return text if len(text) < 200 else f"{text[:200]}…"
+    return text if len(text) < 400 else f"{text[:400]}…"
