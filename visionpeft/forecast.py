@@ -411,7 +411,7 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
         if not validation:
             judge = Ledger(ledger.batch, case.gpu)
             with judge, _autocast(half and case.gpu, case.gpu):
-                model.eval()
+                model.eval().requires_grad_(False)  # it is the average; autocast would keep copies of what requires some
                 rehearsal.validate()
             validation = judge.peaks()
     one = Forecast(
