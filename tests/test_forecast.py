@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_boxes, make_squares
+from conftest import ctrl_c, make_boxes, make_squares
 
 import visionpeft as vp
 from visionpeft import delta as deltas
 from visionpeft import planning
 from visionpeft.cli import main
-from visionpeft.errors import ConfigError
+from visionpeft.errors import ConfigError, Interrupted
 from visionpeft.families.base import Step
 from visionpeft.families.yolo import Yolo
 from visionpeft.forecast import Case, Forecast, parse_memory, trace
@@ -208,32 +208,37 @@ def test_fit() -> None:
 
 
 def test_fit_keeps_what_is_given() -> None:
-    found = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, freeze=[0, 1], lean="auto", r=3, objects=5)
+    found = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, method="lora", freeze=[0, 1], lean="auto", r=3)
+    alone = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, lean="auto", r=3)
+    assert {c.settings["method"] for c in alone.choices} == {"lora"}  # whose field it is
     assert {(c.settings["method"], c.settings["batch"], c.settings["imgsz"]) for c in found.choices} == {("lora", 6, 64)}
     assert found.best.forecast.plan.settings["r"] == 3
     assert "--freeze 0,1 --lean auto --batch 6" in str(found)
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(
-        ConfigError, match=r"nothing fits into 10.0 MB: the least that timm/test_vit takes is ([\d.]+) MB"
-    ) as said:
-        planning.fit("10MB", model="timm/test_vit")  # which reads no smaller images
-    assert "batch=1 and imgsz=160" in str(said.value)
+    vit = {"model": "timm/vit_tiny_patch16_224", "model_args": {"img_size": 64, "depth": 1}}  # it reads no other size
+    with pytest.raises(ConfigError, match=r"nothing fits into 10.0 MB: the least that .* takes is ([\d.]+) MB") as said:
+        planning.fit("10MB", **vit)
+    assert "method='head'" in str(said.value) and "batch=1 and imgsz=64" in str(said.value)
+    least = planning.forecast(**vit, method="head", lean="memory", batch=1)
+    assert f"takes is {least.total / 1e6:.1f} MB" in str(said.value)
 
 
 def test_train_in_a_budget(tmp_path: Path, loops: dict, capsys: pytest.CaptureFixture) -> None:
-    data, common, *_ = loops["yolo"]
-    given = {**common, "epochs": 1, "batch": 2, "quiet": False, "memory": "150MB"}
-    run = vp.train(data, **given, project=tmp_path, name="one")
-    said = json.loads((tmp_path / "one" / "run.json").read_text())["arguments"]
-    assert said["batch"] == 2 and said["imgsz"] == 64 and said["method"] == "full"  # the first two were given
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("The first:"))
-    assert f"--method {said['method']} --freeze {said['freeze']} --lean {said['lean']} --batch 2 --imgsz 64" in line
-    resumed = vp.train(resume=tmp_path / "one", quiet=True)
-    assert resumed.after == run.after
+    data, common, *where = loops["yolo"]
+    given = {**common, "batch": 2, "quiet": False, "memory": "150MB"}
+    with ctrl_c(*where, after=1), pytest.raises(Interrupted):
+        vp.train(data, **given, project=tmp_path, name="one")
+    printed = capsys.readouterr().out
     with pytest.raises(ConfigError, match="memory was given; leave it out"):
         vp.train(resume=tmp_path / "one", memory="1GB")
+    resumed = vp.train(resume=tmp_path / "one", quiet=True)
+    assert len(resumed.history) == 2
+    said = json.loads((tmp_path / "one" / "run.json").read_text())["arguments"]
+    assert said["batch"] == 2 and said["imgsz"] == 64 and said["method"] == "full"  # the first two were given
+    line = next(x for x in printed.splitlines() if x.startswith("The first:"))
+    assert f"--method {said['method']} --freeze {said['freeze']} --lean {said['lean']} --batch 2 --imgsz 64" in line
     with pytest.raises(ConfigError, match="does not go with cache or prefix_dtype"):
         vp.train(data, **{**given, "cache": 2}, project=tmp_path)
 

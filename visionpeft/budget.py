@@ -125,7 +125,7 @@ def search(
     """
     plans = list(_plans(anatomy, method, freeze, bn))
     levels = (lean,) if lean else tuple(reversed(LEVELS))  # the leanest first: where it barely fits, no other does
-    sizes = [imgsz] + ([] if "imgsz" in fixed else [_multiple(imgsz * share) for share in SHRUNK])
+    sizes = list(dict.fromkeys([imgsz, *(() if "imgsz" in fixed else [_multiple(imgsz * share) for share in SHRUNK])]))
     best = plans[0] if method is None and not freeze else next(_plans(anatomy, None, None, None))
     full = trace(best[0], levels[0], imgsz)
     found: list[Choice] = []
@@ -165,19 +165,20 @@ def _plans(anatomy: Anatomy, method: Method | None, freeze: Any, bn: str | None)
     """Yield plans with what each is worth, the best first."""
     stages = len(anatomy.stages)
     named = [method] if method else [make_method(n) for n, cls in METHODS.items() if cls.worth is not None]
-    found = []
+    found, refused = [], None
     for one in named:
         worth = _worth(one)
         deep = [round(stages * share) for share in DEPTHS] if one.staged else []
         for depth in [freeze] if freeze is not None else [0, *deep]:
             try:
                 plan = make_plan(one, anatomy, depth, bn)
-            except ConfigError:
-                if method:
-                    raise
-                continue  # it does not fit this net
+            except ConfigError as error:
+                refused = error  # it does not fit this net
+                continue
             share = depth / stages if isinstance(depth, int) else len(depth) / stages
             found.append((plan, worth * (1 - _DEPTH * share)))
+    if refused and not found:
+        raise refused
     yield from sorted(found, key=lambda pair: -pair[1])
 
 

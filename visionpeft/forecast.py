@@ -161,11 +161,12 @@ class Answers(TorchDispatchMode):
         self.batch = batch
         self.true: Callable[[Sequence[int]], int] = math.prod
         self.number: Callable[[], int] = lambda: 1
+        self.yes = False  # what a single truth is: while parts are made, none, or what draws until all fit would not end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): counts are of objects
             # an optimizer divides by 1 minus the number that it reads
-            return True if args[0].dtype is torch.bool else 0.5 if args[0].is_floating_point() else self.number()
+            return self.yes if args[0].dtype is torch.bool else 0.5 if args[0].is_floating_point() else self.number()
         if func in (_aten.allclose.default, _aten.equal.default):
             return True
         if func is _aten.nonzero.default:
@@ -376,6 +377,7 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             model, plain = copy.deepcopy(case.fitted), copy.deepcopy(case.base.model if case.leading else nn.Module())
         settle(attach(model, case.plan, start=False), case.plan)
         train_mode(model.train(), case.plan)
+        answers.yes = True
         rehearsal = case.family.rehearse(model, case.base, step)
         if tell and rehearsal.loops:
             return None
@@ -411,7 +413,8 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
         state = sum(t.nbytes for t in tree_leaves(dict(rehearsal.optimizer.state)) if isinstance(t, Tensor))
         if not validation:
             judge = Ledger(ledger.batch, case.gpu)
-            leanly.remove(model.eval())
+            # it is the average; autocast would keep copies of what requires a gradient
+            leanly.remove(model.eval().requires_grad_(False))
             if case.leading:  # validated is the exact model
                 take_off(model)
             with judge, _autocast(half and case.gpu, case.gpu):
