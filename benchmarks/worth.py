@@ -2,7 +2,7 @@
 
     python benchmarks/worth.py RESULTS [RESULTS ...]        # folders that `visionpeft benchmark` left
 
-The mean over models and data, and each of them.
+The mean over models and data, and each of them; those where the head alone is as good as full are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 
 from visionpeft import benchmark
+from visionpeft.benchmark import Row
 
 
 def main() -> None:
@@ -20,10 +21,14 @@ def main() -> None:
     worth: dict[str, list[float]] = defaultdict(list)
     for folder in parser.parse_args().results:
         rows = benchmark.compare(benchmark.read(folder))
-        groups: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
         for row in rows:
-            groups[row.names["model"], row.names["data"]][row.method] = row.score_mean
-        for scores in groups.values():
+            groups[row.names["model"], row.names["data"]][row.method] = row
+        for names, group in groups.items():
+            if (group["head"].difference_high or 0.0) >= 0:
+                print(f"left out: {' on '.join(names)}, where full is not clearly better than the head alone")
+                continue
+            scores = {method: row.score_mean for method, row in group.items()}
             gain = scores["full"] - scores["head"]
             for method, score in scores.items():
                 worth[method].append((score - scores["head"]) / gain)

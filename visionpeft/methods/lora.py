@@ -33,7 +33,7 @@ class LoraConfig(Method):
     train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
 
     bn: ClassVar[str] = "train"
-    worth: ClassVar[float | None] = 0.68
+    worth: ClassVar[float | None] = 0.7
     lr_scale: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:
