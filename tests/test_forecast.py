@@ -227,7 +227,7 @@ def test_nothing_fits() -> None:
 
 def test_train_in_a_budget(tmp_path: Path, loops: dict, capsys: pytest.CaptureFixture) -> None:
     data, common, *where = loops["yolo"]
-    given = {**common, "batch": 2, "quiet": False, "memory": "150MB"}
+    given = {**common, "batch": 2, "quiet": False, "memory": "150MB", "lean": "memory"}
     with ctrl_c(*where, after=1), pytest.raises(Interrupted):
         vp.train(data, **given, project=tmp_path, name="one")
     printed = capsys.readouterr().out
@@ -236,7 +236,9 @@ def test_train_in_a_budget(tmp_path: Path, loops: dict, capsys: pytest.CaptureFi
     resumed = vp.train(resume=tmp_path / "one", quiet=True)
     assert len(resumed.history) == 2
     said = json.loads((tmp_path / "one" / "run.json").read_text())["arguments"]
-    assert said["batch"] == 2 and said["imgsz"] == 64 and said["method"] == "full"  # the first two were given
+    assert (
+        said["lean"] == "memory" and said["batch"] == 2 and said["imgsz"] == 64 and said["method"] == "full"
+    )  # but the last, all were given
     line = next(x for x in printed.splitlines() if x.startswith("The first:"))
     assert f"--method {said['method']} --freeze {said['freeze']} --lean {said['lean']} --batch 2 --imgsz 64" in line
     with pytest.raises(ConfigError, match="does not go with cache or prefix_dtype"):

@@ -386,7 +386,9 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             computing = DTYPES[case.prefix_dtype or "fp32"]
             stored = DTYPES[case.prefix_dtype or "bf16"] if case.cached else computing
             images = torch.zeros(2, *case.leading.image)
-            prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
+            with warnings.catch_warnings():  # copying a fake tensor asks where its memory is
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
+                prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
             weights += prefix.bytes
             put_on(model, prefix)
             if case.cached:
