@@ -131,8 +131,9 @@ def search(
     found: list[Choice] = []
     least: Forecast | None = None
     for size in sizes:
+        looked = levels
         for plan, worth in plans:
-            for level in levels:
+            for level in looked:
                 known = plan is best[0] and level is levels[0] and size == imgsz
                 try:
                     made = full if known else trace(plan, level, size)
@@ -146,6 +147,8 @@ def search(
                     least = small if least is None or small.total < least.total else least
                     break
                 found.append(Choice(fits, worth * size / imgsz, made.at(made.devices).cost / full.at(full.devices).cost))
+                if level is not levels[0]:  # every look takes seconds: the rest is worth less, and only looked at leanest
+                    looked = levels[:1]
                 if fits.batch < batch or fits.total > ROOM * budget:
                     break
         if any(c.forecast.batch >= min(SMALLEST, batch) for c in found):

@@ -203,7 +203,9 @@ class _Rehearsed:
                 raise ConfigError(f"batch={self.settings['batch']} is found on the GPU; give a number of images")
             self.settings["batch"] = int(self.settings["batch"])
             check_shares(",".join(["cpu"] * self.devices), self.settings["batch"])
-            self.fitted, data = fitted(family, self.base, given["data"], given["head"])
+            self.fitted, data = self.base.model, None
+            if given["data"]:  # else it is the base's own head
+                self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         self.anatomy = family.anatomy(self.fitted, str(given["model"]))
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
         if self.base.task == "classify":

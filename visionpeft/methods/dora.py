@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from .lora import LoraConfig, LowRank
 @METHODS.register("dora")
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
+    worth: ClassVar[float | None] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lora_dropout:
