@@ -36,7 +36,8 @@ from .attach import attach, settle, train_mode
 from .errors import ConfigError
 from .families.base import Base, Family, Leading, Rehearsal, Step
 from .lean.prefix import DTYPES, Prefix, put_on, take_off
-from .measure import PeakBytes
+from .lean.products import layout
+from .measure import PeakBytes, held
 from .plan import Plan
 
 CONTEXT = 500e6  # bytes of a GPU that CUDA's context, kernels and cuBLAS take; assumed
@@ -302,7 +303,7 @@ def _backward_inside(
 
 def _last(x: Tensor) -> bool:
     """Say whether (B, C, H, W) lies in memory with its channels last."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() if x.dim() == 4 else False
+    return x.dim() == 4 and layout(x) is torch.channels_last
 
 
 class _CudaAutocast(TorchFunctionMode):
@@ -381,14 +382,12 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
         rehearsal = case.family.rehearse(model, case.base, step)
         if tell and rehearsal.loops:
             return None
-        weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        weights = held(list(model.parameters()), list(model.buffers()))
         if case.leading:
             computing = DTYPES[case.prefix_dtype or "fp32"]
             stored = DTYPES[case.prefix_dtype or "bf16"] if case.cached else computing
             images = torch.zeros(2, *case.leading.image)
-            with warnings.catch_warnings():  # copying a fake tensor asks where its memory is
-                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
-                prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
+            prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
             weights += prefix.bytes
             put_on(model, prefix)
             if case.cached:
@@ -412,7 +411,7 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             rehearsal.optimizer.zero_grad()
             del given
             made, stepping = ledger.once, ledger.peaks()
-        state = sum(t.nbytes for t in tree_leaves(dict(rehearsal.optimizer.state)) if isinstance(t, Tensor))
+        state = held(list(rehearsal.optimizer.state.values()))
         if not validation:
             judge = Ledger(ledger.batch, case.gpu)
             # it is the average; autocast would keep copies of what requires a gradient

@@ -191,7 +191,7 @@ class _Rehearsed:
         self.views, self.extra = views_of(family, given.get("cache"), extra)
         with torch.random.fork_rng(devices=[]):  # random weights are as good as any
             self.base = family.design(lasting(given["model"]), **loader_arguments(given["model_args"]))
-            defaults = {**family.defaults_for(self.base)}
+            defaults = family.defaults_for(self.base)
             said = {**idle, **{k: v for k, v in given.items() if v is not None}}
             self.settings = {k: said.get(k, v) for k, v in defaults.items()}
             check_settings(self.settings, said)

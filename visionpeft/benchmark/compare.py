@@ -147,7 +147,7 @@ def markdown(rows: Sequence[Row], against: str = "full") -> str:
 def _row(group: list[dict[str, Any]], label: str, top: list[dict[str, Any]] | None, drawn: _Drawn) -> Row:
     first = group[0]
     run, measured = first["run"], first["run"]["measured"]
-    scores = {c["cell"]["seed"]: c["run"]["after"][c["score"]] for c in group}
+    scores = {c["cell"]["seed"]: _score(c) for c in group}
     low, high = drawn.interval(group)
     difference, ends = None, (None, None)
     if top is not None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..attach import attach, settle, train_mode
 from ..errors import ConfigError, TrainingError, nearest
-from ..measure import Meter
+from ..measure import Meter, held
 from ..progress import Progress
 from .base import Family, Job, Rehearsal, Step, keep_best
 from .images import Images, loader, score
@@ -352,7 +352,7 @@ def rehearse(model: nn.Module, step: Step) -> Rehearsal:
         loss(batch())
 
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    average = sum(t.nbytes for t in checkpoint.live(model).values())
+    average = held(checkpoint.live(model))
     return Rehearsal(batch, loss, validate, _optimizer_of(step.optimizer, groups, lr=1e-3), average)
 
 

@@ -16,6 +16,7 @@ from ultralytics.data.utils import img2label_paths
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.tal import SegTaskAlignedAssigner
 
+from ..measure import held
 from .base import Base, Data, Rehearsal, Step
 from .yolo_tasks import TASKS, Task, rows_of
 from .yolo_voice import quiet
@@ -95,7 +96,7 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         predictions = model(given["img"])
         model.loss(given, predictions)
 
-    average = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))  # Ultralytics copies all of the model
+    average = held(list(model.parameters()), list(model.buffers()))  # Ultralytics copies all of the model
 
     def true(shape: Sequence[int]) -> int:
         """Of masks over anchors, those inside of an object (images, objects, anchors), and those assigned to one."""
