@@ -58,6 +58,12 @@ class Block:
     attention: str = ""  # its attention module, where it has one
     mlp: str = ""  # its feed-forward module, where it has one
     sequence: bool = False  # it reads a plain token sequence (B, N, C) that may be made longer
+    cls: str = ""  # its class: "C2f", "BasicBlock", ...
+    inputs: int = 0  # channels of the one map that it reads, in the layout of its output; 0 where it reads another thing
+    stride: int = 0  # that map is this many times as high and wide as its output; 0 where no whole number says so
+    norm: str = ""  # the normalisation between attention and mlp, where it reads the residual sum that mlp is added to
+    leading: int = 0  # tokens of its sequence that come before those of the image: class, registers, ...
+    grid: tuple[int, int] = (0, 0)  # rows and columns of the image's tokens in its sequence; (0, 0) where they are no grid
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Attention:
     key_dim: int  # channels of one head's keys
     value_dim: int  # channels of one head's values
     stage: int
+    keys: int = 0  # how many a query sees, at the image size that the model was made for; 0 where that is unknown
 
 
 @dataclass(frozen=True)

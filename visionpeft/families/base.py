@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .. import delta as deltas
 from .. import lean, measure
@@ -418,15 +419,27 @@ def stage_modules(anatomy: Anatomy) -> dict[str, str]:
     return {**body, **dict.fromkeys(anatomy.heads, measure.HEAD)}
 
 
-def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torch.Size]:
-    """Return the shapes that the named modules put out for input `x`; those that put out no single tensor are left out.
+class Seen(NamedTuple):
+    """Shapes around one module while the model ran."""
+
+    given: torch.Size | None  # of its first argument; None where that is no tensor, or not the only one
+    out: torch.Size
+
+
+def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Seen]:
+    """Return what the named modules read and put out for input `x`; those that put out no single tensor are left out.
 
     The model runs once in eval mode without gradients; nothing of it changes.
     """
-    shapes: dict[str, torch.Size] = {}
+    seen: dict[str, Seen] = {}
 
     def note(name: str) -> Callable:
-        return lambda module, args, output: shapes.update({name: output.shape} if isinstance(output, Tensor) else {})
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            if isinstance(output, Tensor):
+                seen[name] = Seen(given[0].shape if len(given) == 1 and given[0] is args[0] else None, output.shape)
+
+        return hook
 
     handles = [model.get_submodule(n).register_forward_hook(note(n)) for n in names if n]
     modes = {m: m.training for m in model.modules()}
@@ -439,4 +452,10 @@ def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, torc
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return shapes
+    return seen
+
+
+def read_stride(given: Sequence[int], out: Sequence[int]) -> int:
+    """Return how many times as high and wide a map (H, W) is as another; 0 where no one whole number says so."""
+    stride = given[0] // max(out[0], 1)
+    return stride if stride and all(g == stride * o for g, o in zip(given, out, strict=True)) else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,11 +11,11 @@ from timm.models import group_parameters
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention as PlainAttention
 from timm.models.vision_transformer import Block as PlainBlock
-from torch import nn
+from torch import Tensor, nn
 
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..twins import plain
-from .base import observe, read_layers, read_params, read_statistics
+from .base import Seen, observe, read_layers, read_params, read_statistics, read_stride
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
@@ -25,9 +27,7 @@ def read_anatomy(model: nn.Module, family: str, name: str) -> Anatomy:
     """Read the facts of a timm classifier that has nothing attached."""
     heads = classifiers(model)
     reader = _Reader(model, heads)
-    attentions: dict[str, Any] = {
-        n: m for n, m in model.named_modules() if plain(type(m)) in _ATTENTIONS and reader.stage_of(n) != HEAD
-    }
+    attentions: dict[str, Any] = {n: m for n, m in _attentions(model).items() if reader.stage_of(n) != HEAD}
     slices = {f"{n}.qkv": _slices(m) for n, m in attentions.items()}
     return Anatomy(
         family=family,
@@ -38,7 +38,7 @@ def read_anatomy(model: nn.Module, family: str, name: str) -> Anatomy:
         params=read_params(model, reader.stage_of),
         layers=read_layers(model, reader.stage_of, _projecting(model), slices),
         blocks=reader.blocks(),
-        attentions=tuple(_attention(n, m, reader.stage_of(n) or 0) for n, m in attentions.items()),
+        attentions=tuple(_attention(n, m, reader.stage_of(n) or 0, reader.seen.get(n)) for n, m in attentions.items()),
         statistics=read_statistics(model, reader.stage_of),
     )
 
@@ -79,8 +79,13 @@ class _Reader:
         self._names = [self._stage_module(i) for i in range(self._count)]
         self._units = self._find_units("", model)
         wanted = {*self._names, *self._units} | {f"{u}.{n}" for u in self._units for n in ("attn", *_MLPS)}
-        modules = dict(model.named_modules())
-        self._shapes = observe(model, torch.zeros(1, *input_size(model)).to(next(model.parameters())), wanted & set(modules))
+        wanted = wanted & set(dict(model.named_modules())) | _attentions(model).keys()
+        self._size = input_size(model)
+        # not all zeros, of which all sums would be the same
+        x = torch.rand(1, *self._size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+        with _Sums(model, self._units) as sums:
+            self.seen = observe(model, x, wanted)
+        self._norms = sums.norms
 
     def stage_of(self, name: str) -> int | None:
         """Return the stage of a parameter or buffer, or of the last parameter inside a module."""
@@ -121,14 +126,35 @@ class _Reader:
             stage = self.stage_of(name)
             if not channels or stage is None or (layout != "NCHW" and not mlp):
                 continue
-            kind = "conv" if layout == "NCHW" else "transformer"
-            parts = (attention, mlp) if kind == "transformer" else ("", "")
-            found.append(Block(name, kind, channels, layout, stage, *parts, sequence=name in sequence))
+            facts: dict[str, Any] = {"kind": "conv"}
+            if layout != "NCHW":
+                norm = self._norms.get(name, "") if mlp else ""
+                facts = {"kind": "transformer", "attention": attention, "mlp": mlp, "norm": norm}
+            if layout == "NLC":
+                # some let their class token join late
+                counts = (getattr(self._model, "num_prefix_tokens", 0), 0)
+                grids = {n: _grid(self.seen[name].out, n, self._size) for n in counts}
+                facts["leading"] = next((n for n, grid in grids.items() if all(grid)), 0)
+                facts["grid"] = grids[facts["leading"]]
+            inputs, stride = self._read(name, layout)
+            cls = plain(type(self._model.get_submodule(name))).__name__
+            facts |= {"cls": cls, "inputs": inputs, "stride": stride, "sequence": name in sequence}
+            found.append(Block(name=name, channels=channels, layout=layout, stage=stage, **facts))
         return tuple(found)
+
+    def _read(self, name: str, layout: str) -> tuple[int, int]:
+        """Return channels and stride of the one map, laid out as its output, that a module reads; 0 where it does not."""
+        given, out = self.seen[name]
+        if given is None or len(given) != len(out) or given[0] != out[0]:
+            return 0, 0
+        if layout == "NLC":
+            return given[2], int(given[1] == out[1])
+        channels, space = (1, slice(2, 4)) if layout == "NCHW" else (3, slice(1, 3))
+        return given[channels], read_stride(given[space], out[space])
 
     def _map(self, name: str) -> tuple[int, str]:
         """Return channels and layout of what a module puts out; 0 where it is no map of features."""
-        shape = self._shapes.get(name, ())
+        shape = self.seen[name].out if name in self.seen else ()
         if len(shape) == 3:
             return shape[2], "NLC"
         if len(shape) != 4:
@@ -140,7 +166,7 @@ class _Reader:
         return (shape[3], "NHWC") if last else (shape[1], "NCHW")
 
     def _width(self, name: str) -> int:
-        return self._shapes[name][-1] if name in self._shapes else 0
+        return self.seen[name].out[-1] if name in self.seen else 0
 
     def _stage_module(self, stage: int) -> str:
         """Return the outermost module that holds most of a stage's parameters, and none of another stage's or the head's."""
@@ -172,6 +198,52 @@ class _Reader:
         children = [c for c in module.children() if any(True for _ in c.parameters())]
         alike = len({type(c) for c in children}) == 1 and all(_layers(c) > 1 for c in children)
         return isinstance(module, _CONTAINERS) or (alike and name in self._names)
+
+
+class _Sums:
+    """Finds, in the run inside of it, the normalisations that read the sum which a feed-forward module is added to.
+
+    There are such in blocks of the form ``x = x + attn(norm1(x)); x = x + mlp(norm2(x))``: what `mlp` reads is what
+    `norm2` puts out, and where `mlp` puts out zeros, the block puts out what `norm2` reads. Shapes are not changed by that.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[str]):
+        self.norms: dict[str, str] = {}  # by unit
+        self._model, self._units = model, units
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Sums:
+        for unit in self._units:
+            block = self._model.get_submodule(unit)
+            mlp = next((block._modules[n] for n in _MLPS if block._modules.get(n) is not None), None)
+            if mlp is not None:
+                self._watch(unit, block, mlp)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, unit: str, block: nn.Module, mlp: nn.Module) -> None:
+        passed: dict[str, tuple[Any, Any]] = {}  # what each child read and put out
+        found: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable:
+            return lambda module, args, output: passed.update({name: (args[0] if args else None, output)})
+
+        def silence(module: nn.Module, args: tuple, output: object) -> object:
+            found.update({n: given for n, (given, out) in passed.items() if args and out is args[0]})
+            return torch.zeros_like(output) if isinstance(output, Tensor) else output
+
+        def judge(module: nn.Module, args: tuple, output: object) -> None:
+            for name, given in found.items():
+                same = isinstance(output, Tensor) and given.shape[0] == output.shape[0] and given.numel() == output.numel()
+                if same and torch.equal(given.flatten(), output.flatten()):  # type: ignore[attr-defined]
+                    self.norms[unit] = f"{unit}.{name}"
+
+        children = [(n, m) for n, m in block.named_children() if m is not mlp]
+        self._handles += [m.register_forward_hook(note(n)) for n, m in children]
+        self._handles += [mlp.register_forward_hook(silence), block.register_forward_hook(judge)]
 
 
 def _groups(model: Any, head: tuple[str, ...]) -> dict[str, int]:
@@ -219,9 +291,23 @@ def _projecting(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if any(w <= set(m._modules) for w in wanted)]
 
 
-def _attention(name: str, module: Any, stage: int) -> Attention:
+def _attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attentions whose keys and values a prefix can extend."""
+    return {n: m for n, m in model.named_modules() if plain(type(m)) in _ATTENTIONS}
+
+
+def _attention(name: str, module: Any, stage: int, seen: Seen | None) -> Attention:
     width = module.qkv.weight.shape[0] // 3 // module.num_heads
-    return Attention(name, _ATTENTIONS[plain(type(module))], module.num_heads, width, width, stage)
+    keys = seen.out[1] if seen else 0
+    return Attention(name, _ATTENTIONS[plain(type(module))], module.num_heads, width, width, stage, keys)
+
+
+def _grid(tokens: Sequence[int], leading: int, image: tuple[int, int, int]) -> tuple[int, int]:
+    """Return rows and columns of the patches that a sequence (1, N, C) consists of after its leading tokens, or (0, 0)."""
+    batch, count, _ = tokens
+    side = math.isqrt(image[1] * image[2] // max(count - leading, 1))  # of one patch, in pixels
+    rows, columns = (image[1] // side, image[2] // side) if side else (0, 0)
+    return (rows, columns) if batch == 1 and rows * columns == count - leading > 0 else (0, 0)
 
 
 def _slices(attention: Any) -> dict[str, tuple[tuple[int, int], ...]]:

@@ -51,6 +51,7 @@ from .base import (
     read_layers,
     read_params,
     read_statistics,
+    read_stride,
 )
 from .images import draw, held_back, read_folders, split_folders
 from .launch import check_shares
@@ -217,18 +218,20 @@ class Yolo(Family):
         size = max(int(model.stride.max()) * 2, 64)
         to_head = head.f if isinstance(head.f, list) else [last + head.f]
         x = torch.zeros(1, model.yaml.get("channels", 3), size, size, device=first.device, dtype=first.dtype)
-        shapes = observe(model, x, [f"model.{i}" for i in range(last)])
-        stages, blocks = [], []
-        for i, module in enumerate(body):
-            kind = plain(type(module)).__name__
-            shape = shapes.get(f"model.{i}", ())
-            channels = shape[1] if len(shape) == 4 and any(True for _ in module.parameters()) else 0
-            stages.append(Stage(i, f"model.{i}", kind, channels, "NCHW" if channels else "", i in to_head))
-            if channels and not isinstance(module, Conv):
-                blocks.append(Block(f"model.{i}", "conv", channels, "NCHW", i))
         attentions = {
             n: m for n, m in model.named_modules() if isinstance(m, AreaAttention) and not n.startswith(f"model.{last}.")
         }
+        seen = observe(model, x, [*(f"model.{i}" for i in range(last)), *attentions])
+        usual = _supported(model, name).imgsz / size  # images of the task's usual size are that much larger than x
+        stages, blocks = [], []
+        for i, module in enumerate(body):
+            kind = plain(type(module)).__name__
+            given, shape = seen.get(f"model.{i}", (None, ()))
+            channels = shape[1] if len(shape) == 4 and any(True for _ in module.parameters()) else 0
+            stages.append(Stage(i, f"model.{i}", kind, channels, "NCHW" if channels else "", i in to_head))
+            if channels and not isinstance(module, Conv):
+                inputs, stride = (given[1], read_stride(given[2:], shape[2:])) if given else (0, 0)
+                blocks.append(Block(f"model.{i}", "conv", channels, "NCHW", i, cls=kind, inputs=inputs, stride=stride))
         return Anatomy(
             family=self.name,
             model=name,
@@ -239,7 +242,16 @@ class Yolo(Family):
             layers=read_layers(model, stage_of, attentions, {f"{n}.qkv.conv": _slices(m) for n, m in attentions.items()}),
             blocks=tuple(blocks),
             attentions=tuple(
-                Attention(n, "map", m.num_heads, m.key_dim, m.head_dim, int(n.split(".")[1])) for n, m in attentions.items()
+                Attention(
+                    n,
+                    "map",
+                    m.num_heads,
+                    m.key_dim,
+                    m.head_dim,
+                    int(n.split(".")[1]),
+                    keys=round(math.prod(seen[n].out[2:]) * usual**2),
+                )
+                for n, m in attentions.items()
             ),
             statistics=read_statistics(model, stage_of),
         )
