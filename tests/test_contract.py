@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from visionpeft import twins
 from visionpeft.attach import attach, attached, detach, is_added, merge, mergeable, train_mode
 from visionpeft.errors import ConfigError
 from visionpeft.methods.base import make_method
-from visionpeft.plan import HEAD, Plan, fitting, make_plan
+from visionpeft.plan import HEAD, Evidence, Plan, fitting, make_plan
 from visionpeft.registry import FAMILIES, METHODS
 
 UNFIT = {  # what a net lacks the parts for: no tokens, no attention
@@ -51,6 +52,15 @@ def step(model: nn.Module, plan: Plan, x: torch.Tensor, count: int = 2) -> None:
         optimizer.step()
 
 
+def evidence(model: nn.Module, x: torch.Tensor) -> Evidence:
+    """Return what a method that looks at data would see of a loss that every parameter has a part in."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    sum((t.square().mean() for t in flat(model(x)) if t.requires_grad), torch.zeros(())).backward()
+    pairs = {n: (p.detach(), p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    lengths = [{n: float(pair[i].norm()) for n, pair in pairs.items()} for i in (0, 1)]
+    return Evidence(len(x), *lengths, {n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()})
+
+
 CASES = [  # of YOLO's further tasks, whose bodies are those of its detectors, only with the first stages frozen
     (method, name, freeze)
     for method in (*METHODS, "lora+bitfit")
@@ -69,6 +79,10 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
             make_plan(tuning, anatomy, freeze)
         assert method not in fitting(anatomy)
         return
+    if tuning.looks:
+        with pytest.raises(ConfigError, match="give data"):
+            make_plan(tuning, anatomy, freeze)
+        anatomy = replace(anatomy, evidence=evidence(base, images))
     plan = make_plan(tuning, anatomy, freeze)
     assert Plan.from_dict(plan.to_dict()) == plan and str(plan)
     state = {k: v.clone() for k, v in base.state_dict().items()}

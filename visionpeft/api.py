@@ -27,9 +27,11 @@ from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
+from .families.gradients import gather
+from .families.launch import devices
 from .lean.prefix import put_on
 from .methods.base import Method
-from .plan import Plan, make_plan
+from .plan import Evidence, Plan, make_plan
 from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
@@ -201,7 +203,7 @@ def _train(
     tracked = tracking.names(given["trackers"])
     family = find_family(source)
     before, configured = given.pop("before", None), given.pop("method_settings", None)
-    apart = given.pop("before_apart", None)
+    apart, evidence = given.pop("before_apart", None), given.pop("evidence", None)
     own = introspection.signature(train).parameters
     tuning, extra = split_options(family, given["method"], given["freeze"], options, own, configured)
     views, extra = views_of(family, given["cache"], extra)
@@ -219,8 +221,18 @@ def _train(
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
         anatomy = family.anatomy(fitted, source)
+        if evidence:  # a run that is resumed keeps its plan
+            anatomy = dataclasses.replace(anatomy, evidence=Evidence(**evidence))
+        elif tuning.looks:
+            look = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"].split(",")[0]}
+            anatomy = dataclasses.replace(anatomy, evidence=gather(family, fitted, data, anatomy, **look))
         made = make_plan(tuning, anatomy, given["freeze"], given["bn"])
         attaching.attach(fitted, made)
+    if made.opens and len(devices(given["device"])) > 1:
+        raise ConfigError(
+            f"method '{tuning.name}' opens stages one after the other, which processes beside each other cannot follow; "
+            "give one device"
+        )
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
     prefix, store = set_apart(family, base, data, made, {**settings, **given}, extra, views)
@@ -234,7 +246,8 @@ def _train(
         before = family.evaluate(fitted, data, **use)
     if prefix and apart is None:
         apart = family.evaluate(put_on(copy.deepcopy(fitted), prefix), data, **use)
-    scores = {"before": before, "before_apart": apart}
+    evidence = anatomy.evidence and dataclasses.asdict(anatomy.evidence)
+    scores = {"before": before, "before_apart": apart, "evidence": evidence}
     files.write(folder / "train.json", json.dumps({**arguments, **scores}, indent=2, default=str) + "\n")
     job = Job(
         base=base,

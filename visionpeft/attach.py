@@ -75,17 +75,30 @@ def attached(model: nn.Module) -> Plan | None:
     return record.plan if isinstance(record, Attached) else None
 
 
-def train_mode(model: nn.Module, plan: Plan) -> nn.Module:
-    """Put the model in training mode with the plan's frozen statistics truly still."""
+def train_mode(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
+    """Put the model in training mode with the plan's frozen statistics truly still.
+
+    Args:
+        model: A model that the plan is attached to.
+        plan: Whose statistics move, and from when on.
+        progress: The share of the training that is done.
+    """
     model.train()
-    for name in plan.still:
+    closed = plan.closed(progress).difference(plan.train)
+    for name in (*plan.still, *closed):
         model.get_submodule(name).eval()
     return model
 
 
-def settle(model: nn.Module, plan: Plan) -> nn.Module:
-    """Let exactly the plan's parameters require a gradient (again: trainers like to reset this)."""
-    wanted = set(plan.train)
+def settle(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
+    """Let exactly the plan's parameters require a gradient (again: trainers like to reset this).
+
+    Args:
+        model: A model that the plan is attached to.
+        plan: What trains, and from when on.
+        progress: The share of the training that is done; by default all of the plan is open.
+    """
+    wanted = set(plan.train) - plan.closed(progress)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted or is_added(name))
     return model

@@ -278,6 +278,7 @@ class Meter:
         self._lives: PeakBytes | None = None
         self._seen: dict[str, Any] = {}  # what they saw of the step under way
         self._watched: dict[str, Any] | None = None  # and of the first that ended
+        self._again = False  # whether it watches a later step
         self._gradients: int | None = None
         self._part: Part | None = None
         self._since: Any = None
@@ -305,6 +306,11 @@ class Meter:
             self._gradients = held([p.grad for p in self._model.parameters()])
         if "forward" in self._step and part == "data":
             self._stop()
+
+    def watch_again(self) -> None:
+        """From here more trains: watch the next step, too, and let its bytes stand for the run's."""
+        if self._watched is not None:
+            self._watched, self._gradients, self._again = None, None, True
 
     def close(self) -> None:
         """Forget the step under way, and stop watching it."""
@@ -338,12 +344,13 @@ class Meter:
         if self._lives is not None:
             self._lives.__exit__(None, None, None)
             self._seen["live_bytes"], self._lives = self._lives.bytes, None
+        apart = self._watched is None and self._again  # of its time nothing is said
         if self._watched is None:
-            self._watched = {**dict.fromkeys(WATCHED), **self._seen}
+            self._watched, self._again = {**dict.fromkeys(WATCHED), **self._seen}, False
         if self._cuda:
             self._cuda["allocated"] = max(self._cuda["allocated"], torch.cuda.max_memory_allocated(self._device))
             self._cuda["reserved"] = max(self._cuda["reserved"], torch.cuda.max_memory_reserved(self._device))
-        self._steps.append(self._step)
+        self._steps += [] if apart else [self._step]
         self._step = {}
 
     def _now(self) -> Any:

@@ -101,6 +101,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the training loss on some of the training images says of a model's own parameters, before any has moved."""
+
+    images: int
+    weight: Mapping[str, float]  # by parameter: its length |w|
+    gradient: Mapping[str, float]  # the length of its mean gradient |g|
+    product: Mapping[str, float]  # sum |w g|: to first order, what setting one number after the other to zero would change
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """A model as a method sees it: facts only, ordered from input to output."""
 
@@ -114,6 +124,7 @@ class Anatomy:
     blocks: tuple[Block, ...]
     attentions: tuple[Attention, ...]
     statistics: tuple[Statistics, ...]
+    evidence: Evidence | None = None  # for methods that look at data before they plan
 
     @property
     def body(self) -> tuple[Param, ...]:
@@ -161,6 +172,7 @@ class Row:
     added: int  # parameters that the edits bring
     statistics: str  # "still", "moving", "mixed" or ""
     moving: int  # values of the statistics that move
+    opens: float = 0.0  # the share of the training after which it begins to train
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ class Plan:
     edits: tuple[Edit, ...]
     still: tuple[str, ...]  # modules whose running statistics stay as they are
     rows: tuple[Row, ...]  # the body's stages, then the head
+    opens: Mapping[str, float] = field(default_factory=dict)  # share of the training after which something begins to train
 
     @property
     def total(self) -> int:
@@ -214,6 +227,10 @@ class Plan:
     def body(self) -> int:
         """Parameters of the model outside the head."""
         return sum(r.params for r in self.rows[:-1])
+
+    def closed(self, progress: float) -> set[str]:
+        """Return the parameters, and modules with statistics, that still wait when this share of the training is done."""
+        return {name for name, share in self.opens.items() if share > progress + 1e-9}
 
     def rate(self, parameter: str) -> float:
         """Return a body parameter's learning rate, relative to that of full fine-tuning; added parts' parameters too."""
@@ -253,7 +270,7 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
 
     Args:
         method: How to tune.
-        anatomy: The model's facts.
+        anatomy: The model's facts; with evidence, if the method looks at data (`Method.looks`).
         freeze: Where not to: the first N stages, a list of stage indices, or names of stages or modules.
         bn: "frozen" or "train": whether running statistics outside the head move. By default as the method
             says. In frozen stages they always stay still, in the head they always move.
@@ -261,25 +278,34 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     Raises:
         ConfigError: The method does not fit the model, `freeze` names nothing, or nothing is left to train.
     """
-    bn = bn or method.bn
+    asked, bn = bn, bn or method.bn
     if bn not in ("frozen", "train"):
         raise ConfigError(f"bn='{bn}' is not known; it is 'frozen' or 'train'")
     frozen = _freezer(anatomy, freeze)
+    if method.looks and anatomy.evidence is None:
+        raise ConfigError(f"with these settings '{method.name}' looks at training images before it plans; give data")
     open_anatomy = anatomy.without(frozen)
     rates: dict[str, float] = {}
     edits: list[Edit] = []
+    moving: set[str] = set()
+    opens: dict[str, float] = {}
     params = {p.name: p for p in anatomy.params}
     try:
         for part in method.parts:
             edits += part.edits(open_anatomy)
             for name in part.train(open_anatomy):
-                rates[name] = max(rates.get(name, 0.0), part.rate(params[name]))
+                rates[name] = max(rates.get(name, 0.0), part.rate(params[name], open_anatomy))
+            moving |= set(part.moving(open_anatomy)) if "train" in (part.bn, asked) else set()
+            for name, share in part.opens(open_anatomy).items():
+                opens[name] = min(opens.get(name, 1.0), share)
     except Unfit as reason:
         raise _refusal(method, anatomy, freeze, reason) from None
     wanted = {*rates, *(p.name for p in open_anatomy.params if p.stage == HEAD)}
     if not wanted and not edits:
         raise ConfigError(f"freeze={freeze} with method='{method.name}' leaves nothing to train; freeze less")
-    still = {s.name for s in anatomy.statistics if frozen(s) or (bn == "frozen" and s.stage != HEAD)}
+    may = {s.name for s in anatomy.statistics if s.stage == HEAD or (bn == "train" and s.name in moving)}
+    still = {s.name for s in anatomy.statistics if frozen(s) or s.name not in may}
+    opens = {name: share for name, share in opens.items() if share and (name in wanted or name in may - still)}
     return Plan(
         family=anatomy.family,
         model=anatomy.model,
@@ -292,7 +318,8 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
         rates={name: rate for name, rate in rates.items() if rate != 1.0},
         edits=tuple(edits),
         still=tuple(s.name for s in anatomy.statistics if s.name in still),
-        rows=_rows(anatomy, wanted, edits, still),
+        rows=_rows(anatomy, wanted, edits, still, opens),
+        opens=opens,
     )
 
 
@@ -302,6 +329,8 @@ def fitting(anatomy: Anatomy) -> list[str]:
 
 
 def _fits(method: Method, anatomy: Anatomy) -> bool:
+    if method.looks and anatomy.evidence is None:
+        return bool(anatomy.stages)  # what it would choose is not known yet
     try:
         for part in method.parts:
             part.edits(anatomy), part.train(anatomy)
@@ -356,7 +385,9 @@ def _freeze_name(anatomy: Anatomy, given: str) -> str:
     return name
 
 
-def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[str]) -> tuple[Row, ...]:
+def _rows(
+    anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[str], opens: Mapping[str, float]
+) -> tuple[Row, ...]:
     where = {part.name: part.stage for parts in (anatomy.layers, anatomy.blocks, anatomy.attentions) for part in parts}
     last = anatomy.stages[-1].index
     added = [(where.get(e.module, last), parameters(e)) for e in edits]
@@ -374,6 +405,7 @@ def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[
             added=sum(n for stage, n in added if stage == index),
             statistics="" if not count else {0: "still", count: "moving"}.get(len(moving), "mixed"),
             moving=sum(moving.values()),
+            opens=min((opens.get(p.name, 0.0) for p in params if p.name in wanted), default=0.0),
         )
 
     return (*(row(s.index, str(s.index), s.kind) for s in anatomy.stages), row(HEAD, "head", anatomy.head))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
+from .families.gradients import gather
 from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
@@ -54,8 +56,13 @@ def plan(
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
     base = family.load(str(model), **loader_arguments(model_args))
-    own, _ = fitted(family, base, data, head)
-    return make_plan(tuning, family.anatomy(own, str(model)), freeze, bn)
+    own, checked = fitted(family, base, data, head)
+    anatomy = family.anatomy(own, str(model))
+    if tuning.looks and checked:
+        settings = family.defaults_for(base)
+        found = gather(family, own, checked, anatomy, imgsz=settings["imgsz"], batch=settings["batch"])
+        anatomy = dataclasses.replace(anatomy, evidence=found)
+    return make_plan(tuning, anatomy, freeze, bn)
 
 
 def forecast(
@@ -207,6 +214,10 @@ class _Rehearsed:
             if given["data"]:  # else it is the base's own head
                 self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         self.anatomy = family.anatomy(self.fitted, str(given["model"]))
+        if self.tuning.looks and data:
+            look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
+            found = gather(family, self.fitted, data, self.anatomy, **look)
+            self.anatomy = dataclasses.replace(self.anatomy, evidence=found)
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0

@@ -24,6 +24,9 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
         for r in plan.rows
     ]
+    if plan.opens:
+        names = (*names, "from")  # the share of the epochs after which it trains
+        rows = [(*made, f"{r.opens:.0%}" if r.trained else "") for made, r in zip(rows, plan.rows, strict=True)]
     if (width := width or columns()) < 72:  # what a narrow terminal has no room for
         names, rows = names[:2] + names[3::2], [r[:2] + r[3::2] for r in rows]
     settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))

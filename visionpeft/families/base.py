@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import delta as deltas
 from .. import lean, measure
-from ..attach import merge
+from ..attach import merge, settle, train_mode
 from ..errors import OutOfMemory
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
@@ -113,6 +113,16 @@ class Job:
             put_on(model, self.prefix)
         if self.lean != "off":
             lean.apply(model, self.lean)
+
+    def open(self, model: nn.Module, epoch: int, meter: measure.Meter) -> None:
+        """Put the model in training mode for an epoch, counted from 0: what the plan opens later still waits."""
+        progress = epoch / self.epochs
+        train_mode(model, self.plan, progress)
+        if self.plan.opens:
+            before = sum(p.requires_grad for p in model.parameters())
+            settle(model, self.plan, progress)
+            if sum(p.requires_grad for p in model.parameters()) != before:
+                meter.watch_again()
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
@@ -254,6 +264,18 @@ class Family(ABC):
     @abstractmethod
     def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return those settings on which an augmented view of an image may depend, beside image size and seed."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, data: Data, *, imgsz: int, batch: int, count: int) -> Iterator[Tensor]:
+        """Yield the training loss of `count` batches of training images, spread over the set, not augmented.
+
+        Args:
+            model: A fitted model; its statistics stay still.
+            data: The set.
+            imgsz: Image size in pixels.
+            batch: Images in each.
+            count: How many, fewer where the set has no more.
+        """
 
     @abstractmethod
     def train(self, job: Job) -> None:

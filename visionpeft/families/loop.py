@@ -24,7 +24,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..attach import attach, settle, train_mode
+from ..attach import attach, settle
 from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter, held
 from ..progress import Progress
@@ -242,7 +242,7 @@ class _Loop:
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once; return the mean loss."""
-        train_mode(self.own, self.job.plan)
+        self.job.open(self.own, epoch, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         total, seen = 0.0, 0

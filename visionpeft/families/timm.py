@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from .. import files
 from ..attach import attached, merge, mergeable
 from ..errors import ConfigError, DataError, ModelError, nearest
-from ..pictures import Picture
+from ..pictures import Picture, spread
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
@@ -132,6 +132,12 @@ class Timm(Family):
         return loop.rehearse(model, step)
 
     # ------------------------------------------------------------------------------------------------------------ the run
+    def losses(self, model: nn.Module, data: Data, *, imgsz: int, batch: int, count: int) -> Iterator[Tensor]:
+        images = Images(spread(data.facts["train"], batch * count), transform(model, imgsz))
+        device = next(model.parameters()).device
+        for inputs, labels in loader(images, batch):
+            yield nn.functional.cross_entropy(model(inputs.to(device)), labels.to(device))
+
     def train(self, job: Job) -> None:
         loop.run(self, job, transform)
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 import ultralytics
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.utils import check_det_dataset, get_split_fraction, img2label_paths
 from ultralytics.engine.exporter import Exporter
@@ -56,6 +56,7 @@ from .base import (
 from .images import draw, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
+from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable
@@ -295,6 +296,14 @@ class Yolo(Family):
         return yolo_rehearsal.rehearse(model, base, step)
 
     # ------------------------------------------------------------------------------------------------------------ the run
+    def losses(self, model: Any, data: Data, *, imgsz: int, batch: int, count: int) -> Iterator[Tensor]:
+        model.args = get_cfg()
+        model.criterion = model.init_criterion()
+        device, stride = next(model.parameters()).device, int(max(model.stride.max(), 32))
+        with readable(data.source), quiet():
+            for made in batches(data, imgsz, batch, count, stride):
+                yield model.loss({k: v.to(device) for k, v in made.items()})[0].sum()
+
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
         trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))

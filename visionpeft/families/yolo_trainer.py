@@ -24,7 +24,7 @@ from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from .. import checkpoint
-from ..attach import attach, settle, train_mode
+from ..attach import attach, settle
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ..measure import Meter
 from ..plan import Plan
@@ -160,6 +160,7 @@ class Tuned:
     def resume_training(self: Any, ckpt: Any) -> None:
         model: Any = unwrap_model(self.model)
         self.ema.__class__ = TrainedEMA
+        self.ema.pair(model)  # while all that will ever train is open
         self.job.equip(model)
         kept = {"optimizer": self.optimizer, "average": self.ema.ema}
         self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
@@ -199,11 +200,11 @@ class Tuned:
 
     def _model_train(self: Any) -> None:
         super()._model_train()  # type: ignore[misc]
-        train_mode(unwrap_model(self.model), self._plan)
+        self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
+        self.job.open(unwrap_model(self.model), self.epoch, self._meter)
         self._batch = 0
         if self.job.store:
             self.train_loader.dataset.epoch = self.epoch  # each reads another view
-        self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
         self._meter.begin("data")
         self._progress.start(self.epoch, len(self.train_loader))
 
@@ -329,13 +330,11 @@ class MeteredScaler:
 class TrainedEMA(ModelEMA):
     """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
 
-    def update(self, model: nn.Module) -> None:
-        if self._pairs is None:
-            model = unwrap_model(model)
-            own, live = self.ema.state_dict(), checkpoint.live(model)
-            keys = [k for k in live if live[k].is_floating_point()]
-            self._pairs = [own[k] for k in keys], [live[k] for k in keys]
-        super().update(model)
+    def pair(self, model: nn.Module) -> None:
+        """Settle which tensors are averaged."""
+        own, live = self.ema.state_dict(), checkpoint.live(model)
+        keys = [k for k in live if live[k].is_floating_point()]
+        self._pairs = [own[k] for k in keys], [live[k] for k in keys]
 
 
 class ReplayableLoader(InfiniteDataLoader):

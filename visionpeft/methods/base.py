@@ -36,6 +36,11 @@ class Method:
     staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
 
     @property
+    def looks(self) -> bool:
+        """Whether it reads `Anatomy.evidence`: the gradients of a few batches, before it plans."""
+        return False
+
+    @property
     def parts(self) -> tuple[Method, ...]:
         """The single methods that it consists of."""
         return (self,)
@@ -44,9 +49,17 @@ class Method:
         """Return the names of the body's own parameters that train."""
         return ()
 
-    def rate(self, param: Param) -> float:
+    def rate(self, param: Param, anatomy: Anatomy) -> float:
         """Return the learning rate of one of the model's own parameters, relative to that of full fine-tuning."""
         return self.lr_scale
+
+    def moving(self, anatomy: Anatomy) -> Iterable[str]:
+        """Return the modules of the body whose running statistics move where they may (bn="train")."""
+        return [s.name for s in anatomy.statistics]
+
+    def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
+        """Return what begins to train, or to move, only after a share of the training, by parameter or module."""
+        return {}
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """Return what is added to the body.
@@ -97,6 +110,10 @@ class Combined(Method):
     @property
     def starts_unchanged(self) -> bool:  # type: ignore[override]
         return all(m.starts_unchanged for m in self.methods)
+
+    @property
+    def looks(self) -> bool:
+        return any(m.looks for m in self.methods)
 
     @property
     def parts(self) -> tuple[Method, ...]:

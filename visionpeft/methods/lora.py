@@ -52,7 +52,7 @@ class LoraConfig(Method):
         norms = [p.name for p in anatomy.body if p.role.startswith("norm") and self.train_norms]
         return [*(f"{layer.name}.weight" for layer in whole), *norms]
 
-    def rate(self, param: Param) -> float:
+    def rate(self, param: Param, anatomy: Anatomy) -> float:
         return self.lr_scale if param.role.startswith("norm") else 1.0  # whole layers move as in full fine-tuning
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:

@@ -1,0 +1,42 @@
+"""Gradual unfreezing: first the head, then the stages before it, group after group, each at a lower rate than the one behind it.  ULMFiT, Howard & Ruder 2018, https://arxiv.org/abs/1801.06146; fastai, https://docs.fast.ai/callback.schedule.html"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..plan import Anatomy, Param
+from ..registry import METHODS
+from .base import Method
+
+
+@METHODS.register("gradual")
+@dataclass(frozen=True)
+class GradualConfig(Method):
+    groups: int = 3  # of stages, alike in number, that begin to train one after the other, the last ones first
+    unfrozen: float = 0.5  # the share of the epochs after which all of them train
+    decay: float = 2.6  # a group learns this many times more slowly than the one behind it
+
+    bn: ClassVar[str] = "train"
+
+    def __post_init__(self) -> None:
+        self.check("groups", self.groups, 1)
+        self.check("unfrozen", self.unfrozen, 0.0, 0.99)
+        self.check("decay", self.decay, 1.0, 100.0)
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        return [p.name for p in anatomy.body]
+
+    def rate(self, param: Param, anatomy: Anatomy) -> float:
+        return self.lr_scale / self.decay ** (self._turn(param.stage, anatomy) - 1)
+
+    def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
+        stages = {p.name: p.stage for p in anatomy.body} | {s.name: s.stage for s in anatomy.statistics if s.stage >= 0}
+        return {name: self.unfrozen * self._turn(stage, anatomy) / self.groups for name, stage in stages.items()}
+
+    def _turn(self, stage: int, anatomy: Anatomy) -> int:
+        """Return whose turn it is when a stage begins to train: 1 for those before the head."""
+        stages = [s.index for s in anatomy.stages]
+        behind = len(stages) - 1 - stages.index(stage)
+        return 1 + behind * self.groups // len(stages)
