@@ -31,8 +31,8 @@ class DoraConfig(LoraConfig):
     def build(**settings: Any) -> nn.Module:
         return Magnitude(**settings)
 
-    def _settings(self, layer: Layer) -> dict[str, Any]:
-        return {**super()._settings(layer), "output": _output(layer.kind), "groups": _groups(layer)}
+    def part(self, layer: Layer) -> dict[str, Any]:
+        return {**super().part(layer), "output": _output(layer.kind), "groups": _groups(layer)}
 
 
 class Magnitude(LowRank):

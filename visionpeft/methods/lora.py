@@ -3,96 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan import Anatomy, Edit, Layer, Param
+from ..plan import Layer
 from ..registry import METHODS
-from .base import Method, choose_layers, matches
+from .updates import Update, UpdateConfig, matrix
 
 
 @METHODS.register("lora")
 @dataclass(frozen=True)
-class LoraConfig(Method):
-    r: int = 4  # rank of the update
+class LoraConfig(UpdateConfig):
     lora_alpha: float = 8.0  # the update is scaled by lora_alpha / r
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
-    target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
     qkv: str = "qkv"  # which of q, k and v of a fused projection
-    rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
-    alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
-    oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
-    small_layers: float = 0.055  # the smallest targets train themselves, up to this share of the body; 0: none
     lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
-    train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
 
-    bn: ClassVar[str] = "train"
     worth: ClassVar[float | None] = 0.7
-    lr_scale: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:
-        self.check("r", self.r, 1)
-        self.check("small_layers", self.small_layers, 0.0, 1.0)
+        super().__post_init__()
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
-        if self.oversize not in ("train", "skip"):
-            raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
-
-    def train(self, anatomy: Anatomy) -> Iterable[str]:
-        edited = {edit.module for edit in self.edits(anatomy)}
-        small = self._small(anatomy)
-        whole = [x for x in self.targets(anatomy) if x.name not in edited and (x.name in small or self.oversize == "train")]
-        norms = [p.name for p in anatomy.body if p.role.startswith("norm") and self.train_norms]
-        return [*(f"{layer.name}.weight" for layer in whole), *norms]
-
-    def rate(self, param: Param) -> float:
-        return self.lr_scale if param.role.startswith("norm") else 1.0  # whole layers move as in full fine-tuning
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        targets = self.targets(anatomy)
-        fitting = [layer for layer in targets if self.cost(layer) < math.prod(layer.shape)]
-        if not fitting:
-            largest = max(math.ceil(math.prod(t.shape) / sum(_matrix(t))) - 1 for t in targets)
-            raise ConfigError(
-                f"{self.name}: at r={self.r} the update is as large as every layer it would edit; "
-                f"r may be up to {max(largest, 1)} here, or use method='full'"
-            )
-        small = self._small(anatomy)
-        return [self.edit(x.name, "weight", **self._settings(x)) for x in fitting if x.name not in small]
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
         return LowRank(**settings)
 
-    def targets(self, anatomy: Anatomy) -> list[Layer]:
-        """Return the layers that `target_modules` means."""
-        return choose_layers(anatomy, self.target_modules)
-
-    def rank(self, layer: Layer) -> int:
-        """Return the rank for one layer."""
-        return next((r for pattern, r in self.rank_pattern.items() if matches(pattern, layer.name)), self.r)
-
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""
-        rows, columns = _matrix(layer)
+        rows, columns = matrix(layer)
         chosen = self._rows(layer)
         if chosen is None:
             return self.rank(layer) * (rows + columns)
         return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
-
-    def _small(self, anatomy: Anatomy) -> set[str]:
-        """Return the smallest targets, all of a size or none, that together stay within `small_layers` of the body."""
-        sizes = {layer.name: math.prod(layer.shape) for layer in self.targets(anatomy)}
-        allowed = self.small_layers * sum(p.numel for p in anatomy.body)
-        limit = max((n for n in sizes.values() if sum(m for m in sizes.values() if m <= n) <= allowed), default=0)
-        return {name for name, n in sizes.items() if n <= limit}
 
     def _rows(self, layer: Layer) -> list | None:
         """Return the rows of each chosen projection of a fused qkv, or None for the whole matrix."""
@@ -100,10 +51,9 @@ class LoraConfig(Method):
             return None
         return [[list(span) for span in layer.slices[name]] for name in "qkv" if name in self.qkv]
 
-    def _settings(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> dict[str, Any]:
         r = self.rank(layer)
-        alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, layer.name)), self.lora_alpha)
-        scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
+        scaling = self.alpha(layer, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
         settings: dict[str, Any] = {"shape": list(layer.shape), "r": r, "scaling": scaling}
         if self.lora_fa:
             settings["fixed"] = True
@@ -116,7 +66,7 @@ class LoraConfig(Method):
         return settings
 
 
-class LowRank(nn.Module):
+class LowRank(Update):
     """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
 
     def __init__(
@@ -156,13 +106,9 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.index is not None or torch.is_autocast_enabled(weight.device.type):
-            return weight + self.update()
+            return super().forward(weight)
         return torch.addmm(weight.flatten(1), self.lora_B, self.lora_A, alpha=self.scaling).view(self.shape)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
         return None if self.index is not None else (weight, self.lora_B, self.lora_A, self.scaling)
-
-
-def _matrix(layer: Layer) -> tuple[int, int]:
-    return layer.shape[0], math.prod(layer.shape[1:])
