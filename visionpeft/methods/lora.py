@@ -53,7 +53,7 @@ class LoraConfig(UpdateConfig):
 
     def part(self, layer: Layer) -> dict[str, Any]:
         r = self.rank(layer)
-        scaling = self.alpha(layer, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
+        scaling = self.alpha_of(layer, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
         settings: dict[str, Any] = {"shape": list(layer.shape), "r": r, "scaling": scaling}
         if self.lora_fa:
             settings["fixed"] = True

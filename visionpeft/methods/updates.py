@@ -53,15 +53,15 @@ class UpdateConfig(Method):
         fitting = [layer for layer in targets if self.fits(layer)]
         if not fitting:
             raise ConfigError(
-                f"{self.name}: at r={self.r} the update is as large as every layer it would edit; "
+                f"{self.name}: at r={self.r} the update is as large as every layer it would edit, or its rank above theirs; "
                 f"r may be up to {self._most(targets)} here, or use method='full'"
             )
         for pattern in self.rank_pattern:
             meant = [layer for layer in targets if self._pattern(self.rank_pattern, layer) == pattern]
             if meant and not any(map(self.fits, meant)):
                 raise ConfigError(
-                    f"{self.name}: rank_pattern gives '{pattern}' rank {self.rank_pattern[pattern]}, where the update is as "
-                    f"large as the layer ({meant[0].name}); it may be up to {self._most(meant)} there"
+                    f"{self.name}: rank_pattern gives '{pattern}' rank {self.rank_pattern[pattern]}, which is above what "
+                    f"{meant[0].name} allows; it may be up to {self._most(meant)} there"
                 )
         small = self._small(anatomy)
         return [self.edit(x.name, "weight", **self.part(x)) for x in fitting if x.name not in small]
@@ -83,13 +83,13 @@ class UpdateConfig(Method):
         pattern = self._pattern(self.rank_pattern, layer)
         return self.r if pattern is None else self.rank_pattern[pattern]
 
-    def alpha(self, layer: Layer, otherwise: float) -> float:
+    def alpha_of(self, layer: Layer, otherwise: float) -> float:
         """Return the alpha for one layer."""
         pattern = self._pattern(self.alpha_pattern, layer)
         return otherwise if pattern is None else self.alpha_pattern[pattern]
 
     def fits(self, layer: Layer) -> bool:
-        """Say whether the update of a layer has fewer parameters than the layer, and no more than its rank."""
+        """Say whether the update of a layer has fewer parameters than the layer, and a rank that it can have."""
         return self.rank(layer) <= min(matrix(layer)) and self.cost(layer) < math.prod(layer.shape)
 
     def _most(self, layers: Sequence[Layer]) -> int:
