@@ -45,6 +45,7 @@ class Magnitude(LowRank):
 
     def start(self, layer: nn.Module) -> None:
         """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from .updates import Update, UpdateConfig, matrix
 @METHODS.register("loha")
 @dataclass(frozen=True)
 class LohaConfig(UpdateConfig):
-    alpha: float = 8.0  # the update is scaled by alpha / r
+    r: int = 2  # rank of each of the two matrices; that of the update is up to r^2
+    alpha: float = 4.0  # the update is scaled by alpha / r
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
