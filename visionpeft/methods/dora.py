@@ -31,8 +31,8 @@ class DoraConfig(LoraConfig):
     def build(**settings: Any) -> nn.Module:
         return Magnitude(**settings)
 
-    def _settings(self, layer: Layer) -> dict[str, Any]:
-        return {**super()._settings(layer), "output": _output(layer.kind), "groups": _groups(layer)}
+    def part(self, layer: Layer) -> dict[str, Any]:
+        return {**super().part(layer), "output": _output(layer.kind), "groups": _groups(layer)}
 
 
 class Magnitude(LowRank):
@@ -45,6 +45,7 @@ class Magnitude(LowRank):
 
     def start(self, layer: nn.Module) -> None:
         """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:
