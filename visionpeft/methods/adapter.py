@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan import Anatomy, Block, Edit, Unfit
+from ..plan import Anatomy, Block, Edit
 from ..registry import METHODS
 from .base import Method
+from .maps import bottleneck, choose_blocks
 
 PLACEMENTS = ("adaptformer", "houlsby", "pfeiffer")
 
@@ -22,6 +23,7 @@ class AdapterConfig(Method):
     reduction_factor: int = 8  # the bottleneck is the block's channels divided by this, and at least 4
     placement: str = "adaptformer"  # in transformer blocks: "adaptformer", "houlsby" or "pfeiffer"
     scaling: float = 1.0  # s, the factor of the adapter's output
+    blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layer[34].*"
 
     lr_scale: ClassVar[float] = 5.0
     merges: ClassVar[bool] = False
@@ -32,15 +34,12 @@ class AdapterConfig(Method):
             raise ConfigError(f"adapter: placement='{self.placement}' is not known; it is {', '.join(PLACEMENTS)}")
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        edits = [edit for block in anatomy.blocks for edit in self._block(block)]
-        if not edits:
-            raise Unfit("it has no residual or transformer blocks outside the head")
-        return edits
+        return [edit for block in choose_blocks(anatomy, self.blocks) for edit in self._block(block)]
 
     def _block(self, block: Block) -> list[Edit]:
         settings = {
             "channels": block.channels,
-            "bottleneck": max(block.channels // self.reduction_factor, 4),
+            "bottleneck": bottleneck(self.name, block, block.channels, self.reduction_factor),
             "scaling": self.scaling,
             "parallel": self.placement == "adaptformer",
         }

@@ -33,6 +33,8 @@ class Method:
     worth: ClassVar[float | None] = (
         None  # share of full's gain over the head alone (benchmarks/worth.py); None: `fit` looks past it
     )
+    reads_map: ClassVar[bool] = False  # it takes a token sequence for the map that it was
+    lengthens: ClassVar[bool] = False  # it adds tokens to a sequence
     staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
 
     @property
@@ -95,6 +97,16 @@ class Combined(Method):
 
     methods: tuple[Method, ...] = ()
 
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.parts]
+        if len(set(names)) < len(names) or not names:
+            raise ConfigError(f"method '{self.name}' names {'a method twice; name each once' if names else 'none'}")
+        longer, readers = [m.name for m in self.parts if m.lengthens], [m.name for m in self.parts if m.reads_map]
+        if longer and readers:
+            raise ConfigError(
+                f"'{longer[0]}' adds tokens to the sequence that '{readers[0]}' takes for a map; use one of the two"
+            )
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return "+".join(m.name for m in self.methods)
@@ -117,10 +129,10 @@ class Combined(Method):
 
     @property
     def parts(self) -> tuple[Method, ...]:
-        return self.methods
+        return tuple(part for method in self.methods for part in method.parts)
 
     def settings(self) -> dict[str, Any]:
-        return {m.name: m.settings() for m in self.methods}
+        return {m.name: m.settings() for m in self.parts}
 
 
 def make_method(method: str | Method | None, options: Mapping[str, Any] | None = None, freeze: Any = 0) -> Method:
@@ -142,8 +154,6 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
     if method is None:
         method = "full" if freeze else "lora"
     names = [n.strip() for n in str(method).split("+")]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"method '{method}' names a method twice; name each once")
     classes = [METHODS[name] for name in names]
     takers: dict[str, list] = {}
     for cls in classes:

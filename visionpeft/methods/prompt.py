@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Unfit
 from ..registry import METHODS
 from .base import Method
@@ -22,6 +24,7 @@ class PromptConfig(Method):
 
     lr_scale: ClassVar[float] = 10.0
     merges: ClassVar[bool] = False
+    lengthens: ClassVar[bool] = True
     starts_unchanged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -31,6 +34,12 @@ class PromptConfig(Method):
         blocks = [b for b in anatomy.blocks if b.sequence]
         if not blocks:
             raise Unfit("it has no plain token sequence that prompts could join")
+        own = blocks[0].leading + math.prod(blocks[0].grid)
+        if math.prod(blocks[0].grid) and self.num_virtual_tokens > own:
+            raise ConfigError(
+                f"{self.name}: num_virtual_tokens={self.num_virtual_tokens} is more than {anatomy.model} has tokens of its "
+                f"own; give at most {own}"
+            )
         settings = {"tokens": self.num_virtual_tokens, "channels": blocks[0].channels}
         entries = [
             self.edit(b.name, "input", role="insert" if b is blocks[0] else "replace", **settings)
