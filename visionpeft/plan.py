@@ -173,6 +173,7 @@ class Row:
     statistics: str  # "still", "moving", "mixed" or ""
     moving: int  # values of the statistics that move
     opens: float = 0.0  # the share of the training after which it begins to train
+    ranks: str = ""  # of its edits, where they have one: "4", or "1–12"
 
 
 @dataclass(frozen=True)
@@ -392,11 +393,13 @@ def _rows(
     where |= {part.name: part.stage for parts in (anatomy.layers, anatomy.blocks, anatomy.attentions) for part in parts}
     last = anatomy.stages[-1].index
     added = [(where.get(e.module, last), parameters(e)) for e in edits]
+    ranks = [(where.get(e.module, last), e.settings["r"]) for e in edits if "r" in e.settings]
 
     def row(index: int, label: str, kind: str) -> Row:
         params = [p for p in anatomy.params if p.stage == index]
         moving = {s.name: s.numel for s in anatomy.statistics if s.stage == index and s.name not in still}
         count = sum(s.stage == index for s in anatomy.statistics)
+        own = [r for stage, r in ranks if stage == index]
         return Row(
             stage=label,
             kind=kind,
@@ -406,6 +409,7 @@ def _rows(
             added=sum(n for stage, n in added if stage == index),
             statistics="" if not count else {0: "still", count: "moving"}.get(len(moving), "mixed"),
             moving=sum(moving.values()),
+            ranks="–".join(str(r) for r in sorted({f(own) for f in (min, max)})) if own else "",
             opens=min((opens.get(p.name, 0.0) for p in params if p.name in wanted), default=0.0),
         )
 

@@ -24,6 +24,9 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
         for r in plan.rows
     ]
+    if len({r.ranks for r in plan.rows if r.ranks}) > 1:
+        names = (*names, "rank")
+        rows = [(*made, r.ranks) for made, r in zip(rows, plan.rows, strict=True)]
     if plan.opens:
         names = (*names, "from")  # the share of the epochs after which it trains
         rows = [(*made, f"{r.opens:.0%}" if r.trained else "") for made, r in zip(rows, plan.rows, strict=True)]

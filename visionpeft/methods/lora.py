@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan import Layer
+from ..plan import Anatomy, Edit, Layer
 from ..registry import METHODS
 from .updates import Update, UpdateConfig, matrix
 
@@ -24,6 +26,7 @@ class LoraConfig(UpdateConfig):
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
     qkv: str = "qkv"  # which of q, k and v of a fused projection
     lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
+    budget: str | float = ""  # "2%" of the body may train: ranks by the gradients of a few batches of training images, not r
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
     worth: ClassVar[float | None] = 0.7
@@ -38,6 +41,71 @@ class LoraConfig(UpdateConfig):
             raise ConfigError(
                 f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is one of {allowed}"
             )
+
+        if self.budget != "":
+            self._share()
+
+    @property
+    def looks(self) -> bool:
+        return self.budget != ""
+
+    def train(self, anatomy: Anatomy) -> Iterable[str]:
+        return super(LoraConfig, self.ranked(anatomy)).train(anatomy)
+
+    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
+        return super(LoraConfig, self.ranked(anatomy)).edits(anatomy)
+
+    def ranked(self, anatomy: Anatomy) -> LoraConfig:
+        """Return this method with the ranks that `budget` gives the layers.
+
+        A layer's share of the parameters is its share of the sensitivity, the sum of |w g| over its weights (as in GoRA, He et
+        al. 2025, https://arxiv.org/abs/2502.12171): one rank after the other goes to the layer with the most sensitivity for
+        each parameter that it would then have (D'Hondt's rule). What scales an update is lora_alpha / r, as without a budget.
+        """
+        if not self.looks:
+            return self
+        assert anatomy.evidence  # make_plan sees to it
+        whole = replace(self, budget="", small_layers=0.0, oversize="skip", rank_pattern={})
+        left = self._share() * sum(p.numel for p in anatomy.body)
+        left -= sum(p.numel for p in anatomy.body if p.role.startswith("norm") and self.train_norms)
+        ranks: dict[str, int] = {}
+        queue: list[tuple[float, str, int, int, Layer]] = []  # by sensitivity for each parameter, the most first
+
+        def offer(layer: Layer, rank: int, before: int) -> None:
+            at = replace(whole, r=rank)
+            if at.fits(layer):
+                product = anatomy.evidence.product.get(f"{layer.name}.weight", 0.0)  # type: ignore[union-attr]
+                cost = at.cost(layer)
+                heapq.heappush(queue, (-product / cost, layer.name, rank, cost - before, layer))
+
+        for layer in self.targets(anatomy):
+            offer(layer, 1, 0)
+        while queue:
+            _, name, rank, more, layer = heapq.heappop(queue)
+            if more <= left:
+                ranks[name], left = rank, left - more
+                offer(layer, rank + 1, replace(whole, r=rank).cost(layer))
+        if not ranks:
+            norms = " beside the normalisations (train_norms)" if self.train_norms else ""
+            raise ConfigError(
+                f"{self.name}: budget={self.budget} leaves no rank for any layer{norms}; give more of the body, or fewer targets"
+            )
+        names = {re.escape(name): rank for name, rank in ranks.items()}
+        alphas = {name: self.lora_alpha * rank / self.r for name, rank in names.items()}
+        return replace(
+            whole, target_modules="|".join(names), rank_pattern=names, alpha_pattern={**self.alpha_pattern, **alphas}
+        )
+
+    def _share(self) -> float:
+        """Return the budget as a share of the body."""
+        text = str(self.budget).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise ConfigError(f"{self.name}: budget='{self.budget}' is not understood; give a share of the body, e.g. '2%'")
+        return share
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
