@@ -129,6 +129,11 @@ class Job:
         inside_head = parameter.startswith(tuple(f"{h}." for h in self.plan.heads))
         return 1.0 if inside_head else self.body_rate * self.plan.rate(parameter)
 
+    def kind(self, parameter: str) -> tuple[float, float]:
+        """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for
+        fused optimizers want all of a group or none to have a state."""
+        return self.rate(parameter), self.plan.opens.get(parameter, 0.0)
+
     @property
     def checkpoint(self) -> Path:
         """Where the run can be resumed from."""

@@ -404,13 +404,13 @@ def _cuda(accelerator: Accelerator) -> bool:
 def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
     """Return timm's optimizer: every parameter at its own rate, and no decay of biases, scales and the like."""
     spared = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    groups: dict[tuple[float, float, bool], list[Tensor]] = {}
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
-            groups.setdefault((job.rate(key), decays), []).append(parameter)
+            groups.setdefault((*job.kind(key), decays), []).append(parameter)
     # timm's schedules multiply what they set by the group's lr_scale
-    made = [{"params": p, "lr_scale": rate, "weight_decay": recipe.weight_decay * d} for (rate, d), p in groups.items()]
+    made = [{"params": p, "lr_scale": rate, "weight_decay": recipe.weight_decay * d} for (rate, _, d), p in groups.items()]
     return _optimizer_of(job.optimizer, made, lr=job.lr0, momentum=recipe.momentum)
 
 

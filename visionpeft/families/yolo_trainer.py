@@ -101,13 +101,13 @@ class Tuned:
         model = unwrap_model(model)
         settle(model, self._plan)  # Ultralytics has just let everything train
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
-        rates = {id(p): self.job.rate(n) for n, p in model.named_parameters() if p.requires_grad}
+        kinds = {id(p): self.job.kind(n) for n, p in model.named_parameters() if p.requires_grad}
         groups = []
         for group in optimizer.param_groups:
-            for rate in sorted(set(rates.values())):
-                params = [p for p in group["params"] if rates.get(id(p)) == rate]
+            for kind in sorted(set(kinds.values())):
+                params = [p for p in group["params"] if kinds.get(id(p)) == kind]
                 if params:
-                    groups.append({**group, "params": params, "lr": group["lr"] * rate})
+                    groups.append({**group, "params": params, "lr": group["lr"] * kind[0]})
         optimizer.param_groups = groups
         fusing = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
         if self.device.type == "cpu" and self.job.lean != "off" and type(optimizer) in fusing:
