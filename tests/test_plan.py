@@ -195,6 +195,12 @@ def test_the_cost_of_an_update_is_its_parameters(method: str, name: str, anatomy
     assert edits and all(config.cost(layers[e.module]) == parameters(e) < math.prod(layers[e.module].shape) for e in edits)
 
 
+@pytest.mark.parametrize("settings", [{"lora_alpha": 0.0}, {"alpha_pattern": {"model.3.*": "8"}}], ids=str)
+def test_an_alpha_that_cannot_scale(settings: dict, anatomy) -> None:
+    with pytest.raises(ConfigError, match=r"lora: alpha=.* \(of model.*\) cannot scale an update; give a number above 0"):
+        make_method("lora", settings).edits(anatomy("yolo11n"))
+
+
 def test_ssf_edits_norms_in_their_own_stage(anatomy) -> None:
     plan = make_plan(make_method("ssf"), anatomy("yolo11n"), 10)
     norms = {p.name.rpartition(".")[0] for p in anatomy("yolo11n").body if p.role == "norm.weight" and p.stage >= 10}
