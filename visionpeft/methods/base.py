@@ -193,7 +193,7 @@ def matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None
+        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); it is matched against whole names") from None
 
 
 def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
