@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from visionpeft.attach import attach, train_mode
 from visionpeft.errors import ConfigError, ModelError
 from visionpeft.families.timm import Timm
+from visionpeft.families.timm_anatomy import input_size
 from visionpeft.methods.base import Combined, make_method
 from visionpeft.methods.conv_adapter import ConvAdapter
 from visionpeft.methods.lora import LoraConfig
@@ -265,7 +266,7 @@ def test_what_blocks_say_of_themselves(net) -> None:
         ("vit_tiny_patch16_224", {"img_size": 64, "depth": 1, "block_fn": "post"}, False, (4, 4), 1),
         ("deit_tiny_distilled_patch16_224", {"img_size": 64, "depth": 1}, True, (4, 4), 2),
         ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1}, True, (4, 4), 1),
-        ("mixer_s32_224", {"img_size": 64, "drop_path_rate": 0.0}, True, (2, 2), 0),
+        ("mixer_s32_224", {}, True, (7, 7), 0),
         ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, True, (56, 56), 0),
         (
             "swinv2_tiny_window8_256",
@@ -287,13 +288,7 @@ def test_mona_finds_the_sum_in_the_middle(name: str, options: dict, norms: bool,
     assert (bool(first.norm), first.grid, first.leading) == (norms, grid, leading)
     plan = make_plan(make_method("mona"), read)
     assert plan.edits[0].point == ("forward" if norms else "output")
-    filled(attach(model, plan))(torch.rand(1, *Timm().anatomy(model, name) and _size(model)))
-
-
-def _size(model: Any) -> tuple[int, int, int]:
-    from visionpeft.families.timm_anatomy import input_size
-
-    return input_size(model)
+    assert filled(attach(model, plan))(torch.rand(2, *input_size(model))).shape == (2, 5)
 
 
 # ------------------------------------------------------------------------------------------------------ shapes and layouts
@@ -376,7 +371,7 @@ def test_layouts_lead_there_and_back() -> None:
         ("mona", {"dropout": 1.0}, "dropout=1.0 is out of range; it must be between 0.0 and 0.99"),
         ("mona", {"blocks": "C3k3"}, "blocks='C3k3' matches none of its 10 blocks.*classes, C2PSA, C3k2, SPPF\\. With"),
         ("adapter", {"blocks": "(("}, "'\\(\\(' is not a regular expression"),
-        ("prefix", {"num_virtual_tokens": 500}, "num_virtual_tokens=500 is more than any attention.*give at most 400"),
+        ("prefix", {"num_virtual_tokens": 900}, "=900 is more than twice the 400 keys that an attention.*give at most 800"),
         ("lora+lora", {}, "method 'lora\\+lora' names a method twice; name each once"),
         ("prompt+mona", {}, "'prompt' adds tokens to the sequence that 'mona' takes for a map; use one of the two"),
     ],
@@ -388,11 +383,13 @@ def test_settings_that_cannot_be(method: str, settings: dict, sentence: str, net
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "most"), [("prompt", 18, 17), ("prefix", 18, 17), ("prompt", 1000, 17), ("prefix", 1000, 17)]
+    ("method", "count", "most"), [("prompt", 35, 34), ("prefix", 35, 34), ("prompt", 1000, 34), ("prefix", 1000, 34)]
 )
 def test_more_prompts_than_tokens(method: str, count: int, most: int, net) -> None:
     model = net("vit_tiny")
-    with pytest.raises(ConfigError, match=f"num_virtual_tokens={count} is more than .* own; give at most {most}$"):
+    with pytest.raises(
+        ConfigError, match=f"num_virtual_tokens={count} is more than twice the 17 .* own; give at most {most}$"
+    ):
         planned(model, "vit_tiny", method, num_virtual_tokens=count)
     assert planned(model, "vit_tiny", method, num_virtual_tokens=most).edits
 

@@ -188,6 +188,14 @@ def choose_layers(anatomy: Anatomy, wanted: str | Sequence[str]) -> list[Layer]:
     return found
 
 
+def check_tokens(method: str, count: int, own: int, what: str) -> None:
+    """Refuse to add more than twice as many tokens as there are. (Of 197, the paper on VPT added up to 200.)"""
+    if count > 2 * own:
+        raise ConfigError(
+            f"{method}: num_virtual_tokens={count} is more than twice the {own} {what} of its own; give at most {2 * own}"
+        )
+
+
 def matches(pattern: str, name: str) -> bool:
     """Say whether a regular expression matches a whole name."""
     try:
