@@ -210,8 +210,9 @@ def test_mona(kind: str, pair) -> None:
 
 
 def test_mona_drops_while_training_only(pair, images) -> None:
-    model, _ = pair("vit_tiny", "mona", dropout=0.5)
-    x = images.double()
+    model, plain = pair("vit_tiny", "mona", dropout=0.5)
+    x, modes = images.double(), {m.training for m in attach(plain, model.peft.plan).modules()}
+    assert modes == {False}  # what is attached to a net in eval mode is in eval mode, too
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
