@@ -337,7 +337,7 @@ def test_nets(name: str, method: str, bn: str | None, freeze: int) -> None:
         assert_same(results(twin, x), wanted)
 
 
-OTHERS = ("adapter", "dora", "ia3", "loha", "lokr", "prefix", "side", "ssf")
+OTHERS = ("adapter", "conv_adapter", "dora", "ia3", "loha", "lokr", "mona", "prefix", "side", "ssf")
 
 
 @pytest.mark.parametrize(("name", "method"), [*itertools.product(("yolo11n", "vit_tiny"), OTHERS), ("vit_tiny", "prompt")])

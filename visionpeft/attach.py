@@ -301,6 +301,7 @@ def _install(module: Any, edit: Edit, part: nn.Module) -> None:
             parts.handle = module.register_forward_pre_hook(_input, with_kwargs=True)
         module.add_module(name, parts)
     module._modules[name][edit.method] = part
+    module._modules[name].train(module.training)
 
 
 def _uninstall(module: Any, point: str) -> None:

@@ -205,12 +205,20 @@ def choose_layers(anatomy: Anatomy, wanted: str | Sequence[str]) -> list[Layer]:
     return found
 
 
+def check_tokens(method: str, count: int, own: int, what: str) -> None:
+    """Refuse to add more than twice as many tokens as there are. (Of 197, the paper on VPT added up to 200.)"""
+    if count > 2 * own:
+        raise ConfigError(
+            f"{method}: num_virtual_tokens={count} is more than twice the {own} {what} of its own; give at most {2 * own}"
+        )
+
+
 def matches(pattern: str, name: str) -> bool:
     """Say whether a regular expression matches a whole name."""
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
-        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None
+        raise ConfigError(f"'{pattern}' is not a regular expression ({error}); it is matched against whole names") from None
 
 
 def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ModelError, nearest
+from ..errors import ConfigError, ModelError
 from ..plan import Anatomy, Block, Unfit
 from .base import matches
 
@@ -35,20 +35,20 @@ def choose_blocks(anatomy: Anatomy, wanted: str) -> list[Block]:
         names = [b.name for b in anatomy.blocks]
         raise Unfit(
             f"blocks='{wanted}' matches none of its {len(names)} blocks, e.g. {', '.join(names[:3])}, "
-            f"nor their classes, {', '.join(classes)}{nearest(wanted, [*classes, *names])}"
+            f"nor their classes, {', '.join(classes)}"
         )
     return found
 
 
 def bottleneck(method: str, block: Block, channels: int, reduction_factor: int) -> int:
-    """Return how many channels a bottleneck has.
+    """Return how many channels the bottleneck of an adapter on a block has, which reads so many `channels`.
 
     Raises:
         ConfigError: There are too few channels to narrow.
     """
-    if channels < NARROWEST:
+    if (fewest := min(channels, block.channels)) < NARROWEST:
         raise ConfigError(
-            f"{method}: {block.name} has {channels} channel{'s' * (channels > 1)}, but the bottleneck of an adapter has at "
+            f"{method}: {block.name} has {fewest} channel{'s' * (fewest > 1)}, but the bottleneck of an adapter has at "
             f"least {NARROWEST}; freeze that stage, or choose other blocks with blocks='...'"
         )
     return max(channels // reduction_factor, NARROWEST)

@@ -98,9 +98,10 @@ class Mona(nn.Module):
 
     def _filter(self, h: Tensor) -> Tensor:
         """Apply the convolutions to (B, C, H, W); the mean of three is one 7 x 7, with smaller kernels in its middle."""
-        kernels = [F.pad(conv.weight, [(7 - conv.weight.shape[-1]) // 2] * 4) for conv in self.convs]  # type: ignore
-        kernel = torch.stack(kernels).mean(0)
-        bias = torch.stack([conv.bias for conv in self.convs]).mean(0)  # type: ignore[misc]
+        convs: list[Any] = list(self.convs)
+        kernels = [F.pad(conv.weight, [(7 - conv.weight.shape[-1]) // 2] * 4) for conv in convs]
+        kernel = torch.stack(kernels).mean(0).view(convs[-1].weight.shape)  # a shape that torch.onnx must be told
+        bias = torch.stack([conv.bias for conv in convs]).mean(0)
         h = h + F.conv2d(h, kernel, bias, padding=3, groups=h.shape[1])
         return h + self.projector(h)
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Unfit
 from ..registry import METHODS
-from .base import Method
+from .base import Method, check_tokens
 
 
 @METHODS.register("prefix")
@@ -31,12 +30,8 @@ class PrefixConfig(Method):
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         if not anatomy.attentions:
             raise Unfit("it has no self-attention that could read a prefix")
-        most = max(a.keys for a in anatomy.attentions)
-        if most and self.num_virtual_tokens > most:
-            raise ConfigError(
-                f"{self.name}: num_virtual_tokens={self.num_virtual_tokens} is more than any attention of {anatomy.model} has "
-                f"keys of its own; give at most {most}"
-            )
+        if own := max(a.keys for a in anatomy.attentions):
+            check_tokens(self.name, self.num_virtual_tokens, own, f"keys that an attention of {anatomy.model} has")
         return [
             self.edit(
                 a.name,

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Unfit
 from ..registry import METHODS
-from .base import Method
+from .base import Method, check_tokens
 
 
 @METHODS.register("prompt")
@@ -35,11 +34,8 @@ class PromptConfig(Method):
         if not blocks:
             raise Unfit("it has no plain token sequence that prompts could join")
         own = blocks[0].leading + math.prod(blocks[0].grid)
-        if math.prod(blocks[0].grid) and self.num_virtual_tokens > own:
-            raise ConfigError(
-                f"{self.name}: num_virtual_tokens={self.num_virtual_tokens} is more than {anatomy.model} has tokens of its "
-                f"own; give at most {own}"
-            )
+        if all(blocks[0].grid):
+            check_tokens(self.name, self.num_virtual_tokens, own, f"tokens that {anatomy.model} has")
         settings = {"tokens": self.num_virtual_tokens, "channels": blocks[0].channels}
         entries = [
             self.edit(b.name, "input", role="insert" if b is blocks[0] else "replace", **settings)
