@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer, Param
 from ..registry import METHODS
-from .base import Method, choose_layers, matches
+from .base import Method, PeftLayer, choose_layers, computes_plainly, matches
 
 
 @METHODS.register("lora")
@@ -35,6 +35,8 @@ class LoraConfig(Method):
     bn: ClassVar[str] = "train"
     worth: ClassVar[float | None] = 0.7
     lr_scale: ClassVar[float] = 5.0
+    peft_type: ClassVar[str] = "LORA"
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"})
 
     def __post_init__(self) -> None:
         self.check("r", self.r, 1)
@@ -70,6 +72,39 @@ class LoraConfig(Method):
     @staticmethod
     def build(**settings: Any) -> nn.Module:
         return LowRank(**settings)
+
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if not _as_peft(layer):
+            return None
+        up, down = part.whole()
+        r = len(down)
+        shapes = ((r, *part.shape[1:]), (part.shape[0], r, *[1] * (len(part.shape) - 2)))
+        tensors = {f"{n}.weight": t.view(s) for n, t, s in zip(("lora_A", "lora_B"), (down, up), shapes, strict=True)}
+        alpha = part.scaling * (math.sqrt(r) if self.use_rslora else r)
+        said = {"use_rslora": self.use_rslora, "use_dora": False, "init_lora_weights": True, "bias": "none"}
+        return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **said})
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+        if fields.get("use_dora", False) != (cls.name == "dora"):
+            return None
+        first = fields.get("init_lora_weights", True)
+        if first not in _INNOCENT:
+            raise ConfigError(
+                f"init_lora_weights={first!r} changed the base's own weights before it was trained; save the adapter from "
+                "peft with path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
+            )
+        names = ("r", "lora_alpha", "use_rslora")
+        return cls(**{n: fields[n] for n in names if n in fields}, small_layers=0.0, train_norms=False, oversize="skip")
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not _as_peft(layer):
+            return None
+        down, up = (found.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B"))
+        r = found.fields["r"]
+        scaling = found.fields["lora_alpha"] / (math.sqrt(r) if self.use_rslora else r)
+        shape = list(layer._parameters["weight"].shape)  # type: ignore[union-attr]
+        return {"shape": shape, "r": r, "scaling": scaling}, {"lora_A": down, "lora_B": up}
 
     def targets(self, anatomy: Anatomy) -> list[Layer]:
         """Return the layers that `target_modules` means."""
@@ -154,6 +189,14 @@ class LowRank(nn.Module):
             whole = update.new_zeros(self.shape[0], update.shape[1])
             return whole.index_copy(0, self.index, self.scaling * update).view(self.shape)
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return (outputs, R) and (R, inputs) whose product is B A in the weight's own rows; R is r for each slice."""
+        if self.index is None:
+            return self.lora_B, self.lora_A
+        up = self.lora_B.new_zeros(self.shape[0], len(self.lora_A))
+        up[self.index] = torch.block_diag(*self.lora_B.split(self.rows))
+        return up, self.lora_A
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.index is not None or torch.is_autocast_enabled(weight.device.type):
             return weight + self.update()
@@ -162,6 +205,15 @@ class LowRank(nn.Module):
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
         return None if self.index is not None else (weight, self.lora_B, self.lora_A, self.scaling)
+
+
+_INNOCENT = (True, False, "gaussian", "orthogonal", "eva")  # of peft's ways to begin: those that leave the base as it is
+
+
+def _as_peft(layer: nn.Module) -> bool:
+    """Say whether peft's LoRA is an update of this layer's weight: its A knows neither groups nor dilation (peft 0.21)."""
+    single = getattr(layer, "groups", 1) == 1 and set(getattr(layer, "dilation", (1,))) == {1}
+    return computes_plainly(layer) and single
 
 
 def _matrix(layer: Layer) -> tuple[int, int]:
