@@ -10,12 +10,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import NETS
 from torch import Tensor, nn
 
 from visionpeft import delta as deltas
 from visionpeft import hfpeft
-from visionpeft.attach import attach, is_added, train_mode
+from visionpeft.attach import attach, train_mode
 from visionpeft.families.base import Base
 from visionpeft.families.timm import Timm
 from visionpeft.methods.base import make_method
@@ -82,6 +81,9 @@ CASES = [
     ("lora", {"use_rslora": True, "rank_pattern": {".*proj|.*conv2|.*fc1": 3}, "alpha_pattern": {".*fc2|.*conv1": 5.0}}),
     ("dora", {"small_layers": 0.0}),
     ("ia3", {}),
+    ("loha", {"rank_pattern": {".*proj|.*conv2|.*fc1": 3}}),
+    ("lokr", {"alpha": 3.0}),
+    ("lokr", {"r": 2, "decompose_both": True, "decompose_factor": 4}),
 ]
 
 

@@ -41,7 +41,10 @@ from visionpeft.attach import attach, detach, merge, train_mode
 from visionpeft.errors import ConfigError, ModelError
 from visionpeft.measure import PeakBytes, SavedBytes
 from visionpeft.methods.base import make_method
+from visionpeft.methods.loha import Hadamard
+from visionpeft.methods.lokr import Kronecker
 from visionpeft.methods.lora import LoraConfig, LowRank
+from visionpeft.methods.ssf import ScaleShift
 from visionpeft.plan import Edit, Plan, make_plan
 from visionpeft.registry import FAMILIES
 
@@ -205,6 +208,9 @@ def filled(module: nn.Module) -> nn.Module:
     for part in (m for m in module.modules() if isinstance(m, LowRank)):
         for factor in (part.lora_A, part.lora_B):
             factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.2 / factor.shape[1] ** 0.5)
+    for part in (m for m in module.modules() if isinstance(m, ScaleShift | Hadamard | Kronecker)):
+        for parameter in part.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return module
 
 
@@ -316,8 +322,8 @@ def net(name: str, method: str, bn: str | None = None, freeze: int = 0, **settin
     return train_mode(model, plan)
 
 
-CASES = [(m, None, 0) for m in ("bitfit", "norm")]
-CASES += [("lora", "frozen", 0), ("lora", "train", 0), ("full", "frozen", 0), ("full", "train", 2)]
+CASES = [(m, None, 0) for m in ("bitfit", "norm", "ssf")]
+CASES += [("ssf", "train", 2), ("lora", "frozen", 0), ("lora", "train", 0), ("full", "frozen", 0), ("full", "train", 2)]
 
 
 @pytest.mark.parametrize(("method", "bn", "freeze"), CASES)
@@ -331,7 +337,7 @@ def test_nets(name: str, method: str, bn: str | None, freeze: int) -> None:
         assert_same(results(twin, x), wanted)
 
 
-OTHERS = ("adapter", "dora", "ia3", "prefix", "side")
+OTHERS = ("adapter", "dora", "ia3", "loha", "lokr", "prefix", "side", "ssf")
 
 
 @pytest.mark.parametrize(("name", "method"), [*itertools.product(("yolo11n", "vit_tiny"), OTHERS), ("vit_tiny", "prompt")])

@@ -607,9 +607,7 @@ def import_peft(
     if model is None and not said:
         raise ConfigError(f"{folder} does not say what it was trained on as visionpeft would; give the base with model=...")
     if model is None and "://" in f"{said['base']['model']}{said['base']['model_args']}":
-        raise DeltaError(
-            f"{folder} names an address as its base ({said['base']['model']}); give a base you trust"
-        )
+        raise DeltaError(f"{folder} names an address as its base ({said['base']['model']}); give a base you trust")
     source = lasting(model or said["base"]["model"])
     given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
     family = find_family(source)

@@ -1,6 +1,7 @@
 """The only file that changes a model: attach, merge and detach at four points.
 
-weight    the layer's class is twinned; reading ``weight`` applies the parts, assigning ``weight`` folds them away
+weight    the class of the layer or normalisation is twinned; reading ``weight`` (and ``bias``) applies the parts, assigning
+          ``weight`` folds them away
 output    a hook passes what a module returns through the parts
 input     a hook passes what a module is given through the parts
 forward   the module's class is twinned; the parts run around its own forward
@@ -25,6 +26,7 @@ from .errors import ConfigError, ModelError
 from .plan import Edit, Plan
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)  # of batches and of instances; layers; groups
 _POINTS = ("weight", "output", "input", "forward")
 
 
@@ -255,9 +257,13 @@ def _prepare(model: nn.Module, edit: Edit, start: bool) -> tuple[nn.Module, Edit
         module = model.get_submodule(edit.module)
     except AttributeError as error:
         raise ModelError(f"the plan edits {edit.module}, which this model does not have") from error
-    if edit.point == "weight" and not (isinstance(module, _LAYERS) and "weight" in module._parameters):
+    known = isinstance(module, (*_LAYERS, *_NORMS)) and module._parameters.get("weight") is not None
+    if edit.point == "weight" and not known:
         fit = ", ".join(t.__name__ for t in _LAYERS)
-        raise ConfigError(f"{edit.module} is a {type(module).__name__}; a weight delta fits {fit} and their subclasses")
+        raise ConfigError(
+            f"{edit.module} is a {type(module).__name__}; a weight delta fits {fit}, their subclasses, and normalisations "
+            "of batches, layers and groups with a scale"
+        )
     part = edit.build()
     if hasattr(part, "start") and start:
         part.start(module)  # type: ignore[operator]

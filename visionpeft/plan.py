@@ -379,7 +379,8 @@ def _freeze_name(anatomy: Anatomy, given: str) -> str:
 
 
 def _rows(anatomy: Anatomy, wanted: set[str], edits: Sequence[Edit], still: set[str]) -> tuple[Row, ...]:
-    where = {part.name: part.stage for parts in (anatomy.layers, anatomy.blocks, anatomy.attentions) for part in parts}
+    where = {p.name.rpartition(".")[0]: p.stage for p in anatomy.params if "." in p.name}  # normalisations are edited, too
+    where |= {part.name: part.stage for parts in (anatomy.layers, anatomy.blocks, anatomy.attentions) for part in parts}
     last = anatomy.stages[-1].index
     added = [(where.get(e.module, last), parameters(e)) for e in edits]
 

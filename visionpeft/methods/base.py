@@ -221,6 +221,12 @@ def matches(pattern: str, name: str) -> bool:
         raise ConfigError(f"'{pattern}' is not a regular expression ({error}); see target_modules") from None
 
 
+def peft_targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Return what HF peft's `target_modules` says; names, endings and regular expressions mean the same here."""
+    given = fields.get("target_modules") or "all"
+    return given if isinstance(given, str) else tuple(given)
+
+
 def computes_plainly(layer: nn.Module) -> bool:
     """Say whether a layer is torch's own, so that HF peft's copy of its arithmetic is right: no subclass, zeros as padding."""
     own = plain(type(layer)) in (nn.Linear, nn.Conv1d, nn.Conv2d)

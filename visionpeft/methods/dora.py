@@ -19,6 +19,7 @@ from .lora import LoraConfig, LowRank
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
     worth: ClassVar[float | None] = None
+    peft_dora: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,17 +37,16 @@ class DoraConfig(LoraConfig):
         if (found := super().to_peft(part, layer)) is None:
             return None
         length = part.magnitude if len(part.shape) == 2 else part.magnitude.view(1, -1, *[1] * (len(part.shape) - 2))
-        return PeftLayer({**found.tensors, "lora_magnitude_vector": length}, {**found.fields, "use_dora": True})
+        return PeftLayer({**found.tensors, "lora_magnitude_vector": length}, found.fields)
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if (read := super().read_peft(layer, found)) is None:
             return None
         settings, tensors = read
-        length = found.tensors["lora_magnitude_vector"].flatten()
-        return {**settings, "output": 0, "groups": 1}, {**tensors, "magnitude": length}
+        return settings, {**tensors, "magnitude": found.tensors["lora_magnitude_vector"].flatten()}
 
-    def _settings(self, layer: Layer) -> dict[str, Any]:
-        return {**super()._settings(layer), "output": _output(layer.kind), "groups": _groups(layer)}
+    def part(self, layer: Layer) -> dict[str, Any]:
+        return {**super().part(layer), "output": _output(layer.kind), "groups": _groups(layer)}
 
 
 class Magnitude(LowRank):
@@ -59,6 +59,7 @@ class Magnitude(LowRank):
 
     def start(self, layer: nn.Module) -> None:
         """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
     def forward(self, weight: Tensor) -> Tensor:

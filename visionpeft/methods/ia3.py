@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer, Unfit
 from ..registry import METHODS
-from .base import Method, PeftLayer, choose_layers, computes_plainly
+from .base import Method, PeftLayer, choose_layers, computes_plainly, peft_targets
 
 
 @METHODS.register("ia3")
@@ -28,7 +28,7 @@ class Ia3Config(Method):
         layers = [x for x in choose_layers(anatomy, self.target_modules) if x.linear]  # a normalised weight undoes a factor
         if not layers:
             raise Unfit("all the layers it would scale normalise their weights")
-        return [self.edit(x.name, "weight", outputs=_outputs(x), transposed=x.kind == "conv_transpose") for x in layers]
+        return [self.edit(x.name, "weight", outputs=count_outputs(x), transposed=x.kind == "conv_transpose") for x in layers]
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
@@ -44,7 +44,7 @@ class Ia3Config(Method):
     def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
         if fields.get("feedforward_modules"):
             raise ConfigError("feedforward_modules scale what a layer reads, but ia3 here scales what it puts out")
-        return cls()
+        return cls(target_modules=peft_targets(fields))
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
@@ -61,16 +61,21 @@ class Factors(nn.Module):
         self.ia3_l = nn.Parameter(torch.ones(outputs))
 
     def forward(self, weight: Tensor) -> Tensor:
-        ones = [1] * (weight.ndim - 2)
-        if not self.transposed:
-            return weight * self.ia3_l.view(-1, 1, *ones)
-        groups = len(self.ia3_l) // weight.shape[1]  # a transposed convolution's weight is (in, out / groups, ...)
-        factors = self.ia3_l.view(groups, 1, -1, *ones)
-        return (weight.unflatten(0, (groups, -1)) * factors).flatten(0, 1)
+        return times_outputs(weight, self.ia3_l, self.transposed)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias * self.ia3_l
 
 
-def _outputs(layer: Layer) -> int:
+def times_outputs(weight: Tensor, factors: Tensor, transposed: bool = False) -> Tensor:
+    """Return a layer's weight with every output multiplied by its factor, (O,)."""
+    ones = [1] * (weight.ndim - 2)
+    if not transposed:
+        return weight * factors.view(-1, 1, *ones)
+    groups = len(factors) // weight.shape[1]  # a transposed convolution's weight is (in, out / groups, ...)
+    return (weight.unflatten(0, (groups, -1)) * factors.view(groups, 1, -1, *ones)).flatten(0, 1)
+
+
+def count_outputs(layer: Layer) -> int:
+    """Return how many outputs a layer has."""
     return layer.shape[1] * layer.groups if layer.kind == "conv_transpose" else layer.shape[0]

@@ -1,73 +1,47 @@
-"""LoRA: W + (alpha / r) B A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732; A frozen (LoRA-FA): Zhang et al. 2023, https://arxiv.org/abs/2308.03303"""
+"""LoRA: W + (alpha / r) B A.  Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised: alpha / sqrt(r), Kalajdzievski 2023, https://arxiv.org/abs/2312.03732; A frozen (LoRA-FA): Zhang et al. 2023, https://arxiv.org/abs/2308.03303; factors that start from the weight's own: PiSSA, Meng et al. 2024, https://arxiv.org/abs/2404.02948, and OLoRA, Büyükakyüz 2024, https://arxiv.org/abs/2406.01775"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..plan import Anatomy, Edit, Layer, Param
+from ..plan import Layer
 from ..registry import METHODS
-from .base import Method, PeftLayer, choose_layers, computes_plainly, matches
+from .base import Method, PeftLayer, computes_plainly
+from .updates import Update, UpdateConfig, matrix
 
 
 @METHODS.register("lora")
 @dataclass(frozen=True)
-class LoraConfig(Method):
-    r: int = 4  # rank of the update
+class LoraConfig(UpdateConfig):
     lora_alpha: float = 8.0  # the update is scaled by lora_alpha / r
     use_rslora: bool = False  # scale by lora_alpha / sqrt(r) instead
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
-    target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
     qkv: str = "qkv"  # which of q, k and v of a fused projection
-    rank_pattern: dict = field(default_factory=dict)  # {regular expression: rank} for layers that differ
-    alpha_pattern: dict = field(default_factory=dict)  # {regular expression: lora_alpha} for layers that differ
-    oversize: str = "train"  # a layer no larger than its update: "train" the layer itself, or "skip" it
-    small_layers: float = 0.055  # the smallest targets train themselves, up to this share of the body; 0: none
     lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
-    train_norms: bool = True  # scales and shifts of normalisations train too (0.4 % of yolov8n's body)
+    init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
-    bn: ClassVar[str] = "train"
     worth: ClassVar[float | None] = 0.7
-    lr_scale: ClassVar[float] = 5.0
     peft_type: ClassVar[str] = "LORA"
+    peft_dora: ClassVar[bool] = False  # peft has DoRA as an option of its LoRA
     peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"})
 
     def __post_init__(self) -> None:
-        self.check("r", self.r, 1)
-        self.check("small_layers", self.small_layers, 0.0, 1.0)
+        super().__post_init__()
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
-        if self.oversize not in ("train", "skip"):
-            raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
-
-    def train(self, anatomy: Anatomy) -> Iterable[str]:
-        edited = {edit.module for edit in self.edits(anatomy)}
-        small = self._small(anatomy)
-        whole = [x for x in self.targets(anatomy) if x.name not in edited and (x.name in small or self.oversize == "train")]
-        norms = [p.name for p in anatomy.body if p.role.startswith("norm") and self.train_norms]
-        return [*(f"{layer.name}.weight" for layer in whole), *norms]
-
-    def rate(self, param: Param) -> float:
-        return self.lr_scale if param.role.startswith("norm") else 1.0  # whole layers move as in full fine-tuning
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        targets = self.targets(anatomy)
-        fitting = [layer for layer in targets if self.cost(layer) < math.prod(layer.shape)]
-        if not fitting:
-            largest = max(math.ceil(math.prod(t.shape) / sum(_matrix(t))) - 1 for t in targets)
+        if self.init_lora_weights not in ("kaiming", *FROM_WEIGHT):
+            allowed = ", ".join(("kaiming", *FROM_WEIGHT))
             raise ConfigError(
-                f"{self.name}: at r={self.r} the update is as large as every layer it would edit; "
-                f"r may be up to {max(largest, 1)} here, or use method='full'"
+                f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is one of {allowed}"
             )
-        small = self._small(anatomy)
-        return [self.edit(x.name, "weight", **self._settings(x)) for x in fitting if x.name not in small]
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
@@ -81,12 +55,12 @@ class LoraConfig(Method):
         shapes = ((r, *part.shape[1:]), (part.shape[0], r, *[1] * (len(part.shape) - 2)))
         tensors = {f"{n}.weight": t.view(s) for n, t, s in zip(("lora_A", "lora_B"), (down, up), shapes, strict=True)}
         alpha = part.scaling * (math.sqrt(r) if self.use_rslora else r)
-        said = {"use_rslora": self.use_rslora, "use_dora": False, "init_lora_weights": True, "bias": "none"}
+        said = {"use_rslora": self.use_rslora, "use_dora": self.peft_dora, "init_lora_weights": True, "bias": "none"}
         return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **said})
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
-        if fields.get("use_dora", False) != (cls.name == "dora"):
+        if bool(fields.get("use_dora")) != cls.peft_dora:
             return None
         first = fields.get("init_lora_weights", True)
         if first not in _INNOCENT:
@@ -94,40 +68,20 @@ class LoraConfig(Method):
                 f"init_lora_weights={first!r} changed the base's own weights before it was trained; save the adapter from "
                 "peft with path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
             )
-        names = ("r", "lora_alpha", "use_rslora")
-        return cls(**{n: fields[n] for n in names if n in fields}, small_layers=0.0, train_norms=False, oversize="skip")
+        return super().from_peft({k: v for k, v in fields.items() if k != "init_lora_weights"})
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if not _as_peft(layer):
             return None
-        down, up = (found.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B"))
-        r = found.fields["r"]
-        scaling = found.fields["lora_alpha"] / (math.sqrt(r) if self.use_rslora else r)
-        shape = list(layer._parameters["weight"].shape)  # type: ignore[union-attr]
-        return {"shape": shape, "r": r, "scaling": scaling}, {"lora_A": down, "lora_B": up}
-
-    def targets(self, anatomy: Anatomy) -> list[Layer]:
-        """Return the layers that `target_modules` means."""
-        return choose_layers(anatomy, self.target_modules)
-
-    def rank(self, layer: Layer) -> int:
-        """Return the rank for one layer."""
-        return next((r for pattern, r in self.rank_pattern.items() if matches(pattern, layer.name)), self.r)
+        return self.peft_part(layer, found), {n: found.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B")}
 
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""
-        rows, columns = _matrix(layer)
+        rows, columns = matrix(layer)
         chosen = self._rows(layer)
         if chosen is None:
             return self.rank(layer) * (rows + columns)
         return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
-
-    def _small(self, anatomy: Anatomy) -> set[str]:
-        """Return the smallest targets, all of a size or none, that together stay within `small_layers` of the body."""
-        sizes = {layer.name: math.prod(layer.shape) for layer in self.targets(anatomy)}
-        allowed = self.small_layers * sum(p.numel for p in anatomy.body)
-        limit = max((n for n in sizes.values() if sum(m for m in sizes.values() if m <= n) <= allowed), default=0)
-        return {name for name, n in sizes.items() if n <= limit}
 
     def _rows(self, layer: Layer) -> list | None:
         """Return the rows of each chosen projection of a fused qkv, or None for the whole matrix."""
@@ -135,15 +89,22 @@ class LoraConfig(Method):
             return None
         return [[list(span) for span in layer.slices[name]] for name in "qkv" if name in self.qkv]
 
-    def _settings(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> dict[str, Any]:
         r = self.rank(layer)
-        alpha = next((a for pattern, a in self.alpha_pattern.items() if matches(pattern, layer.name)), self.lora_alpha)
-        scaling = alpha / (math.sqrt(r) if self.use_rslora else r)
+        scaling = self.alpha_of(layer, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
         settings: dict[str, Any] = {"shape": list(layer.shape), "r": r, "scaling": scaling}
         if self.lora_fa:
             settings["fixed"] = True
         if rows := self._rows(layer):
             settings["rows"] = rows
+        if self.init_lora_weights != "kaiming":
+            most = min((sum(b - a for a, b in group) for group in rows or ()), default=r)
+            if r > most:
+                raise ConfigError(
+                    f"{self.name}: {layer.name} has {most} rows for each of q, k and v, so init_lora_weights="
+                    f"'{self.init_lora_weights}' has no {r} factors for it; give a rank up to {most}"
+                )
+            settings["init"] = self.init_lora_weights
         if self.lora_dropout:
             if not layer.linear:
                 raise ConfigError(f"{layer.name} normalises its weight, so lora_dropout has no meaning there; use 0")
@@ -151,8 +112,17 @@ class LoraConfig(Method):
         return settings
 
 
-class LowRank(nn.Module):
-    """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows."""
+class LowRank(Update):
+    """The update (alpha / r) B A of a weight of any shape, seen as a matrix of `shape[0]` rows.
+
+    Where its factors start from the weight's own, A0 and B0, the layer keeps its weight, and what is learned are their changes
+    A and B, from zero: W + (alpha / r) ((B0 + B) (A0 + A) - B0 A0). So the start is the base exactly, weight decay leads back
+    to it, and half precision rounds the changes alone.
+    """
+
+    lora_A: Tensor
+    start_A: Tensor
+    start_B: Tensor
 
     def __init__(
         self,
@@ -162,49 +132,82 @@ class LowRank(nn.Module):
         rows: Sequence | None = None,
         dropout: float = 0.0,
         fixed: bool = False,
+        init: str = "kaiming",
     ):
         super().__init__()
-        self.scaling, self.dropout, self.shape = scaling, dropout, tuple(shape)
+        self.scaling, self.dropout, self.shape, self.init = scaling, dropout, tuple(shape), init
         chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
         self.rows = [len(group) for group in chosen] or [shape[0]]  # how many rows each B has
         index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
         self.register_buffer("index", index, persistent=False)
         self.index: Tensor | None
-        down = nn.init.kaiming_uniform_(torch.empty(len(self.rows) * r, math.prod(shape[1:])), a=math.sqrt(5))
+        down, up = torch.empty(len(self.rows) * r, math.prod(shape[1:])), torch.zeros(sum(self.rows), r)
+        self.moves = init != "kaiming" and not fixed  # whether A and B are changes of factors that the layer starts from
+        if self.moves:
+            self.register_buffer("start_A", torch.zeros_like(down))
+            self.register_buffer("start_B", torch.zeros_like(up))
+        down = nn.init.kaiming_uniform_(down, a=math.sqrt(5)) if init == "kaiming" else down.zero_()
         if fixed:  # LoRA-FA
             self.register_buffer("lora_A", down)
         else:
             self.lora_A = nn.Parameter(down)
-        self.lora_B = nn.Parameter(torch.zeros(sum(self.rows), r))
+        self.lora_B = nn.Parameter(up)
 
-    lora_A: Tensor
+    def start(self, layer: nn.Module) -> None:
+        """Take the factors to start from, if any, from the layer's own weight."""
+        if self.init == "kaiming":
+            return
+        matrix: Tensor = layer.weight.detach().flatten(1)  # type: ignore[operator, assignment, union-attr]
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        chosen = matrix if self.index is None else matrix[self.index.to(matrix.device)]
+        r = self.lora_B.shape[1]
+        ups, downs = zip(*(FROM_WEIGHT[self.init](part, r, self.scaling) for part in chosen.split(self.rows)), strict=True)
+        with torch.no_grad():
+            if self.moves:
+                self.start_A.copy_(torch.cat(downs))
+                self.start_B.copy_(torch.cat(ups))
+            else:  # with A fixed, B0 makes no difference to how B moves
+                self.lora_A.copy_(torch.cat(downs))
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """Return factors U (rows, k) and V (k, columns) of what is added, one pair for each group of rows."""
+        pairs = _pairs(self.lora_B, self.lora_A, self.rows)
+        if not self.moves:
+            return pairs
+        # (B0 + B) (A0 + A) - B0 A0 = (B0 + B) A + B A0, without a difference of what is nearly the same
+        starts = _pairs(self.start_B, self.start_A, self.rows)
+        return [
+            (torch.cat([up0 + up, up], 1), torch.cat([down, down0]))
+            for (up, down), (up0, down0) in zip(pairs, starts, strict=True)
+        ]
 
     def update(self) -> Tensor:
-        """Return the update in the weight's own shape; full precision, under autocast too."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             if self.index is None:
-                return (self.scaling * self.lora_B @ self.lora_A).view(self.shape)
-            factors = zip(self.lora_B.split(self.rows), self.lora_A.chunk(len(self.rows)), strict=True)
-            update = torch.cat([b @ a for b, a in factors])
+                [(up, down)] = self.products()
+                return (self.scaling * up @ down).view(self.shape)
+            update = torch.cat([up @ down for up, down in self.products()])
             whole = update.new_zeros(self.shape[0], update.shape[1])
             return whole.index_copy(0, self.index, self.scaling * update).view(self.shape)
 
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Return (outputs, R) and (R, inputs) whose product is B A in the weight's own rows; R is r for each slice."""
+        """Return `products` as one pair, (outputs, k) and (k, columns)."""
+        pairs = self.products()
         if self.index is None:
-            return self.lora_B, self.lora_A
-        up = self.lora_B.new_zeros(self.shape[0], len(self.lora_A))
-        up[self.index] = torch.block_diag(*self.lora_B.split(self.rows))
-        return up, self.lora_A
+            return pairs[0]
+        up = self.lora_B.new_zeros(self.shape[0], sum(len(v) for _, v in pairs))
+        up[self.index] = torch.block_diag(*(u for u, _ in pairs))
+        return up, torch.cat([v for _, v in pairs])
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.index is not None or torch.is_autocast_enabled(weight.device.type):
-            return weight + self.update()
-        return torch.addmm(weight.flatten(1), self.lora_B, self.lora_A, alpha=self.scaling).view(self.shape)
+            return super().forward(weight)
+        [(up, down)] = self.products()
+        return torch.addmm(weight.flatten(1), up, down, alpha=self.scaling).view(self.shape)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
-        return None if self.index is not None else (weight, self.lora_B, self.lora_A, self.scaling)
+        return None if self.index is not None else (weight, *self.products()[0], self.scaling)
 
 
 _INNOCENT = (True, False, "gaussian", "orthogonal", "eva")  # of peft's ways to begin: those that leave the base as it is
@@ -216,5 +219,29 @@ def _as_peft(layer: nn.Module) -> bool:
     return computes_plainly(layer) and single
 
 
-def _matrix(layer: Layer) -> tuple[int, int]:
-    return layer.shape[0], math.prod(layer.shape[1:])
+def _pairs(up: Tensor, down: Tensor, rows: list[int]) -> list[tuple[Tensor, Tensor]]:
+    if len(rows) == 1:
+        return [(up, down)]
+    return list(zip(up.split(rows), down.chunk(len(rows)), strict=True))
+
+
+def _pissa(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return B0 and A0 whose scaled product is the best approximation of rank r, as HF peft has it."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = (s[:r] / scaling).sqrt()
+    return _signed(u[:, :r] * root, root.unsqueeze(1) * v[:r])
+
+
+def _olora(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return as B0 and A0 the first r columns of Q and rows of R, as HF peft has it: unscaled."""
+    q, upper = torch.linalg.qr(matrix)
+    return _signed(q[:, :r], upper[:r])
+
+
+def _signed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn the sign of each pair so that the largest number of its column of `up` is positive: else it is the library's."""
+    signs = up.gather(0, up.abs().argmax(0, keepdim=True)).sign()
+    return up * signs, down * signs.t()
+
+
+FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
