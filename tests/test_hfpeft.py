@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import visionpeft
 from visionpeft import cli, hfpeft
 from visionpeft import delta as deltas
-from visionpeft.attach import attach, detach, is_added, merge, train_mode
+from visionpeft.attach import attach, is_added, merge, train_mode
 from visionpeft.errors import ConfigError, DeltaError, MismatchError
 from visionpeft.families.base import Base
 from visionpeft.methods.base import make_method
-from visionpeft.plan import Edit, Plan, make_plan
-from visionpeft.registry import FAMILIES, METHODS
+from visionpeft.plan import make_plan
+from visionpeft.registry import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("error")
 TIMM = ("vit_tiny", "swin", "resnet18", "convnext_atto", "mobilenetv2")
@@ -254,3 +254,310 @@ def test_layers_that_peft_gets_wrong_are_saved_whole(method: str, tmp_path) -> N
     assert ("base_model.model.grouped" in config["modules_to_save"]) == ("ora" in method)  # and "grouped" one of "more"
     opened = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
     assert close(predict(opened, x), predict(model, x))
+
+
+def test_half_precision_stays_half(adapted, tmp_path) -> None:
+    model, delta, base = adapted("vit_tiny", "lora", "fp16")
+    folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
+    assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
+    again = hfpeft.adopt(hfpeft.read(folder), family_of("vit_tiny"), base, delta.header)
+    assert {k: t.dtype for k, t in again.tensors.items()} == {k: t.dtype for k, t in delta.tensors.items()}
+    assert all(torch.equal(t, delta.tensors[k]) for k, t in again.tensors.items())
+
+
+def test_an_adapter_on_the_head_becomes_the_head(net, images, tmp_path) -> None:
+    base = base_of("vit_tiny", net("vit_tiny"))
+    model = peft.get_peft_model(
+        copy.deepcopy(base.model), peft.LoraConfig(r=2, target_modules=["head", "blocks.1.attn.qkv"])
+    )
+    learn(model, images)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    delta = hfpeft.adopt(hfpeft.read(tmp_path / "adapter"), family_of("vit_tiny"), base, header_of(base, {}, ""))
+    assert [e.module for e in delta.plan.edits] == ["blocks.1.attn.qkv"] and "head.weight" in delta.tensors
+    assert delta.header["names"] == {str(i): n for i, n in base.names.items()} and not any(
+        is_added(k) and k.startswith("head") for k in delta.tensors
+    )
+    assert close(predict(rebuilt(delta, base, "vit_tiny"), images), predict(model, images))
+
+
+# ----------------------------------------------------------------------------------------------------- what cannot be read
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
+    """A small transformer and an adapter that peft has saved of it."""
+    torch.manual_seed(0)
+    base = base_of("vit_tiny", NETS["vit_tiny"][1]())
+    start = family_of("vit_tiny").fit(base, {0: "a", 1: "b", 2: "c"}, "rebuild")
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "fc1"], modules_to_save=["head"])
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    peft.get_peft_model(start, config).save_pretrained(str(folder))
+    return base, folder
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def alter(folder: Path, change: Callable[[dict], dict]) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def drop(part: str) -> Callable[[Path], None]:
+    return lambda f: alter(f, lambda tensors: {k: v for k, v in tensors.items() if part not in k})
+
+
+def rename(old: str, new: str) -> Callable[[Path], None]:
+    return lambda f: alter(f, lambda tensors: {k.replace(old, new): v for k, v in tensors.items()})
+
+
+def subfolders(folder: Path) -> None:
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "adapter_config.json", folder / name)
+    (folder / "adapter_config.json").unlink()
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "there is no folder"),
+    "no configuration": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json; give a folder"),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors; give"),
+    "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "a pickle, which is never"),
+    "several adapters": (subfolders, r"holds several adapters \(first, second\); give the folder of one"),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{'a': 1}"), "adapter_config.json is no JSON"),
+    "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "says no peft_type"),
+    "another type": (lambda f: edit(f, r="two"), "has r='two', which is not what peft writes"),
+    "damaged": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678901"), "safetensors is damaged"),
+    "no prefix": (rename("base_model.model.", ""), "has a tensor 'blocks.*peft's begin with base_model.model."),
+    "an unknown method": (
+        lambda f: edit(f, peft_type="OFT"),
+        "peft_type=OFT has no like here; there are IA3, LOHA, LOKR, LORA",
+    ),
+    "bias": (lambda f: edit(f, bias="all"), "made with bias='all', which has no like here"),
+    "replicated layers": (lambda f: edit(f, layer_replication=[[0, 2]]), "made with layer_replication="),
+    "megatron": (lambda f: edit(f, megatron_config={"a": 1}), "made with megatron_config="),
+    "a later option": (lambda f: edit(f, use_wonder=True), "made with use_wonder=True, which has no like here"),
+    "another start": (
+        lambda f: edit(f, init_lora_weights="pissa"),
+        "pissa' changed the base.*path_initial_model_for_weight",
+    ),
+    "no expression": (lambda f: edit(f, rank_pattern={"(": 2}), r"has .* which is no regular expression"),
+    "a tensor less": (drop("blocks.1.attn.qkv.lora_A"), "has tensors of blocks.1.attn.qkv, but no lora_A.weight"),
+    "a layer less": (drop("blocks.1.attn.qkv."), "target_modules means blocks.1.attn.qkv, but the folder has no tensors"),
+    "half a head": (drop("head.bias"), "does not fit: the folder holds head.weight of 3×192, but random has 5 classes"),
+    "no head": (drop("head."), "modules_to_save means head.weight, but the folder has no such tensor"),
+    "a strange tensor": (rename("1.attn.qkv.lora_B", "1.attn.qkv.lora_C"), "but no lora_B.weight; get the folder again"),
+    "an adapter's name": (rename("lora_A.w", "lora_A.default.w"), "but no lora_A.weight; get the folder again"),
+    "another rank": (lambda f: edit(f, r=4), "qkv.lora_A.weight is 2×192 in the folder, but this layer takes 4×192 at r=4"),
+    "magnitudes": (lambda f: edit(f, use_dora=True), "has tensors of blocks.0.attn.qkv, but no lora_magnitude_vector"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_folder_is_refused_in_one_sentence(what: str, saved, tmp_path) -> None:
+    base, source = saved
+    shutil.copytree(source, folder := tmp_path / "adapter")
+    change, says = BAD[what]
+    change(folder)
+    with pytest.raises(DeltaError, match=says) as error:
+        hfpeft.adopt(hfpeft.read(folder), family_of("vit_tiny"), base, header_of(base, {}, ""))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_another_base_is_refused_with_the_layer_or_by_its_hash(saved, adapted, net, tmp_path) -> None:
+    _, folder = saved
+    family, adapter = family_of("swin"), hfpeft.read(folder)
+    with pytest.raises(MismatchError, match="the adapter does not fit|belongs to another base"):
+        hfpeft.adopt(adapter, family, base_of("swin", net("swin")), {})
+    wider: Any = timm.create_model("vit_small_patch16_224", num_classes=5, img_size=64, depth=3)
+    with pytest.raises(MismatchError, match="does not fit: the folder holds head.weight of 3×192"):
+        hfpeft.adopt(adapter, family, base_of("vit_tiny", wider), {})
+    alter_head = copy.copy(adapter.tensors)
+    headless = hfpeft.Adapter(
+        {**adapter.config, "modules_to_save": None}, {k: v for k, v in alter_head.items() if "head" not in k}, {}
+    )
+    with pytest.raises(MismatchError, match="another base than random: blocks.0.attn.qkv.lora_A.weight is 2×192"):
+        hfpeft.adopt(headless, family, base_of("vit_tiny", wider), {})
+    shallow: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=2)
+    with pytest.raises(MismatchError, match="another base than random: it has no layer for the folder's blocks.2"):
+        hfpeft.adopt(adapter, family, base_of("vit_tiny", shallow), {})
+
+    model, delta, base = adapted("vit_tiny", "lora")
+    ours = hfpeft.write(model, delta, base, "", tmp_path / "ours")
+    with torch.no_grad():
+        base.model.head.bias += 1e-3
+    with pytest.raises(MismatchError, match="wrong base: this delta was trained on random"):
+        hfpeft.adopt(hfpeft.read(ours), family, base, delta.header)
+
+
+def test_peft_on_a_grouped_convolution_is_refused(net, images, tmp_path) -> None:
+    base = base_of("mobilenetv2", net("mobilenetv2"))
+    with pytest.warns(UserWarning, match="groups > 1"):
+        model = peft.get_peft_model(copy.deepcopy(base.model), peft.LoraConfig(r=16, target_modules=["blocks.0.0.conv_dw"]))
+        model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(DeltaError, match="LORA of blocks.0.0.conv_dw is no change of its weight"):
+        hfpeft.adopt(hfpeft.read(tmp_path / "adapter"), family_of("mobilenetv2"), base, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("adapter", {}, "HF peft has nothing that computes what 'adapter' does; it has dora, ia3, loha, lokr, lora"),
+        ("lora+adapter", {}, "nothing that computes what 'adapter' does"),
+        ("bitfit", {}, "nothing that computes what 'bitfit' does"),
+        ("lora+ia3", {}, "holds one method, but this delta has lora and ia3; use merge"),
+        ("lora+bitfit", {}, "has an update of its weight and a bias that was trained"),
+    ],
+)
+def test_a_delta_that_peft_has_nothing_for_is_refused(method: str, options: dict, says: str, adapted, tmp_path) -> None:
+    model, delta, base = adapted("vit_tiny", method, **options)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        hfpeft.write(model, delta, base, "", tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_modules_that_peft_cannot_save_are_refused(adapted, tmp_path) -> None:
+    model, delta, base = adapted("vit_tiny", "lora")
+    for name, says in (
+        ("cls_token", "includes a parameter of the model itself"),
+        ("blocks.0.x", "save blocks.0 as a whole"),
+    ):
+        changed = deltas.Delta(delta.plan, {**delta.tensors, name: torch.zeros(1)}, delta.header)
+        with pytest.raises(ConfigError, match=says):
+            hfpeft.write(model, changed, base, "", tmp_path / "adapter")
+    model, delta, base = adapted("mobilenetv2", "lora", target_modules=".*conv_dw", small_layers=0.0)
+    with pytest.raises(ConfigError, match="peft computes something else on all [0-9]+ layers that lora edits here"):
+        hfpeft.write(model, delta, base, "", tmp_path / "adapter")
+
+
+# --------------------------------------------------------------------------------------------------------------- the verbs
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> visionpeft.Run:
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), folder / "base.safetensors")
+    data = make_squares(folder / "squares")
+    small: dict[str, Any] = {"epochs": 1, "imgsz": 32, "batch": 4, "workers": 0, "device": "cpu", "quiet": True}
+    named: dict[str, Any] = {
+        "model": "timm/test_resnet",
+        "model_args": {"checkpoint_path": str(folder / "base.safetensors")},
+    }
+    return visionpeft.train(data, **named, method="lora", project=folder / "runs", **small)
+
+
+def code(folder: Path) -> str:
+    """The lines of a folder's README."""
+    [lines] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return lines
+
+
+def test_the_verbs(run: visionpeft.Run, tmp_path, monkeypatch, capsys) -> None:
+    assert run.delta is not None
+    out = tmp_path / "adapter"
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["export", str(run.delta), "--format", "peft", "--out", str(out)])
+    assert capsys.readouterr().out.split() == [str(out)]
+    assert {f.name for f in out.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+    monkeypatch.chdir(out)
+    used: dict[str, Any] = {}
+    exec(code(out), used)  # as its reader would
+    x, adapted = torch.rand(2, 3, 32, 32), visionpeft.load(run.delta)
+    y = predict(adapted.model, x)
+    assert close(predict(used["model"], x), y)
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["import", str(out)])
+    [written] = capsys.readouterr().out.split()
+    assert written == f"{out}.safetensors"
+    visionpeft.verify(written)
+    again = visionpeft.load(written)
+    assert close(predict(again.model, x), y) and again.delta.header["names"] == adapted.delta.header["names"]
+    assert again.delta.tensors.keys() == adapted.delta.tensors.keys()
+    assert all(torch.equal(t, adapted.delta.tensors[k]) for k, t in again.delta.tensors.items())
+    assert deltas.fingerprint(visionpeft.detach(again).state_dict()) == again.delta.header["base"]["sha256"]
+    assert visionpeft.merge(again, tmp_path / "merged.safetensors").is_file()
+    data = run.arguments["data"]
+    assert visionpeft.val(written, data, device="cpu", workers=0) == visionpeft.val(run.delta, data, device="cpu", workers=0)
+
+
+def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
+    assert run.delta is not None
+    out = tmp_path / "adapter"
+    visionpeft.export(run.delta, "peft", out)
+    kept = {f.name: f.read_bytes() for f in out.iterdir()}
+    with pytest.raises(ConfigError, match="adapter exists; give another folder, or exist_ok=True to replace it"):
+        visionpeft.export(run.delta, "peft", out)
+    (out / "more").write_text("")
+    assert visionpeft.export(run.delta, "peft", out, exist_ok=True) == out
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == kept and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ConfigError, match="'dynamic' is no option of format='peft'"):
+        visionpeft.export(run.delta, "peft", tmp_path / "b", dynamic=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file; give another folder$"):
+        visionpeft.export(run.delta, "peft", tmp_path / "file", exist_ok=True)
+
+    tensors = load_file(out / "adapter_model.safetensors")
+    save_file(tensors, out / "adapter_model.safetensors")  # as peft does, without what we say of it
+    for arguments, code_, says in (
+        (["import", str(out)], 2, "give the base with model="),
+        (["import", str(tmp_path / "none"), "--model", "timm/test_resnet"], 2, "there is no folder"),
+        (
+            ["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"],
+            1,
+            "the adapter does not fit",
+        ),
+        (["export", str(run.delta), "--format", "pef"], 2, "Did you mean 'peft'?"),
+    ):
+        with pytest.raises(SystemExit, match=str(code_)):
+            cli.main(arguments)
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_a_folder_of_peft_takes_its_classes_from_data(run: visionpeft.Run, tmp_path) -> None:
+    assert run.delta is not None
+    out = visionpeft.export(run.delta, "peft", tmp_path / "adapter")
+    save_file(load_file(out / "adapter_model.safetensors"), out / "adapter_model.safetensors")
+    given: dict[str, Any] = {"model": run.arguments["model"], "model_args": run.arguments["model_args"]}
+    plain = visionpeft.import_peft(out, tmp_path / "plain", **given)
+    named = visionpeft.import_peft(out, tmp_path / "named", data=run.arguments["data"], **given)
+    assert visionpeft.inspect(plain)["names"] == {"0": "0", "1": "1"}
+    assert visionpeft.inspect(named)["names"] == {"0": "blue", "1": "red"}
+    x, y = torch.rand(2, 3, 32, 32), None
+    for delta in (run.delta, plain, named):
+        z = predict(visionpeft.load(delta).model, x)
+        assert y is None or close(z, y)
+        y = z
+    before = visionpeft.val(run.delta, run.arguments["data"], imgsz=32, device="cpu", workers=0)
+    assert visionpeft.val(named, run.arguments["data"], imgsz=32, device="cpu", workers=0) == before
+
+
+@pytest.mark.parametrize("head", ["keep", "rebuild"])
+@pytest.mark.parametrize("classes", [2, 80])
+def test_the_lines_that_open_a_detector(head: str, classes: int, checkpoint: Path) -> None:
+    family = FAMILIES["yolo"]()
+    base = family.load(str(checkpoint))
+    names = {i: str(i) for i in range(classes)}
+    same_as_built(family, base, names, head)
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": 64}, {"img_size": 64, "num_classes": 7}], ids=str)
+def test_the_lines_that_open_a_classifier(options: dict, tmp_path) -> None:
+    family, path = FAMILIES["timm"](), tmp_path / "base.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=7).state_dict(), path)
+    base = family.load("timm/test_vit", checkpoint_path=str(path), **options)
+    for names in (base.names, {0: "a", 1: "b"}):
+        same_as_built(family, base, names, "rebuild", {"checkpoint_path": str(path), **options})
+
+
+def same_as_built(family: Any, base: Base, names: dict[int, str], head: str, model_args: dict | None = None) -> None:
+    header = header_of(base, names, head)
+    header["base"]["model_args"] = model_args or {}
+    used: dict[str, Any] = {}
+    exec(family.opening(base, header), used)
+    fitted = family.fit(base, names, head)
+    heads = tuple(f"{h}." for h in family.anatomy(base.model, base.source).heads)
+    ours, its = fitted.state_dict(), used["model"].state_dict()
+    assert {k: v.shape for k, v in its.items()} == {k: v.shape for k, v in ours.items()}
+    assert all(torch.equal(v, ours[k]) for k, v in its.items() if not k.startswith(heads))

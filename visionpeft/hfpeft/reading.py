@@ -163,7 +163,8 @@ def _divide(adapter: Adapter, model: nn.Module, base: Base) -> tuple[dict[str, T
         layers.setdefault(key[:end], {})[key[end:].removeprefix(".")] = value
     for module, tensors in layers.items():
         if not isinstance(getattr(model.get_submodule(module), "weight", None), Tensor):
-            raise _other_base(base, f"it has no layer for the folder's {module}.{next(iter(tensors))}")
+            key = ".".join(filter(None, (module, next(iter(tensors)))))
+            raise _other_base(base, f"it has no layer for the folder's {key}")
     if missing := next((m for m in adapter.targets(modules) if m not in layers), None):
         if not adapter.config.get("layers_to_transform"):
             raise DeltaError(f"target_modules means {missing}, but the folder has no tensors of it; get the folder again")
