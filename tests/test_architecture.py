@@ -34,6 +34,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "run": 4,
     "families": 5,
     "forecast": 6,
+    "hfpeft": 6,
     "settings": 6,
     "budget": 7,
     "planning": 8,

@@ -1,4 +1,5 @@
-"""The verbs: train, load, merge, detach, val, forgetting, predict, export, verify, inspect. Before a run: planning.py."""
+"""The verbs: train, load, merge, detach, val, forgetting, predict, export, import_peft, verify, inspect. Before a run:
+planning.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files, pictures, scenes, tables
+from . import checkpoint, files, hfpeft, pictures, scenes, tables
 from . import delta as deltas
 from . import trackers as tracking
 from .delta import Delta
@@ -560,27 +561,89 @@ def export(
     *,
     model: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
+    exist_ok: bool = False,
     **options: Any,
 ) -> Path:
-    """Write an adapted model for deployment, merged first where it can be.
+    """Write an adapted model for deployment, merged first where it can be, or as an adapter for HF peft.
 
     Args:
         delta: The delta file, or what `load` returned.
-        format: "onnx" or "torchscript".
-        out: The file to write; by default beside the delta.
+        format: "onnx", "torchscript", or "peft": a folder that ``peft.PeftModel.from_pretrained`` reads.
+        out: The file or folder to write; by default beside the delta.
         model: The base; by default the one the delta names.
         model_args: As for `load`.
+        exist_ok: Replace a folder that is there.
         **options: The family's (imgsz, dynamic, ...).
     """
-    suffixes = {"onnx": ".onnx", "torchscript": ".torchscript"}
+    suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
-    adapted = _adapted(delta, model, model_args)
     if out is None:
         out = "model" if isinstance(delta, Adapted) else Path(delta).with_suffix("")
         out = Path(out).with_suffix(suffixes[format])
+    adapted = _adapted(delta, model, model_args)
+    if format == "peft":
+        if options:
+            raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
+        opening = adapted.family.opening(adapted.base, adapted.delta.header)
+        return hfpeft.write(adapted.model, adapted.delta, adapted.base, opening, out, exist_ok)
     imgsz = {"imgsz": adapted.delta.header["input"]["imgsz"]}
     return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**imgsz, **options})
+
+
+def import_peft(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make a delta of an adapter that HF peft has saved, or that `export` has written for it.
+
+    Args:
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        out: The delta file to write; by default beside the folder.
+        model: The base that the adapter was trained on, as for `train`. A folder of `export` names it itself.
+        data: As for `train`; says what the classes are called where they are not the base's. Without it they get numbers.
+        model_args: As for `load`.
+
+    Returns:
+        The delta file. Where the folder is of `export`, it is known that the base is the right one, otherwise only that all
+        shapes fit.
+
+    Raises:
+        DeltaError: The folder is incomplete or damaged, computes something that has no like here, or is for another base.
+    """
+    adapter = hfpeft.read(folder)
+    said = adapter.header
+    if model is None and not said:
+        raise ConfigError(f"{folder} does not say what it was trained on as visionpeft would; give the base with model=...")
+    if model is None and "://" in f"{said['base']['model']}{said['base']['model_args']}":
+        raise DeltaError(f"{folder} names an address as its base ({said['base']['model']}); give a base you trust")
+    source = lasting(model or said["base"]["model"])
+    given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
+    family = find_family(source)
+    base = family.load(source, **given)
+    checked = family.read_data(scenes.find(data), base) if data else None
+    settings = family.defaults_for(base)
+    unknown = {
+        "family": family.name,
+        "task": base.task,
+        "input": base.facts,
+        "train_args": {k: settings[k] for k in ("imgsz", "batch")},
+        "seed": None,
+        "data": {"source": str(data or ""), "sha256": checked.fingerprint if checked else ""},
+        "parent": None,
+        "metrics": {},
+    }
+    own = {
+        "base": {"model": source, "sha256": deltas.fingerprint(base.state), "model_args": given},
+        "imported": {"folder": str(Path(folder).resolve()), "peft_version": adapter.config.get("peft_version")},
+        "versions": _versions(),
+    }
+    made = hfpeft.adopt(adapter, family, base, {**(said or unknown), **own}, checked)
+    return deltas.write(out or Path(folder).resolve().with_suffix(".safetensors"), made)
 
 
 def inspect(delta: str | Path) -> dict[str, Any]:

@@ -387,24 +387,54 @@ def export(
     out: str | None = None,
     model: str | None = None,
     model_args: str | None = None,
+    exist_ok: bool = False,
     **options: Options,
 ) -> None:
-    """Write an adapted model for deployment, merged first where it can be.
+    """Write an adapted model for deployment, merged first where it can be, or as an adapter for HF peft.
 
     Parameters
     ----------
     delta
         The delta file.
     format
-        onnx or torchscript.
+        onnx or torchscript, or peft: a folder that HF peft reads.
     out
-        The file to write; by default beside the delta.
+        The file or folder to write; by default beside the delta.
     model
         The base; by default the one the delta names.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
+    exist_ok
+        Replace a folder that is there.
     """
-    print(api.export(delta, format, out, **_base(model, model_args), **_values(options)))
+    print(api.export(delta, format, out, **_base(model, model_args), exist_ok=exist_ok, **_values(options)))
+
+
+@app.command(name="import", group=_USE)
+def import_(
+    folder: str,
+    *,
+    model: str | None = None,
+    out: str | None = None,
+    data: str | None = None,
+    model_args: str | None = None,
+) -> None:
+    """Make a delta of an adapter that HF peft has saved, or that `export --format peft` has written.
+
+    Parameters
+    ----------
+    folder
+        The folder with adapter_config.json and adapter_model.safetensors.
+    model
+        The base that the adapter was trained on; a folder of `export` names it itself.
+    out
+        The delta file to write; by default beside the folder.
+    data
+        As for train; says what the classes are called where they are not the base's.
+    model_args
+        Arguments of timm's create_model, as {checkpoint_path: FILE}.
+    """
+    print(api.import_peft(folder, out, data=data, **_base(model, model_args)))
 
 
 @app.command(group=_CHECK)

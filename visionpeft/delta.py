@@ -174,10 +174,19 @@ def verify(delta: Delta, base: State) -> None:
     Raises:
         MismatchError: It is another one.
     """
-    wanted, given = delta.header["base"]["sha256"], fingerprint(base)
+    verify_base(delta.header["base"], base)
+
+
+def verify_base(said: Mapping[str, Any], base: State) -> None:
+    """Check that `base` is the one that a delta's header says.
+
+    Raises:
+        MismatchError: It is another one.
+    """
+    wanted, given = said["sha256"], fingerprint(base)
     if wanted != given:
         raise MismatchError(
-            f"wrong base: this delta was trained on {delta.header['base']['model']} with tensors {wanted[:12]}…, "
+            f"wrong base: this delta was trained on {said['model']} with tensors {wanted[:12]}…, "
             f"the model given has {given[:12]}…; give the original with model=..."
         )
 

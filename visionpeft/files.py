@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .errors import ConfigError, DiskFull, VisionpeftError
@@ -55,6 +55,39 @@ def replace(path: str | Path, produce: Callable[[Path], object]) -> Path:
             os.fsync(directory)
         finally:
             os.close(directory)
+    return path
+
+
+def folder(path: str | Path, contents: Mapping[str, bytes | str], exist_ok: bool = False) -> Path:
+    """Write a folder of files, whole or not at all.
+
+    Args:
+        path: The folder.
+        contents: Of its files, by name.
+        exist_ok: Replace a folder that is there.
+
+    Raises:
+        ConfigError: It is there, or its parent cannot be written.
+        DiskFull: There is no room; what was there still is.
+    """
+    path = Path(path)
+    if path.exists() and not (exist_ok and path.is_dir()):
+        kind = "exists" if path.is_dir() else "is a file"
+        raise ConfigError(f"{path} {kind}; give another folder{', or exist_ok=True to replace it' * path.is_dir()}")
+    parent = writable(path.absolute().parent)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        for name, content in contents.items():
+            write(new / name, content)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     return path
 
 

@@ -324,6 +324,35 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     )
 
 
+def given_plan(method: Method, anatomy: Anatomy, edits: Sequence[Edit], train: Iterable[str], moved: Iterable[str]) -> Plan:
+    """Return the plan of a model that was trained elsewhere: what it edits and trains is known, nothing is decided.
+
+    Args:
+        method: How it was tuned, for the record.
+        anatomy: The model's facts.
+        edits: What was added.
+        train: The parameters of the body that were trained.
+        moved: The modules of the body whose running statistics moved.
+    """
+    wanted = {*train, *(p.name for p in anatomy.params if p.stage == HEAD)}
+    moving = {*moved, *(s.name for s in anatomy.statistics if s.stage == HEAD)}
+    still = {s.name for s in anatomy.statistics} - moving
+    return Plan(
+        family=anatomy.family,
+        model=anatomy.model,
+        method=method.name,
+        settings=method.settings(),
+        freeze=0,
+        bn="train" if any(s.name in moving and s.stage != HEAD for s in anatomy.statistics) else "frozen",
+        heads=anatomy.heads,
+        train=tuple(p.name for p in anatomy.params if p.name in wanted),
+        rates={},
+        edits=tuple(edits),
+        still=tuple(s.name for s in anatomy.statistics if s.name in still),
+        rows=_rows(anatomy, wanted, edits, still),
+    )
+
+
 def fitting(anatomy: Anatomy) -> list[str]:
     """Return the names of the methods that have something to work on in this anatomy."""
     return [name for name, cls in METHODS.items() if _fits(cls(), anatomy)]

@@ -328,6 +328,13 @@ class Family(ABC):
         """Write the model in a deployment format ("onnx", "torchscript")."""
 
     @abstractmethod
+    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+        """Return lines of Python that make ``model`` without visionpeft: the base, its head made as a delta's header says.
+
+        The head's values need not be those of the delta.
+        """
+
+    @abstractmethod
     def open_merged(self, path: Path) -> nn.Module:
         """Open what `save_merged` wrote, in single precision."""
 

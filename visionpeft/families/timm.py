@@ -206,6 +206,18 @@ class Timm(Family):
             warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
             return files.replace(out, write)
 
+    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+        name, given = base.source.removeprefix("timm/"), header["base"]["model_args"]
+        arguments = {**given, "num_classes": len(base.names)}
+        if path := given.get("checkpoint_path"):
+            arguments = {k: v for k, v in {**arguments, **_from_file(name, path, given)}.items() if v is not None}
+        if not path or "img_size" in given:
+            arguments = {"pretrained": base.pretrained, **arguments}
+        lines = ["import timm", f"model = timm.create_model({name!r}, {_written(arguments)})"]
+        if len(header["names"]) != len(base.names):
+            lines.append(f"model.reset_classifier({len(header['names'])})")
+        return "\n".join(lines)
+
     def open_merged(self, path: Path) -> nn.Module:
         return open_merged(path)
 
@@ -379,6 +391,10 @@ def _check_size(model: nn.Module, size: int, own: int) -> None:
 def _merged_copy(model: nn.Module) -> Any:
     model = copy.deepcopy(model).cpu().eval()
     return merge(model) if attached(model) is not None and mergeable(model) else model
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in arguments.items())
 
 
 def _use(options: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:

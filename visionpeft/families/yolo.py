@@ -375,6 +375,22 @@ class Yolo(Family):
 
         return files.replace(out, write)
 
+    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+        cls, design = TASKS[base.task].model.__name__, {"nc": len(header["names"])}
+        design |= {k: v for k, v in header.get("outputs", {}).items() if k == "kpt_shape"}
+        lines = ["from ultralytics import YOLO", f"from ultralytics.nn.tasks import {cls}"]
+        fill = "model.load(base, verbose=False)"
+        if header["head"] == "rebuild" or base.task == "classify":
+            lines.append("from ultralytics.utils.torch_utils import intersect_dicts")
+            fill = "model.load_state_dict(intersect_dicts(base.state_dict(), model.state_dict()), strict=False)"
+        channels = f", ch={base.facts['channels']}" if base.facts["channels"] != 3 else ""
+        lines += [
+            f"base = YOLO({base.source!r}).model.float()",
+            f"model = {cls}({{**base.yaml, **{design}}}{channels}, verbose=False).eval()",
+            f"{fill}  # the head's values come with the adapter",
+        ]
+        return "\n".join(lines)
+
     def open_merged(self, path: Path) -> nn.Module:
         content, _ = torch_safe_load(str(path), safe_only=True)
         return content["model"].float().eval()

@@ -11,11 +11,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, nearest
 from ..plan import Anatomy, Edit, Layer, Param, Unfit
 from ..registry import METHODS
+from ..twins import plain
+
+
+@dataclass(frozen=True)
+class PeftLayer:
+    """What HF peft keeps of one layer.
+
+    Attributes:
+        tensors: By the names that peft gives them behind the layer's, as "lora_A.weight".
+        fields: What the adapter's configuration says, as it holds for this layer: "r", "lora_alpha", "use_dora", ...
+    """
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class Method:
     reads_map: ClassVar[bool] = False  # it takes a token sequence for the map that it was
     lengthens: ClassVar[bool] = False  # it adds tokens to a sequence
     staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
+    peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft has nothing that computes the same
+    peft_fields: ClassVar[frozenset[str]] = frozenset()  # of peft's configuration: those that `from_peft` understands
 
     @property
     def looks(self) -> bool:
@@ -75,6 +91,25 @@ class Method:
     def build(**settings: Any) -> nn.Module:
         """Make the part of one edit from the edit's settings alone."""
         raise NotImplementedError
+
+    def to_peft(self, part: nn.Module, layer: nn.Module) -> PeftLayer | None:
+        """Return a part of this method as HF peft has it, or None where peft would compute something else on this layer."""
+        return None
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+        """Return the method that a configuration with this `peft_type` describes; None where it is another's."""
+        return None
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return the settings of an edit and the tensors of its part, `to_peft` reversed.
+
+        None where peft computes something on this layer that the part does not.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        return None
 
     def edit(self, module: str, point: str, **settings: Any) -> Edit:
         """Return an edit of this method."""
@@ -219,6 +254,18 @@ def matches(pattern: str, name: str) -> bool:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:
         raise ConfigError(f"'{pattern}' is not a regular expression ({error}); it is matched against whole names") from None
+
+
+def peft_targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
+    """Return what HF peft's `target_modules` says; names, endings and regular expressions mean the same here."""
+    given = fields.get("target_modules") or "all"
+    return given if isinstance(given, str) else tuple(given)
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Say whether a layer is torch's own, so that HF peft's copy of its arithmetic is right: no subclass, zeros as padding."""
+    own = plain(type(layer)) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return own and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
 def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:

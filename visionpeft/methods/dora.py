@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..plan import Layer
 from ..registry import METHODS
+from .base import PeftLayer
 from .lora import LoraConfig, LowRank
 
 
@@ -18,6 +19,7 @@ from .lora import LoraConfig, LowRank
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
     worth: ClassVar[float | None] = None
+    peft_dora: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,6 +32,18 @@ class DoraConfig(LoraConfig):
     @staticmethod
     def build(**settings: Any) -> nn.Module:
         return Magnitude(**settings)
+
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if (found := super().to_peft(part, layer)) is None:
+            return None
+        length = part.magnitude if len(part.shape) == 2 else part.magnitude.view(1, -1, *[1] * (len(part.shape) - 2))
+        return PeftLayer({**found.tensors, "lora_magnitude_vector": length}, found.fields)
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if (read := super().read_peft(layer, found)) is None:
+            return None
+        settings, tensors = read
+        return settings, {**tensors, "magnitude": found.tensors["lora_magnitude_vector"].flatten()}
 
     def part(self, layer: Layer) -> dict[str, Any]:
         return {**super().part(layer), "output": _output(layer.kind), "groups": _groups(layer)}

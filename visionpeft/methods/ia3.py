@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer, Unfit
 from ..registry import METHODS
-from .base import Method, choose_layers
+from .base import Method, PeftLayer, choose_layers, computes_plainly, peft_targets
 
 
 @METHODS.register("ia3")
@@ -20,6 +21,8 @@ class Ia3Config(Method):
     target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
 
     lr_scale: ClassVar[float] = 5.0
+    peft_type: ClassVar[str] = "IA3"
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"feedforward_modules", "init_ia3_weights"})
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         layers = [x for x in choose_layers(anatomy, self.target_modules) if x.linear]  # a normalised weight undoes a factor
@@ -30,6 +33,23 @@ class Ia3Config(Method):
     @staticmethod
     def build(**settings: Any) -> nn.Module:
         return Factors(**settings)
+
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
+            return None
+        shape = (-1, 1) if isinstance(layer, nn.Linear) else (1, -1, 1, 1)
+        return PeftLayer({"ia3_l": part.ia3_l.view(shape)}, {"feedforward_modules": [], "init_ia3_weights": True})
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+        if fields.get("feedforward_modules"):
+            raise ConfigError("feedforward_modules scale what a layer reads, but ia3 here scales what it puts out")
+        return cls(target_modules=peft_targets(fields))
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
+            return None
+        return {"outputs": layer._parameters["weight"].shape[0]}, {"ia3_l": found.tensors["ia3_l"].flatten()}  # type: ignore[union-attr]
 
 
 class Factors(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..plan import Layer
 from ..registry import METHODS
+from .base import PeftLayer, computes_plainly
 from .updates import Update, UpdateConfig, matrix
 
 
@@ -21,6 +22,9 @@ from .updates import Update, UpdateConfig, matrix
 class LohaConfig(UpdateConfig):
     r: int = 2  # rank of each of the two matrices; that of the update is up to r^2
     alpha: float = 4.0  # the update is scaled by alpha / r
+
+    peft_type: ClassVar[str] = "LOHA"
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "init_weights"})
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
@@ -32,6 +36,15 @@ class LohaConfig(UpdateConfig):
     def part(self, layer: Layer) -> dict[str, Any]:
         r = self.rank(layer)
         return {"shape": list(layer.shape), "r": r, "scaling": self.alpha_of(layer, self.alpha) / r}
+
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if not computes_plainly(layer):
+            return None
+        r = part.hada_w1_b.shape[0]
+        return PeftLayer(dict(part.named_parameters()), {"r": r, "alpha": round(part.scaling * r, 9), "init_weights": True})
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        return (self.peft_part(layer, found), found.tensors) if computes_plainly(layer) else None
 
 
 class Hadamard(Update):

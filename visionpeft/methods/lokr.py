@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..plan import Layer
 from ..registry import METHODS
+from .base import PeftLayer, computes_plainly
 from .updates import Update, UpdateConfig
 
 
@@ -23,6 +24,9 @@ class LokrConfig(UpdateConfig):
     alpha: float = 8.0  # the update is scaled by alpha / r
     decompose_both: bool = False  # the first factor may be of rank r, too
     decompose_factor: int = -1  # divides the layer's sides in two, this one first; -1: as near to their roots as can be
+
+    peft_type: ClassVar[str] = "LOKR"
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "decompose_both", "decompose_factor", "init_weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +53,21 @@ class LokrConfig(UpdateConfig):
         scaling = self.alpha_of(layer, self.alpha) / r
         return {"shape": list(layer.shape), "r": r, "scaling": scaling, "sizes": sizes, "low": low}
 
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if not computes_plainly(layer):
+            return None
+        tensors = dict(part.named_parameters())
+        if "lokr_w2" in tensors and len(part.shape) > 2:  # a whole one has the kernel's dimensions in peft
+            w2 = tensors["lokr_w2"]
+            tensors["lokr_w2"] = w2.view(len(w2), -1, *part.shape[2:])
+        sides = {"decompose_both": self.decompose_both, "decompose_factor": self.decompose_factor}
+        return PeftLayer(tensors, {"r": part.r, "alpha": round(part.scaling * part.r, 9), **sides, "init_weights": True})
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not computes_plainly(layer):
+            return None
+        return self.peft_part(layer, found), {name: tensor.flatten(1) for name, tensor in found.tensors.items()}
+
 
 class Kronecker(Update):
     """The update (alpha / r) kron(W1, W2), of two matrices of these sizes, where `low` as the product of two of rank r.
@@ -59,7 +78,7 @@ class Kronecker(Update):
 
     def __init__(self, shape: Sequence[int], r: int, scaling: float, sizes: Sequence[Sequence[int]], low: Sequence[bool]):
         super().__init__()
-        self.scaling, self.shape = scaling, tuple(shape)
+        self.r, self.scaling, self.shape = r, scaling, tuple(shape)
         for name, (rows, columns), thin in zip(("lokr_w1", "lokr_w2"), sizes, low, strict=True):
             factors = {f"{name}_a": (rows, r), f"{name}_b": (r, columns)} if thin else {name: (rows, columns)}
             for key, size in factors.items():

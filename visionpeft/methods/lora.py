@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer
 from ..registry import METHODS
+from .base import Method, PeftLayer, computes_plainly
 from .updates import Update, UpdateConfig, matrix
 
 
@@ -30,6 +31,9 @@ class LoraConfig(UpdateConfig):
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
     worth: ClassVar[float | None] = 0.7
+    peft_type: ClassVar[str] = "LORA"
+    peft_dora: ClassVar[bool] = False  # peft has DoRA as an option of its LoRA
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,6 +114,34 @@ class LoraConfig(UpdateConfig):
     @staticmethod
     def build(**settings: Any) -> nn.Module:
         return LowRank(**settings)
+
+    def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
+        if not _as_peft(layer):
+            return None
+        up, down = part.whole()
+        r = len(down)
+        shapes = ((r, *part.shape[1:]), (part.shape[0], r, *[1] * (len(part.shape) - 2)))
+        tensors = {f"{n}.weight": t.view(s) for n, t, s in zip(("lora_A", "lora_B"), (down, up), shapes, strict=True)}
+        alpha = part.scaling * (math.sqrt(r) if self.use_rslora else r)
+        said = {"use_rslora": self.use_rslora, "use_dora": self.peft_dora, "init_lora_weights": True, "bias": "none"}
+        return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **said})
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+        if bool(fields.get("use_dora")) != cls.peft_dora:
+            return None
+        first = fields.get("init_lora_weights", True)
+        if first not in _INNOCENT:
+            raise ConfigError(
+                f"init_lora_weights={first!r} changed the base's own weights before it was trained; save the adapter from "
+                "peft with path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
+            )
+        return super().from_peft({k: v for k, v in fields.items() if k != "init_lora_weights"})
+
+    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        if not _as_peft(layer):
+            return None
+        return self.peft_part(layer, found), {n: found.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B")}
 
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""
@@ -226,6 +258,15 @@ class LowRank(Update):
             whole = update.new_zeros(self.shape[0], update.shape[1])
             return whole.index_copy(0, self.index, self.scaling * update).view(self.shape)
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Return `products` as one pair, (outputs, k) and (k, columns)."""
+        pairs = self.products()
+        if self.index is None:
+            return pairs[0]
+        up = self.lora_B.new_zeros(self.shape[0], sum(len(v) for _, v in pairs))
+        up[self.index] = torch.block_diag(*(u for u, _ in pairs))
+        return up, torch.cat([v for _, v in pairs])
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.index is not None or torch.is_autocast_enabled(weight.device.type):
             return super().forward(weight)
@@ -235,6 +276,15 @@ class LowRank(Update):
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, float] | None:
         """Return weight, U, V and s where the result is weight + s U V as matrices: a cheaper backward."""
         return None if self.index is not None else (weight, *self.products()[0], self.scaling)
+
+
+_INNOCENT = (True, False, "gaussian", "orthogonal", "eva")  # of peft's ways to begin: those that leave the base as it is
+
+
+def _as_peft(layer: nn.Module) -> bool:
+    """Say whether peft's LoRA is an update of this layer's weight: its A knows neither groups nor dilation (peft 0.21)."""
+    single = getattr(layer, "groups", 1) == 1 and set(getattr(layer, "dilation", (1,))) == {1}
+    return computes_plainly(layer) and single
 
 
 def _pairs(up: Tensor, down: Tensor, rows: list[int]) -> list[tuple[Tensor, Tensor]]:

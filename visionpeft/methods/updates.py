@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer, Param
-from .base import Method, choose_layers, matches
+from .base import Method, PeftLayer, choose_layers, matches, peft_targets
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,20 @@ class UpdateConfig(Method):
     def part(self, layer: Layer) -> dict:
         """Return the settings of one layer's part."""
         raise NotImplementedError
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+        own: dict[str, Any] = {
+            f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in cls.peft_fields & fields.keys()
+        }
+        alone: dict[str, Any] = {"small_layers": 0.0, "train_norms": False, "oversize": "skip"}  # nothing trains beside
+        return cls(**own, **alone, target_modules=peft_targets(fields))
+
+    def peft_part(self, layer: nn.Module, found: PeftLayer) -> dict[str, Any]:
+        """Return the settings of the part that an adapter of HF peft has on one layer."""
+        own = {name: found.fields[name] for name in ("r", "alpha", "lora_alpha") if hasattr(self, name)}
+        shape, groups = tuple(layer._parameters["weight"].shape), getattr(layer, "groups", 1)  # type: ignore[union-attr]
+        return replace(self, **own).part(Layer("", "linear" if len(shape) == 2 else "conv", shape, groups, stage=0))
 
     def cost(self, layer: Layer) -> int:
         """Return how many parameters the update of one layer has."""

@@ -1,0 +1,178 @@
+"""The folder: what its two files hold, and which modules peft means by the names in its configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from ..delta import KEY
+from ..errors import DeltaError
+
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}  # fields that layers may differ in
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder's content.
+
+    Attributes:
+        config: Of ``adapter_config.json``.
+        tensors: Of ``adapter_model.safetensors``, less the prefix that all names share.
+        header: What visionpeft said of the delta that it wrote the folder from; empty in folders of others.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+    def fields(self, module: str) -> dict[str, Any]:
+        """Return the configuration as it holds for one layer.
+
+        Raises:
+            DeltaError: A pattern in it is no regular expression.
+        """
+        found = dict(self.config)
+        for field, pattern in PATTERNS.items():
+            values = self.config.get(pattern) or {}
+            key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
+            if field in found and key is not None:
+                found[field] = values[key]
+        return found
+
+    def targets(self, names: Iterable[str]) -> list[str]:
+        """Return those of a model's modules that peft would put an adapter on, as far as names alone say it."""
+        wanted, excluded = self.config.get("target_modules") or [], self.config.get("exclude_modules") or []
+        saved = self.config.get("modules_to_save") or []
+        return [
+            name
+            for name in names
+            if _meant(wanted, name)
+            and not _meant(excluded, name)
+            and not any(_matches(rf"(^|.*\.){s}($|\..*)", name) for s in saved)
+        ]
+
+    def saved(self, names: Iterable[str]) -> list[str]:
+        """Return those of a model's modules that peft saves as a whole."""
+        wanted = self.config.get("modules_to_save") or []
+        return [name for name in names if name and f"{PREFIX}{name}".endswith(tuple(wanted))]
+
+
+def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str:
+    """Return what `target_modules` must say to mean exactly `wanted` of a model's modules.
+
+    A list means endings, too ("conv1" is also "layer1.0.conv1"); where that is too much, it is a regular expression.
+    """
+    exact = not any(n not in wanted and n.endswith(tuple(f".{w}" for w in wanted)) for n in names)
+    return list(wanted) if exact else "|".join(re.escape(name) for name in wanted)
+
+
+def saved_names(wanted: Sequence[str], targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return what `modules_to_save` must say to mean exactly `wanted` of a model's modules.
+
+    Endings count there, too, and even of half a name; and no target may match. The name with peft's prefix is always exact,
+    but reads worse, and holds only in a PeftModel.
+    """
+    own = ("default", "base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")  # modules of peft's own
+
+    def exact(name: str) -> bool:
+        others = any(n != name and n.endswith(name) for n in (*names, *own))
+        return not others and not any(re.match(rf"(^|.*\.){name}($|\..*)", t) for t in targets)
+
+    return [name if exact(name) else f"{PREFIX}{name}" for name in wanted]
+
+
+def pattern_of(module: str) -> str:
+    """Return the key that means one module in `rank_pattern` and `alpha_pattern`, where peft prepends ``(.*\\.)?``."""
+    return f"^{re.escape(module)}"
+
+
+def read(folder: str | Path) -> Adapter:
+    """Read a folder that peft, or `write`, has written. Nothing is ever unpickled.
+
+    Raises:
+        DeltaError: A file is missing or damaged, or it holds something else than one adapter.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    config = _read_config(folder / CONFIG)
+    path = folder / WEIGHTS
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+        found = load_tensors(path.read_bytes())
+        header = json.loads(text) if text else {}
+    except (SafetensorError, ValueError) as error:
+        raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
+    if header and not all(isinstance(header.get(name), dict) for name in ("base", "names", "input", "train_args")):
+        raise DeltaError(f"what visionpeft said of the delta in {path} is damaged; get the file again")
+    if strange := next((k for k in found if not k.startswith(PREFIX)), None):
+        raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
+    return Adapter(config, {k.removeprefix(PREFIX): v for k, v in found.items()}, header)
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DeltaError(f"there is no folder {folder}; give one that peft's save_pretrained wrote")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if not missing:
+        return
+    if inside := sorted(f.parent.name for f in folder.glob(f"*/{CONFIG}")):
+        raise DeltaError(f"{folder} holds several adapters ({', '.join(inside)}); give the folder of one of them")
+    if missing == [WEIGHTS] and (folder / "adapter_model.bin").is_file():
+        raise DeltaError(
+            f"{folder} has its tensors in adapter_model.bin, a pickle, which is never opened; save them from peft with "
+            "safe_serialization=True"
+        )
+    raise DeltaError(f"{folder} has no {' and no '.join(missing)}; give a folder that peft's save_pretrained wrote")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltaError(f"{path} is no JSON ({error}); get the file again") from error
+    kinds: dict[str, tuple[type, ...]] = {
+        "target_modules": (list, str),
+        "modules_to_save": (list,),
+        "exclude_modules": (list, str),
+        "rank_pattern": (dict,),
+        "alpha_pattern": (dict,),
+        "r": (int,),
+        "lora_alpha": (int, float),
+        "alpha": (int, float),
+    }
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
+    for name, allowed in kinds.items():
+        if config.get(name) is not None and not isinstance(config[name], allowed):
+            raise DeltaError(f"{path} has {name}={config[name]!r}, which is not what peft writes there; get the file again")
+    return config
+
+
+def _meant(wanted: Sequence[str] | str, name: str) -> bool:
+    """Say whether `target_modules` or the like means a module."""
+    if isinstance(wanted, str):
+        return _matches(f"(?:{wanted})$", name)
+    return f".{name}".endswith(tuple(f".{w}" for w in wanted))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise DeltaError(f"{CONFIG} has '{pattern}', which is no regular expression ({error}); get the file again") from None
+
+
+def as_json(config: Mapping[str, Any]) -> str:
+    """Return a configuration as peft writes it."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"

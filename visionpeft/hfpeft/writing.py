@@ -1,0 +1,203 @@
+"""A delta as a folder for peft: what peft has a method for as an adapter, all else as modules that are saved as a whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from .. import attach as attaching
+from .. import files
+from ..delta import KEY, Delta
+from ..errors import ConfigError
+from ..families.base import Base, observe
+from ..methods.base import PeftLayer, restore_method
+from ..plan import Edit, Plan
+from ..registry import METHODS
+from .folder import CARD, CONFIG, PATTERNS, PREFIX, WEIGHTS, as_json, pattern_of, saved_names, target_names
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What peft is to hold.
+
+    Attributes:
+        layers: Those with an adapter, by module.
+        whole: Modules that are saved as a whole, with everything in them.
+        merged: Those of them that have an update of the method, but on which peft would compute something else.
+    """
+
+    layers: dict[str, PeftLayer]
+    whole: tuple[str, ...]
+    merged: tuple[str, ...]
+
+
+def write(model: nn.Module, delta: Delta, base: Base, opening: str, out: str | Path, exist_ok: bool = False) -> Path:
+    """Write a delta as a folder that ``peft.PeftModel.from_pretrained`` reads, with equal outputs.
+
+    Args:
+        model: The base with the delta on it.
+        delta: The delta.
+        base: The base.
+        opening: Lines of Python that make the model, called ``model``, to which peft is to add the adapter.
+        out: The folder.
+        exist_ok: Replace a folder that is there.
+
+    Raises:
+        ConfigError: peft has nothing that computes the same, or the folder is there.
+    """
+    parts = divide(model, delta, base)
+    state = attaching.merge(copy.deepcopy(model)).state_dict()
+    saved = {k: v for k, v in state.items() if k.startswith(tuple(f"{m}." for m in parts.whole))}
+    adapters = {f"{m}.{name}": t for m, layer in parts.layers.items() for name, t in layer.tensors.items()}
+    tensors = {f"{PREFIX}{k}": _whole(v) for k, v in {**adapters, **saved}.items()}
+    names = [name for name, _ in model.named_modules() if name and ".peft_" not in f".{name}"]
+    config = {
+        "peft_type": METHODS[delta.plan.edits[0].method].peft_type,
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": delta.header["base"]["model"],
+        "revision": None,
+        "inference_mode": True,
+        "target_modules": target_names(list(parts.layers), names),
+        "modules_to_save": saved_names(parts.whole, list(parts.layers), names) or None,
+        **_common({m: layer.fields for m, layer in parts.layers.items()}),
+    }
+    header = {k: v for k, v in delta.header.items() if k not in ("plan", "bytes", "checksum", "format")}
+    said = {"format": "pt", KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}
+    contents: dict[str, bytes | str] = {
+        CONFIG: as_json(config),
+        WEIGHTS: save_tensors(tensors, said),
+        CARD: _card(delta, parts, opening),
+    }
+    return files.folder(out, contents, exist_ok)
+
+
+def divide(model: nn.Module, delta: Delta, base: Base) -> Parts:
+    """Say what of a delta is an adapter for peft, and what are whole modules.
+
+    Raises:
+        ConfigError: peft has nothing that computes the same.
+    """
+    plan = delta.plan
+    _check_method(plan)
+    method = next(m for m in restore_method(plan.method, plan.settings).parts if m.name == plan.edits[0].method)
+    called = _called(model, [e.module for e in plan.edits], base)
+    found = {e.module: method.to_peft(*_part(model, e)) if e.module in called else None for e in plan.edits}
+    layers = {module: layer for module, layer in found.items() if layer is not None}
+    if not layers:
+        raise ConfigError(
+            f"HF peft computes something else on all {len(found)} layers that {method.name} edits here (convolutions with "
+            "groups, dilation or weights that are not read as they are), so there is nothing to export; use merge"
+        )
+    changed = [k.rpartition(".")[0] for k in delta.tensors if not attaching.is_added(k)]
+    inside = tuple(f"{h}." for h in plan.heads)
+    head = [k.rpartition(".")[0] for k in model.state_dict() if k.startswith(inside)]  # a new head is nowhere else
+    merged = tuple(m for m, layer in found.items() if layer is None)
+    whole = tuple(sorted({*merged, *changed, *head}))
+    _check_whole(model, whole, layers)
+    return Parts(layers, whole, merged)
+
+
+def _check_method(plan: Plan) -> None:
+    """Refuse what no single adapter of peft can hold."""
+    used = list(dict.fromkeys(e.method for e in plan.edits))
+    known = sorted(name for name, cls in METHODS.items() if cls.peft_type)
+    if strange := [name for name in used if not METHODS[name].peft_type] or [plan.method] * (not used):
+        raise ConfigError(f"HF peft has nothing that computes what '{strange[0]}' does; it has {', '.join(known)}")
+    if len(used) > 1:
+        raise ConfigError(f"an adapter of HF peft holds one method, but this delta has {' and '.join(used)}; use merge")
+
+
+def _check_whole(model: nn.Module, whole: Iterable[str], layers: Iterable[str]) -> None:
+    """Refuse modules that peft cannot save as a whole."""
+    for name in whole:
+        if name in layers:
+            raise ConfigError(
+                f"{name} has an update of its weight and a bias that was trained, which an adapter of HF peft cannot hold "
+                "together; use merge"
+            )
+        if not name or isinstance(model.get_submodule(name), _CONTAINERS):
+            what = f"{name} is a {type(model.get_submodule(name)).__name__}" if name else "a parameter of the model itself"
+            raise ConfigError(f"HF peft saves modules as a whole, but what was trained includes {what}; use merge")
+        if target := next((m for m in layers if m.startswith(f"{name}.")), None):
+            raise ConfigError(
+                f"HF peft would have to save {name} as a whole, but {target} inside it has an adapter, which excludes it; "
+                "use merge"
+            )
+
+
+def _part(model: nn.Module, edit: Edit) -> tuple[nn.Module, nn.Module]:
+    layer: Any = model.get_submodule(edit.module)
+    return layer.peft_weight[edit.method], layer
+
+
+def _called(model: nn.Module, names: list[str], base: Base) -> set[str]:
+    """Return those modules that the model calls. What it only reads the weight of, peft's adapters have no effect on."""
+    side = base.facts["imgsz"]
+    x = torch.zeros(1, base.facts.get("channels", 3), side, side)
+    return set(observe(model, x, names))
+
+
+def _common(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the configuration that gives each layer its fields: what most have, and patterns for the others."""
+    config: dict[str, Any] = {}
+    for name in dict.fromkeys(name for own in fields.values() for name in own):
+        values = {module: own[name] for module, own in fields.items()}
+        config[name] = values[next(iter(values))]
+        if name in PATTERNS:
+            config[name] = Counter(values.values()).most_common(1)[0][0]
+            config[PATTERNS[name]] = {pattern_of(m): v for m, v in values.items() if v != config[name]}
+    return config
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).contiguous().clone()
+
+
+def _card(delta: Delta, parts: Parts, opening: str) -> str:
+    """Return the README of the folder: what it is, and the exact lines that use it."""
+    header = delta.header
+    name, count = header["base"]["model"], len(header["names"])
+    saved = len(parts.whole) - len(parts.merged)
+    notes = [f"- {len(parts.layers)} layers have an adapter."]
+    if saved:
+        notes.append(
+            f"- {saved} modules are saved as a whole: the head, and what else was trained or has statistics that moved."
+        )
+    if parts.merged:
+        notes.append(
+            f"- {len(parts.merged)} layers have their update merged and are saved as a whole, for HF peft would compute "
+            f"something else on them: {', '.join(parts.merged)}."
+        )
+    return f"""---
+library_name: peft
+---
+
+# {delta.plan.method} of {name}, {count} classes
+
+Trained with visionpeft {version("visionpeft")}, exported for HF peft.
+
+```python
+from peft import PeftModel
+
+{opening}
+model = PeftModel.from_pretrained(model, ".")  # or the path of this folder; in eval mode
+```
+
+{chr(10).join(notes)}
+- Base: {name}; sha256 of its tensors {header["base"]["sha256"]}.
+- Classes: {", ".join(header["names"][k] for k in sorted(header["names"], key=int))}.
+"""
