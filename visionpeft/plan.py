@@ -349,7 +349,7 @@ def given_plan(method: Method, anatomy: Anatomy, edits: Sequence[Edit], train: I
         rates={},
         edits=tuple(edits),
         still=tuple(s.name for s in anatomy.statistics if s.name in still),
-        rows=_rows(anatomy, wanted, edits, still),
+        rows=_rows(anatomy, wanted, edits, still, {}),
     )
 
 
