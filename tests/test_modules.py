@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -159,12 +161,28 @@ def test_conv_adapter(kind: str, placement: str, pair) -> None:
     part, h = block.peft_output["conv_adapter"], plain.get_submodule(path)(x)
     to_map, back = LAYOUTS.get(kind, (lambda x: x, lambda y: y))
     source = to_map(x if placement == "parallel" else h)
-    stride = 2 if (kind, placement) == ("resnet, stride 2", "parallel") else part.down.stride[0]
-    assert part.down.out_channels == source.shape[1] // 8 or kind == "inverted residual"  # which has at least 4
+    stride = math.ceil(source.shape[2] / to_map(h).shape[2])
+    assert part.down.out_channels == max(source.shape[1] // 8, 4)
     narrow = F.relu(depthwise(source, part.down.weight, part.down.bias, stride))
     delta = back(part.alpha[:, None, None] * pointwise(narrow, part.up.weight, part.up.bias))
     wanted = torch.cat([h[:, :1], h[:, 1:] + delta], 1) if kind == "vit" else h + delta
     agree(block(x), wanted, {"x": x, **dict(part.named_parameters())})
+
+
+def test_as_many_groups_as_divide_the_channels(net) -> None:
+    plan = planned(net("convnext_atto"), "convnext_atto", "conv_adapter", reduction_factor=3)
+    assert [e.settings["bottleneck"] for e in plan.edits] == [10, 20, 40, 40, 80]  # of 40, 80, 160, 160, 320 channels
+    for edit in plan.edits:
+        edit.build()
+
+
+def test_where_a_block_reads_no_one_map(net) -> None:
+    """Parallel stands behind it, as sequential does."""
+    read = anatomy(net("resnet18"), "resnet18")
+    blocks = tuple(dataclasses.replace(b, inputs=0) if b.name == "layer2.0" else b for b in read.blocks)
+    plan = make_plan(make_method("conv_adapter"), dataclasses.replace(read, blocks=blocks))
+    assert [e.module for e in plan.edits if not e.settings["parallel"]] == ["layer2.0"]
+    assert {e.settings["inputs"] for e in plan.edits if e.module == "layer2.0"} == {128}
 
 
 def test_sizes_that_a_block_rounds_down() -> None:
