@@ -61,8 +61,9 @@ def evidence(model: nn.Module, x: torch.Tensor) -> Evidence:
     return Evidence(len(x), *lengths, {n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()})
 
 
+USUAL = {"yolov8n-seg", "yolo11n-pose", "yolo26n-obb", "yolo11n-cls"}  # the other versions of these tasks are slow tests
 CASES = [  # of YOLO's further tasks, whose bodies are those of its detectors, only with the first stages frozen
-    (method, name, freeze)
+    pytest.param(method, name, freeze, marks=[pytest.mark.slow] if "-" in name and name not in USUAL else [])
     for method in (*METHODS, "lora+bitfit")
     for name in NETS
     for freeze in ((2,) if name.startswith("yolo") and "-" in name else (0, 2))
