@@ -180,6 +180,34 @@ def test_gradual_opens_group_after_group(net) -> None:
     assert not any(p.name in frozen.opens for p in anatomy.params if 0 <= p.stage < 3)
 
 
+def test_what_another_method_trains_from_the_start_does_not_wait(net) -> None:
+    anatomy = anatomy_of(net, "yolo11n")
+    plan = make_plan(make_method("gradual+bitfit"), anatomy)
+    assert set(plan.opens) & set(plan.train) == {p.name for p in anatomy.body if not p.role.endswith("bias")}
+    last = make_plan(make_method("last"), anatomy)
+    both = make_plan(make_method("gradual+last"), anatomy)
+    assert not set(both.opens) & {*last.train, *(s.name for s in anatomy.statistics if s.name not in last.still)}
+
+
+def test_gradual_where_parts_are_frozen_by_name(net) -> None:
+    anatomy = anatomy_of(net, "yolo11n")
+    alone = ["model.0.conv", "model.0.bn.weight", "model.0.bn.bias"]  # of this stage, statistics move and nothing trains
+    plan = make_plan(make_method("gradual"), anatomy, freeze=alone)
+    assert plan.opens["model.0.bn"] == plan.opened == 0.5
+    with pytest.raises(ConfigError, match="leaves nothing to train in the first epochs"):
+        make_plan(make_method("gradual"), anatomy, freeze="model.23")
+
+
+def test_gradual_is_done_in_its_epochs(loops, tmp_path: Path) -> None:
+    data, arguments, *_ = loops["timm"]
+    settings = {**arguments, "method": "gradual", "project": tmp_path, "groups": 2, "unfrozen": 0.7}
+    with pytest.raises(ConfigError, match="only after 70% of the epochs, so epochs=3 never come to that; give at least 4"):
+        visionpeft.train(data, **{**settings, "epochs": 3})
+    assert not list(tmp_path.iterdir())
+    run = visionpeft.train(data, **{**settings, "epochs": 6, "unfrozen": 0.5, "lr0": 1e-9, "patience": 1})
+    assert len(run.history) == 4  # nothing is better than the first; patience counts from the third, the last that waits
+
+
 @pytest.mark.parametrize("family", ["yolo", "timm"])
 def test_what_waits_does_not_move(family: str, loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, arguments, owner, epoch = loops[family]

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import inspect as introspection
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,6 +234,11 @@ def _train(
         raise ConfigError(
             f"method '{tuning.name}' opens stages one after the other, which processes beside each other cannot follow; "
             "give one device"
+        )
+    if settings["epochs"] < (least := math.ceil(1 / (1 - made.opened) - 1e-6)):
+        raise ConfigError(
+            f"all of method '{tuning.name}' trains only after {made.opened:.0%} of the epochs, so epochs={settings['epochs']} "
+            f"never come to that; give at least {least}"
         )
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}

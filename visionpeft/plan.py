@@ -229,6 +229,11 @@ class Plan:
         """Parameters of the model outside the head."""
         return sum(r.params for r in self.rows[:-1])
 
+    @property
+    def opened(self) -> float:
+        """The share of the training after which all of it trains."""
+        return max(self.opens.values(), default=0.0)
+
     def closed(self, progress: float) -> set[str]:
         """Return the parameters, and modules with statistics, that still wait when this share of the training is done."""
         return {name for name, share in self.opens.items() if share > progress + 1e-9}
@@ -294,11 +299,14 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     try:
         for part in method.parts:
             edits += part.edits(open_anatomy)
-            for name in part.train(open_anatomy):
+            trained = list(part.train(open_anatomy))
+            for name in trained:
                 rates[name] = max(rates.get(name, 0.0), part.rate(params[name], open_anatomy))
-            moving |= set(part.moving(open_anatomy)) if "train" in (part.bn, asked) else set()
-            for name, share in part.opens(open_anatomy).items():
-                opens[name] = min(opens.get(name, 1.0), share)
+            moved = list(part.moving(open_anatomy)) if "train" in (part.bn, asked) else []
+            moving.update(moved)
+            later = part.opens(open_anatomy)
+            for name in (*trained, *moved):  # what another part opens from the start does not wait
+                opens[name] = min(opens.get(name, 1.0), later.get(name, 0.0))
     except Unfit as reason:
         raise _refusal(method, anatomy, freeze, reason) from None
     wanted = {*rates, *(p.name for p in open_anatomy.params if p.stage == HEAD)}
@@ -307,6 +315,10 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     may = {s.name for s in anatomy.statistics if s.stage == HEAD or (bn == "train" and s.name in moving)}
     still = {s.name for s in anatomy.statistics if frozen(s) or s.name not in may}
     opens = {name: share for name, share in opens.items() if share and (name in wanted or name in may - still)}
+    if wanted and not edits and wanted <= opens.keys():
+        raise ConfigError(
+            f"freeze={freeze} with method='{method.name}' leaves nothing to train in the first epochs; freeze less"
+        )
     return Plan(
         family=anatomy.family,
         model=anatomy.model,

@@ -114,9 +114,9 @@ class Job:
         if self.lean != "off":
             lean.apply(model, self.lean)
 
-    def open(self, model: nn.Module, epoch: int, meter: measure.Meter) -> None:
-        """Put the model in training mode for an epoch, counted from 0: what the plan opens later still waits."""
-        progress = epoch / self.epochs
+    def open(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
+        """Put the model in training mode for an epoch that begins after this share of the training: what the plan opens later
+        still waits."""
         train_mode(model, self.plan, progress)
         if self.plan.opens:
             before = sum(p.requires_grad for p in model.parameters())

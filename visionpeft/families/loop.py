@@ -238,11 +238,14 @@ class _Loop:
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
-        return epoch - self.best["epoch"] >= self.recipe.patience > 0
+        waited = (
+            math.ceil(self.job.plan.opened * self.job.epochs - 1e-6) - 1
+        )  # the last epoch in which something did not train yet
+        return epoch - max(self.best["epoch"], waited) >= self.recipe.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once; return the mean loss."""
-        self.job.open(self.own, epoch, self.meter)
+        self.job.open(self.own, epoch / self.job.epochs, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         total, seen = 0.0, 0

@@ -201,7 +201,10 @@ class Tuned:
     def _model_train(self: Any) -> None:
         super()._model_train()  # type: ignore[misc]
         self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
-        self.job.open(unwrap_model(self.model), self.epoch, self._meter)
+        progress = self.epoch / self.epochs  # which with time= is not the job's number, but found on the way
+        self.job.open(unwrap_model(self.model), progress, self._meter)
+        if progress < self._plan.opened:  # patience counts once all of the plan trains
+            self.stopper.best_epoch = self.epoch + 1
         self._batch = 0
         if self.job.store:
             self.train_loader.dataset.epoch = self.epoch  # each reads another view

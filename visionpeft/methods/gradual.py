@@ -37,6 +37,5 @@ class GradualConfig(Method):
 
     def _turn(self, stage: int, anatomy: Anatomy) -> int:
         """Return whose turn it is when a stage begins to train: 1 for those before the head."""
-        stages = [s.index for s in anatomy.stages]
-        behind = len(stages) - 1 - stages.index(stage)
-        return 1 + behind * self.groups // len(stages)
+        behind = sum(s.index > stage for s in anatomy.stages)
+        return min(1 + behind * self.groups // len(anatomy.stages), self.groups)  # a stage may have statistics alone
