@@ -53,6 +53,9 @@ def test_surgical_takes_the_stages_with_the_longest_gradients(net) -> None:
     assert {s.stage for s in anatomy.statistics if s.name not in plan.still} == {2, 16, HEAD}
     plan = make_plan(make_method("surgical", {"stages": 1}), anatomy, freeze=3)
     assert {p.stage for p in anatomy.params if p.name in plan.train} == {16, HEAD}
+    few = seen(anatomy, s0=5.0, s8=4.5)  # a mean does not depend on how many weights there are: 3 and 30
+    plan = make_plan(make_method("surgical", {"stages": 1}), few)
+    assert {p.stage for p in anatomy.params if p.name in plan.train} == {0, HEAD}
 
 
 @pytest.mark.parametrize("method", ["last", "surgical"])
@@ -78,12 +81,18 @@ def test_budget_is_kept_and_goes_to_what_is_sensitive(method: str, name: str, ne
     assert len({e.settings["r"] for e in favoured.edits}) > 1
     assert len({e.settings["scaling"] for e in favoured.edits}) == 1
     assert "rank" in str(favoured) and favoured.rows[2].ranks in str(favoured)
+    ranked = make_plan(make_method(method, {"budget": 0.1, "use_rslora": True}), seen(anatomy))
+    assert {round(e.settings["scaling"], 6) for e in ranked.edits} == {8.0 / 2}  # lora_alpha / sqrt(r)
+    fixed = make_plan(make_method(method, {"budget": 0.1, "lora_fa": True}), seen(anatomy))
+    assert 0.09 < fixed.trained_body / fixed.body <= 0.1  # A does not train, so B may have more rows
 
 
 def test_budget_that_cannot_be() -> None:
     for given in ("lots", "0%", "120%", -0.1, 1.0):
         with pytest.raises(ConfigError, match="is not understood; give a share of the body, e.g. '2%'"):
             make_method("lora", {"budget": given})
+    with pytest.raises(ConfigError, match="budget gives every layer its rank, and so does rank_pattern; leave one out"):
+        make_method("lora", {"budget": "2%", "rank_pattern": {".*": 8}})
 
 
 def test_budget_too_small_for_a_rank(net) -> None:
@@ -194,7 +203,7 @@ def test_gradual_where_parts_are_frozen_by_name(net) -> None:
     alone = ["model.0.conv", "model.0.bn.weight", "model.0.bn.bias"]  # of this stage, statistics move and nothing trains
     plan = make_plan(make_method("gradual"), anatomy, freeze=alone)
     assert plan.opens["model.0.bn"] == plan.opened == 0.5
-    with pytest.raises(ConfigError, match="leaves nothing to train in the first epochs"):
+    with pytest.raises(ConfigError, match="leaves nothing to train at first"):
         make_plan(make_method("gradual"), anatomy, freeze="model.23")
 
 

@@ -237,8 +237,8 @@ def _train(
         )
     if settings["epochs"] < (least := math.ceil(1 / (1 - made.opened) - 1e-6)):
         raise ConfigError(
-            f"all of method '{tuning.name}' trains only after {made.opened:.0%} of the epochs, so epochs={settings['epochs']} "
-            f"never come to that; give at least {least}"
+            f"all of method '{tuning.name}' trains only after {made.opened:.0%} of the epochs, so "
+            f"epochs={settings['epochs']} never come to that; give at least {least}"
         )
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}

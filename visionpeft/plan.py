@@ -316,9 +316,7 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     still = {s.name for s in anatomy.statistics if frozen(s) or s.name not in may}
     opens = {name: share for name, share in opens.items() if share and (name in wanted or name in may - still)}
     if wanted and not edits and wanted <= opens.keys():
-        raise ConfigError(
-            f"freeze={freeze} with method='{method.name}' leaves nothing to train in the first epochs; freeze less"
-        )
+        raise ConfigError(f"freeze={freeze} with method='{method.name}' leaves nothing to train at first; freeze less")
     return Plan(
         family=anatomy.family,
         model=anatomy.model,

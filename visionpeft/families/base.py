@@ -115,8 +115,7 @@ class Job:
             lean.apply(model, self.lean)
 
     def open(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
-        """Put the model in training mode for an epoch that begins after this share of the training: what the plan opens later
-        still waits."""
+        """Put the model in training mode for an epoch that begins after this share of the run: what opens later waits."""
         train_mode(model, self.plan, progress)
         if self.plan.opens:
             before = sum(p.requires_grad for p in model.parameters())

@@ -238,9 +238,7 @@ class _Loop:
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
-        waited = (
-            math.ceil(self.job.plan.opened * self.job.epochs - 1e-6) - 1
-        )  # the last epoch in which something did not train yet
+        waited = math.ceil(self.job.plan.opened * self.job.epochs - 1e-6) - 1  # the last epoch of waiting
         return epoch - max(self.best["epoch"], waited) >= self.recipe.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:

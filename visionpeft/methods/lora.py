@@ -27,7 +27,7 @@ class LoraConfig(UpdateConfig):
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
     qkv: str = "qkv"  # which of q, k and v of a fused projection
     lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
-    budget: str | float = ""  # "2%" of the body may train: ranks by the gradients of a few batches of training images, not r
+    budget: str | float = ""  # "2%" of what is not frozen of the body: ranks by the gradients of some training images, not r
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
     worth: ClassVar[float | None] = 0.7
@@ -45,9 +45,10 @@ class LoraConfig(UpdateConfig):
             raise ConfigError(
                 f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is one of {allowed}"
             )
-
         if self.budget != "":
             self._share()
+            if self.rank_pattern:
+                raise ConfigError(f"{self.name}: budget gives every layer its rank, and so does rank_pattern; leave one out")
 
     @property
     def looks(self) -> bool:
@@ -64,7 +65,7 @@ class LoraConfig(UpdateConfig):
 
         A layer's share of the parameters is its share of the sensitivity, the sum of |w g| over its weights (as in GoRA, He et
         al. 2025, https://arxiv.org/abs/2502.12171): one rank after the other goes to the layer with the most sensitivity for
-        each parameter that it would then have (D'Hondt's rule). What scales an update is lora_alpha / r, as without a budget.
+        each parameter that it would then have (D'Hondt's rule). What scales an update is the same as without a budget.
         """
         if not self.looks:
             return self
@@ -79,7 +80,7 @@ class LoraConfig(UpdateConfig):
             at = replace(whole, r=rank)
             if at.fits(layer):
                 product = anatomy.evidence.product.get(f"{layer.name}.weight", 0.0)  # type: ignore[union-attr]
-                cost = at.cost(layer)
+                cost = at.trained(layer)
                 heapq.heappush(queue, (-product / cost, layer.name, rank, cost - before, layer))
 
         for layer in self.targets(anatomy):
@@ -88,14 +89,15 @@ class LoraConfig(UpdateConfig):
             _, name, rank, more, layer = heapq.heappop(queue)
             if more <= left:
                 ranks[name], left = rank, left - more
-                offer(layer, rank + 1, replace(whole, r=rank).cost(layer))
+                offer(layer, rank + 1, replace(whole, r=rank).trained(layer))
         if not ranks:
             norms = " beside the normalisations (train_norms)" if self.train_norms else ""
             raise ConfigError(
                 f"{self.name}: budget={self.budget} leaves no rank for any layer{norms}; give more of the body, or fewer targets"
             )
         names = {re.escape(name): rank for name, rank in ranks.items()}
-        alphas = {name: self.lora_alpha * rank / self.r for name, rank in names.items()}
+        power = 0.5 if self.use_rslora else 1.0
+        alphas = {name: self.lora_alpha * (rank / self.r) ** power for name, rank in names.items()}
         return replace(
             whole, target_modules="|".join(names), rank_pattern=names, alpha_pattern={**self.alpha_pattern, **alphas}
         )
@@ -150,6 +152,11 @@ class LoraConfig(UpdateConfig):
         if chosen is None:
             return self.rank(layer) * (rows + columns)
         return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
+
+    def trained(self, layer: Layer) -> int:
+        """Return how many of them train."""
+        fixed = self.rank(layer) * matrix(layer)[1] * len(self._rows(layer) or "W") if self.lora_fa else 0
+        return self.cost(layer) - fixed
 
     def _rows(self, layer: Layer) -> list | None:
         """Return the rows of each chosen projection of a fused qkv, or None for the whole matrix."""

@@ -37,7 +37,7 @@ class SurgicalConfig(Method):
 
     def _chosen(self, anatomy: Anatomy) -> set[int]:
         assert anatomy.evidence  # make_plan sees to it
-        ratios: dict[int, list[float]] = {s.index: [0.0] for s in anatomy.stages}
+        ratios: dict[int, list[float]] = {s.index: [] for s in anatomy.stages}
         for p in anatomy.body:
             if length := anatomy.evidence.weight.get(p.name):  # of what is zero, no ratio says anything
                 ratios[p.stage].append(anatomy.evidence.gradient[p.name] / length)
@@ -46,4 +46,4 @@ class SurgicalConfig(Method):
                 f"surgical: stages={self.stages} is more than the {len(ratios)} stages that could train here; "
                 "give fewer, freeze less, or use method='full'"
             )
-        return set(sorted(ratios, key=lambda stage: -statistics.mean(ratios[stage]))[: self.stages])
+        return set(sorted(ratios, key=lambda stage: -statistics.mean(ratios[stage] or [0.0]))[: self.stages])
