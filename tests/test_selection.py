@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 import visionpeft
 from visionpeft import delta as deltas
 from visionpeft import planning
-from visionpeft.errors import ConfigError, Interrupted, TrainingError
+from visionpeft.errors import ConfigError, Interrupted, OutOfMemory, TrainingError
 from visionpeft.families.base import Job
 from visionpeft.families.gradients import gather
 from visionpeft.families.yolo_tasks import TASKS
@@ -121,6 +122,30 @@ def test_evidence_is_of_the_mean_gradient(squares: Path, tmp_path: Path) -> None
         assert made.product[name] == pytest.approx(float((p * p.grad).abs().sum()), rel=1e-3, abs=1e-7)
 
 
+def test_evidence_where_memory_is_short_or_images_are_few(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family: Any = FAMILIES["timm"]()
+    base = family.design("timm/test_vit", img_size=32)
+    data = family.read_data(str(squares), base)
+    model = family.fit(base, data.names, "rebuild")
+    look = partial(gather, family, model, data, family.anatomy(model, "test_vit"), imgsz=32)
+    whole, odd = look(batch=16), look(batch=5)
+    assert whole.images == odd.images == look(batch=-1).images == 16
+    real, room = family.losses, 4
+
+    def losses(model: nn.Module, data: Any, *, batch: int, **more: Any) -> Any:
+        for i, loss in enumerate(real(model, data, batch=batch, **more)):
+            if batch > room and i:  # not the first, so gradients are there
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            yield loss
+
+    monkeypatch.setattr(family, "losses", losses)
+    narrow = look(batch=8)
+    assert narrow.images == 16 and narrow.gradient == pytest.approx(whole.gradient, rel=1e-3, abs=1e-7)
+    room = 0
+    with pytest.raises(OutOfMemory, match="the GPU's memory is full"):
+        look(batch=8)
+
+
 @pytest.mark.parametrize("version", ["v8", "26"])
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_evidence_of_every_task(version: str, task: str, net, tmp_path: Path) -> None:
@@ -153,7 +178,9 @@ def test_plan_and_forecast_look_at_data(boxes: Path, checkpoint: Path) -> None:
         planning.plan(checkpoint, method="surgical")
     with pytest.raises(ConfigError, match="'lora' looks at training images"):
         planning.forecast(checkpoint, method="lora", budget="2%", imgsz=64)
-    assert planning.plan(checkpoint, data=boxes, method="lora", budget="3%").edits
+    assert planning.plan(checkpoint, data=boxes, method="lora", budget="3%", imgsz=64, batch=2).edits
+    with pytest.raises(ConfigError, match="imgsz is no part of a plan of 'lora'"):
+        planning.plan(checkpoint, data=boxes, method="lora", imgsz=64)
     made = planning.forecast(checkpoint, data=boxes, method="surgical", imgsz=64, batch=2, device="cpu")
     full = planning.forecast(checkpoint, data=boxes, method="full", imgsz=64, batch=2, device="cpu")
     assert 0 < made.total < full.total

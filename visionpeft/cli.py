@@ -217,9 +217,9 @@ def plan(
     memory
         Forecast the peak, in seconds, on a GPU; further settings as for train.
     imgsz
-        For --memory, as for train.
+        As for train; for --memory, and for methods that look at the images before they plan.
     batch
-        For --memory, as for train.
+        As for train; for the same.
     lean
         For --memory, as for train.
     device
@@ -234,7 +234,7 @@ def plan(
     options |= {k: v for k, v in more.items() if v is not None}
     given = _values({**named, **options, "model_args": model_args})
     if not memory:
-        if alone := [k for k in more if k in options]:
+        if alone := [k for k in ("lean", "device") if k in options]:
             raise ConfigError(f"{alone[0]} is no part of a plan; add --memory to forecast what it takes")
         made = planning.plan(**given)
         print(json.dumps(made.to_dict(), indent=2) if json_ else made)

@@ -35,6 +35,8 @@ def plan(
     freeze: Freeze = 0,
     bn: str | None = None,
     head: str | None = None,
+    imgsz: int | None = None,
+    batch: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -47,19 +49,26 @@ def plan(
         freeze: As for `train`.
         bn: As for `train`.
         head: As for `train`.
+        imgsz: As for `train`, of methods that look at the images before they plan; no part of another's plan.
+        batch: The same.
         model_args: As for `train`.
         **options: Fields of the method.
 
     Raises:
         VisionpeftError: As for `train`.
     """
+    seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch)) if v is not None}
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
+    if seen and not tuning.looks:
+        given = next(iter(seen))
+        raise ConfigError(f"{given} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
     base = family.load(str(model), **loader_arguments(model_args))
     own, checked = fitted(family, base, data, head)
     anatomy = family.anatomy(own, str(model))
     if tuning.looks and checked:
-        settings = family.defaults_for(base)
+        settings = {**family.defaults_for(base), **seen}
+        check_settings(settings, {})
         found = gather(family, own, checked, anatomy, imgsz=settings["imgsz"], batch=settings["batch"])
         anatomy = dataclasses.replace(anatomy, evidence=found)
     return make_plan(tuning, anatomy, freeze, bn)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..plan import Anatomy, Evidence
-from .base import Data, Family
+from .base import Data, Family, out_of_memory
 
 BATCHES, IMAGES = 8, 16  # batches, and images in each at most
 
@@ -25,32 +25,54 @@ def gather(
         data: What it is going to train on.
         anatomy: The model's facts.
         imgsz: Image size in pixels.
-        batch: Images in a batch; of more than 16, 16.
-        device: Where, "cpu" or the number of a GPU.
+        batch: Images in a batch; 16 where they are more, or yet to be found.
+        device: Where: as for `train`, but one.
 
     Raises:
         TrainingError: The loss is no number.
+        OutOfMemory: One image's gradients do not fit into the GPU's memory.
     """
-    own = copy.deepcopy(model).to("cpu" if device == "cpu" else f"cuda:{device}" if device.isdigit() else device).train()
+    own = copy.deepcopy(model).to(_place(device)).train()
     for statistics in anatomy.statistics:
         own.get_submodule(statistics.name).eval()
     wanted = {p.name for p in anatomy.params}
-    parameters = {name: p.requires_grad_(name in wanted) for name, p in own.named_parameters()}
-    size, count = max(min(batch, IMAGES), 1), 0
+    for name, p in own.named_parameters():
+        p.requires_grad_(name in wanted)
+    size, count = min(batch, IMAGES) if batch >= 1 else IMAGES, BATCHES
+    while True:
+        try:
+            return _look(family, own, data, imgsz, size, count)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise out_of_memory(error) from error
+            size, count = size // 2, count * 2  # as many images, in smaller batches
+
+
+def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, count: int) -> Evidence:
+    made = 0
+    model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of dropout
-        for loss in family.losses(own, data, imgsz=imgsz, batch=size, count=BATCHES):
+        for loss in family.losses(model, data, imgsz=imgsz, batch=size, count=count):
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss on the training images of {data.source} is no number before training; look at them"
                 )
             loss.backward()
-            count += 1
+            made += 1
     with torch.no_grad():
-        pairs = {n: (p.float(), p.grad.float() / count) for n, p in parameters.items() if p.grad is not None}
+        pairs = {n: (p.float(), p.grad.float() / made) for n, p in model.named_parameters() if p.grad is not None}
         return Evidence(
-            images=size * count,
+            images=min(size * made, len(data.facts["train"])),
             weight={n: float(w.norm()) for n, (w, _) in pairs.items()},
             gradient={n: float(g.norm()) for n, (_, g) in pairs.items()},
             product={n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()},
         )
+
+
+def _place(device: str) -> torch.device:
+    """Return torch's device for "cpu", "0", "cuda:0", ..., or for "" and Ultralytics' "-1", any GPU."""
+    if device.isdigit():
+        return torch.device("cuda", int(device))
+    any_gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(any_gpu if device in ("", "-1") else device)
