@@ -327,6 +327,25 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{'a': 1}"), "adapter_config.json is no JSON"),
     "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "says no peft_type"),
     "another type": (lambda f: edit(f, r="two"), "has r='two', which is not what peft writes"),
+    "a number less": (lambda f: edit(f, r=None), "has r=None, which is not what peft writes"),
+    "a truth for a number": (lambda f: edit(f, r=True), "has r=True, which is not what peft writes"),
+    "another type inside": (
+        lambda f: edit(f, rank_pattern={"qkv": 1.5}),
+        "has rank_pattern=.*, which is not what peft writes",
+    ),
+    "another type in a list": (
+        lambda f: edit(f, modules_to_save=[1]),
+        "has modules_to_save=.*, which is not what peft writes",
+    ),
+    "no rank for any memory": (lambda f: edit(f, r=2**40), "but this layer takes 1099511627776×192"),
+    "no matrix": (
+        lambda f: alter(f, lambda tensors: {k: v.sum() if "1.attn.qkv.lora_A" in k else v for k, v in tensors.items()}),
+        "a tensor of blocks.1.attn.qkv in the folder is no matrix; get the folder again",
+    ),
+    "a strange header": (
+        lambda f: save_file(load_file(f / "adapter_model.safetensors"), f / "adapter_model.safetensors", {deltas.KEY: "[]"}),
+        "what visionpeft said of the delta in .* is damaged",
+    ),
     "damaged": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678901"), "safetensors is damaged"),
     "no prefix": (rename("base_model.model.", ""), "has a tensor 'blocks.*peft's begin with base_model.model."),
     "an unknown method": (

@@ -113,11 +113,22 @@ def read(folder: str | Path) -> Adapter:
         header = json.loads(text) if text else {}
     except (SafetensorError, ValueError) as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
-    if header and not all(isinstance(header.get(name), dict) for name in ("base", "names", "input", "train_args")):
+    if text and not _says_all(header):
         raise DeltaError(f"what visionpeft said of the delta in {path} is damaged; get the file again")
     if strange := next((k for k in found if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
     return Adapter(config, {k.removeprefix(PREFIX): v for k, v in found.items()}, header)
+
+
+def _says_all(header: Any) -> bool:
+    """Say whether a header has what is read of it."""
+    named = isinstance(header, dict) and all(
+        isinstance(header.get(n), dict) for n in ("base", "names", "input", "train_args")
+    )
+    if not named or not all(str(k).isdigit() for k in header["names"]):
+        return False
+    base = header["base"]
+    return all(isinstance(base.get(n), str) for n in ("model", "sha256")) and isinstance(base.get("model_args"), dict)
 
 
 def _check_files(folder: Path) -> None:
@@ -141,20 +152,27 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DeltaError(f"{path} is no JSON ({error}); get the file again") from error
-    kinds: dict[str, tuple[type, ...]] = {
-        "target_modules": (list, str),
-        "modules_to_save": (list,),
-        "exclude_modules": (list, str),
-        "rank_pattern": (dict,),
-        "alpha_pattern": (dict,),
-        "r": (int,),
-        "lora_alpha": (int, float),
-        "alpha": (int, float),
+    number, names = (int, float), (list, str, type(None))
+    kinds: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {  # of a field, and of what it holds
+        "target_modules": (names, (str,)),
+        "modules_to_save": ((list, type(None)), (str,)),
+        "exclude_modules": (names, (str,)),
+        "rank_pattern": ((dict, type(None)), (int,)),
+        "alpha_pattern": ((dict, type(None)), number),
+        "r": ((int,), ()),
+        "lora_alpha": (number, ()),
+        "alpha": (number, ()),
+        "decompose_factor": ((int,), ()),
     }
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
-    for name, allowed in kinds.items():
-        if config.get(name) is not None and not isinstance(config[name], allowed):
+    for name, (allowed, inside) in kinds.items():
+        if name not in config:
+            continue
+        value = config[name]
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        usual = isinstance(value, allowed) and all(isinstance(v, inside) for v in held)
+        if not usual or any(isinstance(v, bool) for v in (value, *held)):  # these are numbers to Python
             raise DeltaError(f"{path} has {name}={config[name]!r}, which is not what peft writes there; get the file again")
     return config
 
