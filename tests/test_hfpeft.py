@@ -152,11 +152,17 @@ def test_peft_computes_what_we_do_and_we_read_it_again(
 
     again = hfpeft.adopt(hfpeft.read(folder), family_of(name), base, delta.header)
     assert close(predict(rebuilt(again, base, name), images), y)
-    merged = {e.module for e in delta.plan.edits} - {e.module for e in again.plan.edits}
-    assert merged == {m for m in merged if model.get_submodule(m).groups > 1}  # what peft would get wrong
+    edited, found = ({e.module for e in d.plan.edits} for d in (delta, again))
+    assert all(model.get_submodule(m).groups > 1 or clashes(m, method, name) for m in edited - found)
+    assert found - edited <= ({"conv1"} if name == "resnet18" else set())  # to peft, also all that end like it
     for key, value in delta.tensors.items():
-        if not key.startswith(tuple(f"{m}." for m in merged)):
+        if not key.startswith(tuple(f"{m}." for m in edited ^ found)):
             assert torch.equal(again.tensors[key], value), key
+
+
+def clashes(module: str, method: str, name: str) -> bool:
+    """Whether peft cannot tell a layer from the stem, which trained itself, and has no adapter that is such a change."""
+    return name == "resnet18" and method == "lokr" and module.endswith("conv1")
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -246,14 +252,17 @@ def test_layers_that_peft_gets_wrong_are_saved_whole(method: str, tmp_path) -> N
     learn(train_mode(attach(model, plan), plan), x)
     delta = deltas.collect(model, base.state, header_of(base, base.names, "keep"), "fp32")
     parts = hfpeft.writing.divide(model.eval(), delta, base)
-    wrong = {"same", "standardised", "reflected", "up", "read"} | ({"grouped", "dilated"} if "ora" in method else set())
+    wrong = {"same", "standardised", "reflected", "up", "read"}
+    if "ora" in method:
+        wrong |= {"grouped", "dilated", "more.1.grouped"}  # the last for its name: whoever saves "grouped" saves it, too
     assert {*parts.merged} == wrong & {e.module for e in plan.edits} and len(parts.merged) > 3
     folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert isinstance(config["target_modules"], str)  # in a list, "conv" would be "more.1.conv", too
-    assert ("base_model.model.grouped" in config["modules_to_save"]) == ("ora" in method)  # and "grouped" one of "more"
     opened = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
     assert close(predict(opened, x), predict(model, x))
+    with opened.disable_adapter():  # what peft loads stands apart from the base
+        assert torch.equal(predict(opened, x), predict(base.model, x))
 
 
 def test_half_precision_stays_half(adapted, tmp_path) -> None:
@@ -327,6 +336,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{'a': 1}"), "adapter_config.json is no JSON"),
     "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "says no peft_type"),
     "another type": (lambda f: edit(f, r="two"), "has r='two', which is not what peft writes"),
+    "no number": (lambda f: edit(f, rank_pattern={"qkv": "two"}), "has 'two' as r of blocks.0.attn.qkv, which is no number"),
+    "no names": (lambda f: edit(f, target_modules=["qkv", 1]), "has target_modules=.*, which is not what peft writes"),
     "damaged": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678901"), "safetensors is damaged"),
     "no prefix": (rename("base_model.model.", ""), "has a tensor 'blocks.*peft's begin with base_model.model."),
     "an unknown method": (
@@ -488,25 +499,27 @@ def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
     kept = {f.name: f.read_bytes() for f in out.iterdir()}
     with pytest.raises(ConfigError, match="adapter exists; give another folder, or exist_ok=True to replace it"):
         visionpeft.export(run.delta, "peft", out)
-    (out / "more").write_text("")
+    (out / "adapter_config.json").write_text("")
     assert visionpeft.export(run.delta, "peft", out, exist_ok=True) == out
     assert {f.name: f.read_bytes() for f in out.iterdir()} == kept and len(list(tmp_path.iterdir())) == 1
+    (out / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"adapter holds something else \(mine.txt\), which would be lost"):
+        visionpeft.export(run.delta, "peft", out, exist_ok=True)
     with pytest.raises(ConfigError, match="'dynamic' is no option of format='peft'"):
         visionpeft.export(run.delta, "peft", tmp_path / "b", dynamic=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file is a file; give another folder$"):
         visionpeft.export(run.delta, "peft", tmp_path / "file", exist_ok=True)
 
+    ours = shutil.copytree(out, tmp_path / "ours")
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), other := tmp_path / "other.safetensors")
     tensors = load_file(out / "adapter_model.safetensors")
     save_file(tensors, out / "adapter_model.safetensors")  # as peft does, without what we say of it
     for arguments, code_, says in (
         (["import", str(out)], 2, "give the base with model="),
         (["import", str(tmp_path / "none"), "--model", "timm/test_resnet"], 2, "there is no folder"),
-        (
-            ["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"],
-            1,
-            "the adapter does not fit",
-        ),
+        (["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"], 2, "has random weights"),
+        (["import", str(ours), "--model-args", f"{{checkpoint_path: {other}}}"], 1, "wrong base: this delta"),
         (["export", str(run.delta), "--format", "pef"], 2, "Did you mean 'peft'?"),
     ):
         with pytest.raises(SystemExit, match=str(code_)):
@@ -561,3 +574,11 @@ def same_as_built(family: Any, base: Base, names: dict[int, str], head: str, mod
     ours, its = fitted.state_dict(), used["model"].state_dict()
     assert {k: v.shape for k, v in its.items()} == {k: v.shape for k, v in ours.items()}
     assert all(torch.equal(v, ours[k]) for k, v in its.items() if not k.startswith(heads))
+
+
+def test_peft_saves_again_what_it_has_read(adapted, images, tmp_path) -> None:
+    model, delta, base = adapted("resnet18", "norm+lora")
+    opened = theirs(base, "resnet18", hfpeft.write(model, delta, base, "", tmp_path / "ours"))
+    opened.save_pretrained(str(tmp_path / "again"))
+    again = hfpeft.adopt(hfpeft.read(tmp_path / "again"), family_of("resnet18"), base, delta.header)
+    assert close(predict(rebuilt(again, base, "resnet18"), images), predict(model, images))

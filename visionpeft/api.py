@@ -559,7 +559,7 @@ def export(
         out: The file or folder to write; by default beside the delta.
         model: The base; by default the one the delta names.
         model_args: As for `load`.
-        exist_ok: Replace a folder that is there.
+        exist_ok: Replace a folder that is there, where it holds nothing else.
         **options: The family's (imgsz, dynamic, ...).
     """
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
@@ -612,6 +612,8 @@ def import_peft(
     given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
     family = find_family(source)
     base = family.load(source, **given)
+    if not base.pretrained:
+        raise ConfigError(f"{source} has random weights, which no adapter was trained on; give a checkpoint")
     checked = family.read_data(scenes.find(data), base) if data else None
     settings = family.defaults_for(base)
     unknown = {

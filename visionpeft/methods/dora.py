@@ -36,8 +36,11 @@ class DoraConfig(LoraConfig):
     def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
         if (found := super().to_peft(part, layer)) is None:
             return None
-        length = part.magnitude if len(part.shape) == 2 else part.magnitude.view(1, -1, *[1] * (len(part.shape) - 2))
-        return PeftLayer({**found.tensors, "lora_magnitude_vector": length}, found.fields)
+        return _with_length(found, part.magnitude)
+
+    def change_to_peft(self, layer: Any, before: Tensor) -> PeftLayer | None:
+        found = super().change_to_peft(layer, before)
+        return None if found is None else _with_length(found, layer.weight.flatten(1).norm(dim=1))
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if (read := super().read_peft(layer, found)) is None:
@@ -85,6 +88,12 @@ class Magnitude(LowRank):
 
     def _length(self, weight: Tensor) -> Tensor:
         return self._by_output(weight).norm(dim=1).clamp_min(1e-12)
+
+
+def _with_length(found: PeftLayer, length: Tensor) -> PeftLayer:
+    more = [1] * (found.tensors["lora_A.weight"].ndim - 2)  # dimensions of a kernel
+    shaped = length.view(1, -1, *more) if more else length
+    return PeftLayer({**found.tensors, "lora_magnitude_vector": shaped}, found.fields)
 
 
 def _output(kind: str) -> int:
