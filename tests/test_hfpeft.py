@@ -37,7 +37,7 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
         r=2, lora_alpha=6, rank_pattern={".*(proj|conv2|fc1|conv_pw)": 3}, use_rslora=True, **k
     ),
     "dora": lambda **k: peft.LoraConfig(r=2, use_dora=True, alpha_pattern={"^.*(fc2|conv1|conv_pwl)": 5}, **k),
-    "ia3": lambda **k: peft.IA3Config(feedforward_modules=[], **k),
+    "ia3": lambda **k: peft.IA3Config(feedforward_modules=".*(fc2|conv2|conv_pwl)", **k),
     "loha": lambda **k: peft.LoHaConfig(r=2, rank_pattern={"fc1|conv1|conv_pw": 3}, **k),
     "lokr": lambda **k: peft.LoKrConfig(r=2, alpha=3, decompose_both=True, decompose_factor=4, **k),
 }
@@ -207,6 +207,18 @@ def test_what_peft_writes_otherwise_is_a_lora_of_another_rank(method: str, optio
     assert close(predict(theirs(base, "vit_tiny", folder), images), y)
     again = hfpeft.adopt(hfpeft.read(folder), family_of("vit_tiny"), base, delta.header)
     assert close(predict(rebuilt(again, base, "vit_tiny"), images), y)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+def test_a_stem_that_shares_its_name_is_an_adapter_of_full_rank(method: str, adapted, images, tmp_path) -> None:
+    model, delta, base = adapted("resnet18", method)
+    assert "conv1.weight" in delta.tensors and "conv1" not in {e.module for e in delta.plan.edits}
+    folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"^conv1": 64} and "conv1" not in config["modules_to_save"]
+    assert "layer4.1.conv1" in re.split(r"\|", config["target_modules"].replace("\\", ""))
+    opened = theirs(base, "resnet18", folder)
+    assert close(predict(opened, images), predict(model, images))
 
 
 class Odd(nn.Module):
@@ -516,7 +528,7 @@ def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
     tensors = load_file(out / "adapter_model.safetensors")
     save_file(tensors, out / "adapter_model.safetensors")  # as peft does, without what we say of it
     for arguments, code_, says in (
-        (["import", str(out)], 2, "give the base with model="),
+        (["import", str(out)], 2, "give it with model="),
         (["import", str(tmp_path / "none"), "--model", "timm/test_resnet"], 2, "there is no folder"),
         (["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"], 2, "has random weights"),
         (["import", str(ours), "--model-args", f"{{checkpoint_path: {other}}}"], 1, "wrong base: this delta"),

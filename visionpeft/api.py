@@ -605,7 +605,7 @@ def import_peft(
     adapter = hfpeft.read(folder)
     said = adapter.header
     if model is None and not said:
-        raise ConfigError(f"{folder} does not say what it was trained on as visionpeft would; give the base with model=...")
+        raise ConfigError(f"{folder} does not name the base that it was trained on; give it with model=...")
     if model is None and "://" in f"{said['base']['model']}{said['base']['model_args']}":
         raise DeltaError(f"{folder} names an address as its base ({said['base']['model']}); give a base you trust")
     source = lasting(model or said["base"]["model"])

@@ -18,6 +18,7 @@ from ..errors import DeltaError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
+LISTS = ("feedforward_modules",)  # fields that list the layers for which they are true
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}  # fields that layers may differ in
 
 
@@ -36,12 +37,15 @@ class Adapter:
     header: dict[str, Any]
 
     def fields(self, module: str) -> dict[str, Any]:
-        """Return the configuration as it holds for one layer.
+        """Return the configuration as it holds for one layer: numbers for patterns, and whether a list means it.
 
         Raises:
             DeltaError: A pattern in it is no regular expression.
         """
         found = dict(self.config)
+        for field in LISTS:
+            wanted = self.config.get(field) or []
+            found[field] = _meant(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
         for field, pattern in PATTERNS.items():
             values = self.config.get(pattern) or {}
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
@@ -154,6 +158,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         "target_modules": (list, str),
         "modules_to_save": (list,),
         "exclude_modules": (list, str),
+        "feedforward_modules": (list, str),
         "rank_pattern": (dict,),
         "alpha_pattern": (dict,),
         "r": (int,),

@@ -16,14 +16,14 @@ from ..families.base import Base, Data, Family, observe
 from ..methods.base import Method, PeftLayer
 from ..plan import Edit, given_plan
 from ..registry import METHODS
-from .folder import PATTERNS, Adapter
+from .folder import LISTS, PATTERNS, Adapter
 
 _ASIDE = {  # fields that say nothing of what a trained adapter computes, or that `Adapter` reads
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
     *("lora_dropout", "lora_ga_config", "megatron_core", "module_dropout", "modules_to_save", "peft_type", "peft_version"),
     *("qalora_group_size", "rank_dropout", "rank_dropout_scale", "revision", "runtime_config", "target_modules"),
-    *("task_type", "velora_config", *PATTERNS.values()),
+    *("task_type", "velora_config", *PATTERNS.values(), *LISTS),
 }
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})  # values of an option that is not used
 Tensors = dict[str, Tensor]

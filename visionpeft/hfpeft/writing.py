@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..families.base import Base, observe
 from ..methods.base import PeftLayer, restore_method
 from ..plan import Edit, Plan
 from ..registry import METHODS
-from .folder import CARD, CONFIG, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names
+from .folder import CARD, CONFIG, LISTS, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -127,20 +128,21 @@ def _tell_apart(
     It means all modules whose names end like that: "conv1" of a ResNet is also "layer1.0.conv1". Those are saved whole,
     too; where they have adapters, the one that was named gets an adapter instead, or else theirs are merged.
     """
-    pending = sorted(whole)
+    pending, settled = sorted(whole), set[str]()  # settled: whole for another's sake
     while pending:
         name = pending.pop()
         others = meant_too(name, names)
         clash = [t for t in layers if t in others or excludes(name, t)]
-        if clash and (layer := as_change(name)) is not None:
+        if clash and name not in settled and (layer := as_change(name)) is not None:
             layers[name] = layer
             whole.remove(name)
             pending = sorted(whole)
             continue
         for target in clash:
             del layers[target]
-        pending += (new := {*others, *clash} - whole)
-        whole |= new
+        settled |= {*others, *clash}
+        pending += settled - whole
+        whole |= settled
 
 
 def _check_method(plan: Plan) -> None:
@@ -192,10 +194,13 @@ def _common(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name in dict.fromkeys(name for own in fields.values() for name in own):
         values = {module: own[name] for module, own in fields.items()}
-        config[name] = values[next(iter(values))]
+        first = config[name] = next(iter(values.values()))
+        if name in LISTS:  # as a regular expression, for in a list even half a name counts
+            config[name] = "|".join(re.escape(module) for module, true in values.items() if true) or []
         if name in PATTERNS:
             config[name] = Counter(values.values()).most_common(1)[0][0]
             config[PATTERNS[name]] = {pattern_of(m): v for m, v in values.items() if v != config[name]}
+        assert name in (*LISTS, *PATTERNS) or all(v == first for v in values.values()), f"{name} is one for all layers"
     return config
 
 
