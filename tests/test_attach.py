@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from typing import Any
 
 import pytest
 import timm.layers
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from ultralytics.nn.modules import Conv
+from ultralytics.utils.torch_utils import fuse_conv_and_bn
 
 from visionpeft.attach import attach, detach, merge
 from visionpeft.errors import ConfigError, ModelError
 from visionpeft.methods.dora import DoraConfig
+from visionpeft.methods.loha import LohaConfig
+from visionpeft.methods.lokr import LokrConfig
 from visionpeft.methods.lora import LoraConfig
-from visionpeft.plan import Edit, Plan
+from visionpeft.methods.updates import UpdateConfig
+from visionpeft.plan import Edit, Layer, Plan
 
 LAYERS = {
     "linear": (nn.Linear(12, 8), (2, 12)),
@@ -41,11 +46,11 @@ def bare(layer: nn.Module, *edits: Edit) -> Plan:
     return Plan("none", "bare", "lora", {}, 0, "frozen", (), (), {}, edits, (), ())
 
 
-def edit(layer: nn.Module, config: LoraConfig, **more) -> Edit:
-    groups = layer.groups if isinstance(layer, nn.ConvTranspose2d) else 1
-    extra = {"output": int(isinstance(layer, nn.ConvTranspose2d)), "groups": groups} if config.name == "dora" else {}
-    settings = {"shape": list(layer.weight.shape), "r": config.r, "scaling": config.lora_alpha / config.r, **extra, **more}
-    return Edit("", "weight", config.name, settings)
+def edit(layer: Any, config: UpdateConfig, module: str = "", **more: Any) -> Edit:
+    """Return what a method would plan for a bare layer."""
+    kind = {nn.Linear: "linear", nn.ConvTranspose2d: "conv_transpose"}.get(type(layer), "conv")
+    facts = Layer("layer", kind, tuple(layer.weight.shape), getattr(layer, "groups", 1), 0)
+    return Edit(module, "weight", config.name, {**config.part(facts), **more})
 
 
 def randomise(model: nn.Module, seed: int = 3) -> None:
@@ -54,9 +59,22 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
-@pytest.mark.parametrize("config", [LoraConfig(r=2), DoraConfig(r=2)], ids=["lora", "dora"])
+METHODS = {
+    "lora": LoraConfig(r=2),
+    "dora": DoraConfig(r=2),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa"),
+    "olora, A fixed": LoraConfig(r=2, init_lora_weights="olora", lora_fa=True),
+    "dora from olora": DoraConfig(r=2, init_lora_weights="olora"),
+    "loha": LohaConfig(r=2),
+    "lokr": LokrConfig(r=1),
+    "lokr whole": LokrConfig(r=8),
+    "lokr both": LokrConfig(r=1, decompose_both=True, decompose_factor=3),
+}
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_every_layer_type(kind: str, config: LoraConfig) -> None:
+def test_every_layer_type(kind: str, config: UpdateConfig) -> None:
     """The output is that of a plain layer with the new weight; merged and unmerged agree; detached is the base."""
     layer, shape = copy.deepcopy(LAYERS[kind][0]).double(), LAYERS[kind][1]
     x = torch.randn(shape, dtype=torch.double)
@@ -71,8 +89,8 @@ def test_every_layer_type(kind: str, config: LoraConfig) -> None:
     y = layer(x)
     assert torch.allclose(y, plain(x)) and not torch.allclose(y, before)
     assert layer.state_dict().keys() > state.keys()
-    if config.name == "lora":
-        update = (part.lora_B @ part.lora_A).view_as(plain.weight) * (config.lora_alpha / config.r)
+    if config == METHODS["lora"]:
+        update = (part.lora_B @ part.lora_A).view_as(plain.weight) * 4
         assert torch.allclose(plain.weight, state["weight"] + update)
     merged = merge(copy.deepcopy(layer))
     assert type(merged) is type(plain) and torch.allclose(merged(x), y) and merged.state_dict().keys() == state.keys()
@@ -80,35 +98,75 @@ def test_every_layer_type(kind: str, config: LoraConfig) -> None:
     assert type(layer) is type(plain) and torch.equal(layer(x), before)
 
 
+NORMS = {
+    "batch": (nn.BatchNorm2d(6), (2, 6, 5, 5)),
+    "batch of vectors": (nn.BatchNorm1d(6), (4, 6)),
+    "instances": (nn.InstanceNorm2d(6, affine=True, track_running_stats=True), (2, 6, 5, 5)),
+    "group": (nn.GroupNorm(2, 6), (2, 6, 5, 5)),
+    "layer": (nn.LayerNorm(6), (2, 5, 6)),
+    "layer of a map": (nn.LayerNorm((6, 5)), (2, 6, 5)),
+    "timm's batch": (timm.layers.BatchNormAct2d(6), (2, 6, 5, 5)),
+    "timm's group": (timm.layers.GroupNormAct(6, 2), (2, 6, 5, 5)),
+    "timm's layer": (timm.layers.LayerNorm2d(6), (2, 6, 5, 5)),
+    "timm's layer with act": (timm.layers.LayerNormAct2d(6), (2, 6, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("kind", NORMS)
+def test_every_normalisation(kind: str, train: bool) -> None:
+    """SSF scales and shifts what a normalisation puts out, before its activation; merged, copied, detached as a layer."""
+    norm: Any = copy.deepcopy(NORMS[kind][0]).double()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(NORMS[kind][1], dtype=torch.double)
+    norm(x)  # statistics that are not all the same
+    norm.train(train)
+    plain, state = copy.deepcopy(norm), copy.deepcopy(norm.state_dict())
+    before = copy.deepcopy(norm)(x)
+    attach(norm, bare(norm, Edit("", "weight", "ssf", {"outputs": norm.weight.numel(), "kind": "norm"})))
+    assert torch.equal(copy.deepcopy(norm)(x), before)
+    randomise(norm)
+    gamma, beta = (getattr(norm.peft_weight["ssf"], n).detach().view(norm.weight.shape) for n in ("scale", "shift"))
+    bare_norm = copy.deepcopy(plain)
+    with torch.no_grad():
+        bare_norm.weight.mul_(1 + gamma)
+        bare_norm.bias.mul_(1 + gamma).add_(beta)
+    y = copy.deepcopy(norm)(x)
+    assert torch.allclose(y, bare_norm(x)) and not torch.allclose(y, before)
+    assert torch.equal(pickle.loads(pickle.dumps(norm))(x), y)
+    merged = merge(copy.deepcopy(norm))
+    assert type(merged) is type(plain) and merged.state_dict().keys() == state.keys()
+    norm.load_state_dict(state, strict=False)
+    merged.load_state_dict({k: v for k, v in state.items() if k not in ("weight", "bias")}, strict=False)
+    assert torch.allclose(merged(x), y)
+    detach(norm, state)
+    assert type(norm) is type(plain) and torch.equal(norm(x), before)
+
+
+def test_a_fused_normalisation_takes_its_scale_and_shift_along(images) -> None:
+    """Ultralytics' fuse() folds a BatchNorm, with what SSF made of it, into its convolution."""
+    block: Any = Conv(3, 6, 3).eval()
+    nn.init.normal_(block.bn.running_mean)
+    edits = [Edit("bn", "weight", "ssf", {"outputs": 6, "kind": "norm"}), edit(block.conv, LoraConfig(r=2), module="conv")]
+    attach(block, bare(block, *edits))
+    for parameter in (*block.bn.peft_weight.parameters(), *block.conv.peft_weight.parameters()):
+        nn.init.normal_(parameter)
+    fused = fuse_conv_and_bn(copy.deepcopy(block.conv), copy.deepcopy(block.bn))
+    assert torch.allclose(fused(images), block.bn(block.conv(images)), atol=1e-5)
+
+
+def test_a_normalisation_without_a_scale_is_refused() -> None:
+    norm = nn.BatchNorm2d(6, affine=False)
+    with pytest.raises(ConfigError, match="is a BatchNorm2d; a weight delta fits .* with a scale"):
+        attach(norm, bare(norm, Edit("", "weight", "ssf", {"outputs": 6, "kind": "norm"})))
+
+
 def test_dora_trains_one_length_per_output() -> None:
     layer = nn.ConvTranspose2d(6, 8, 2, groups=2)
     attach(layer, bare(layer, edit(layer, DoraConfig(r=2))))
     lengths = torch.stack([layer._parameters["weight"][(o // 4) * 3 : (o // 4) * 3 + 3, o % 4].norm() for o in range(8)])
     assert torch.allclose(layer.peft_weight["dora"].magnitude, lengths)
-
-
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_equals_hf_peft(kind: str, dora: bool) -> None:
-    """Same factors: outputs and gradients as Hugging Face peft's LoRA and DoRA."""
-    layer, shape = copy.deepcopy(LAYERS[kind][0]).double(), LAYERS[kind][1]
-    x = torch.randn(shape, dtype=torch.double)
-    theirs = get_peft_model(
-        nn.Sequential(copy.deepcopy(layer)), PeftConfig(r=2, lora_alpha=8, target_modules=["0"], use_dora=dora)
-    )
-    theirs = theirs.double()
-    config = DoraConfig(r=2) if dora else LoraConfig(r=2)
-    attach(layer, bare(layer, edit(layer, config)))
-    ours = layer.peft_weight[config.name]
-    a, b = (next(p for n, p in theirs.named_parameters() if f"lora_{f}" in n) for f in "AB")
-    torch.nn.init.normal_(b)
-    ours.lora_A.data = a.detach().flatten(1).clone()
-    ours.lora_B.data = b.detach().flatten(1).clone()
-    assert torch.allclose(layer(x), theirs(x))
-    layer(x).square().sum().backward()
-    theirs(x).square().sum().backward()
-    for mine, other in ((ours.lora_A, a), (ours.lora_B, b)):
-        assert torch.allclose(mine.grad, other.grad.flatten(1), rtol=1e-6)
 
 
 def test_rows_of_a_fused_projection() -> None:

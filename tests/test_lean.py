@@ -346,6 +346,19 @@ def test_other_methods(name: str, method: str) -> None:
     assert_same(results(leaned(plain), images()), results(plain, images()))
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "A fixed"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("name", ["yolo11n", "resnet50", "vit_tiny"])
+def test_lora_that_starts_from_the_weight(name: str, init: str, fixed: bool) -> None:
+    plain = net(name, "lora", "frozen", init_lora_weights=init, lora_fa=fixed).double()
+    parts = [m for m in plain.modules() if isinstance(m, LowRank)]
+    assert parts and all(len(part.products()[0][1]) == (2 if fixed else 4) for part in parts)
+    x, ours = images(SMALL[name][2]), {level: leaned(plain, level) for level in LEVELS}
+    wanted = results(plain, x)
+    for twin in ours.values():
+        assert_same(results(twin, x), wanted)
+
+
 def images(size: int = 64) -> Tensor:
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from visionpeft.attach import attach, train_mode
 from visionpeft.errors import ConfigError
 from visionpeft.families.base import Family
 from visionpeft.methods.base import make_method
+from visionpeft.methods.lokr import LokrConfig, divide
 from visionpeft.methods.lora import LoraConfig
-from visionpeft.plan import Anatomy, Plan, make_plan
+from visionpeft.plan import HEAD, Anatomy, Edit, Layer, Param, Plan, Stage, make_plan, parameters
 from visionpeft.registry import FAMILIES, METHODS
 
 
@@ -169,10 +172,86 @@ def test_the_smallest_layers_train_themselves(name: str, anatomy) -> None:
     assert all(p.startswith(bare.heads) for p in bare.train) and len(bare.edits) == len(sizes)
 
 
+# ---------------------------------------------------------------------------------------------- what LoKr and SSF target
+def test_a_kronecker_product_divides_both_sides(anatomy) -> None:
+    """yolo11n's 1x1 convolution of 256 to 256 channels: 16 by 16 each; by 4: 4 and 64, where rank 8 is fewer numbers."""
+    layer = next(x for x in anatomy("yolo11n").layers if x.shape == (256, 256, 1, 1))
+    config = LokrConfig()
+    assert config.part(layer)["sizes"] == [[16, 16], [16, 16]] and config.part(layer)["low"] == [False, False]
+    assert config.cost(layer) == 2 * 16 * 16
+    config = LokrConfig(r=4, decompose_factor=4, decompose_both=True)
+    assert config.part(layer)["sizes"] == [[4, 4], [64, 64]] and config.part(layer)["low"] == [False, True]
+    assert config.cost(layer) == 16 + 4 * 128 == parameters(Edit("", "weight", "lokr", config.part(layer)))
+    assert [divide(n) for n in (1, 7, 12, 48)] == [(1, 1), (1, 7), (3, 4), (6, 8)]
+    assert [divide(n, 5) for n in (10, 12, 4)] == [(5, 2), (3, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("name", ["yolo11n", "mobilenetv1", "vit_tiny"])
+def test_the_cost_of_an_update_is_its_parameters(method: str, name: str, anatomy) -> None:
+    config, read = make_method(method, {"small_layers": 0.0}), anatomy(name)
+    layers = {x.name: x for x in read.layers}
+    edits = config.edits(read)
+    assert edits and all(config.cost(layers[e.module]) == parameters(e) < math.prod(layers[e.module].shape) for e in edits)
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 0.0}, {"alpha_pattern": {"model.3.*": "8"}}], ids=str)
+def test_an_alpha_that_cannot_scale(settings: dict, anatomy) -> None:
+    with pytest.raises(ConfigError, match=r"lora: alpha=.* \(of model.*\) cannot scale an update; give a number above 0"):
+        make_method("lora", settings).edits(anatomy("yolo11n"))
+
+
+def test_ssf_edits_norms_in_their_own_stage(anatomy) -> None:
+    plan = make_plan(make_method("ssf"), anatomy("yolo11n"), 10)
+    norms = {p.name.rpartition(".")[0] for p in anatomy("yolo11n").body if p.role == "norm.weight" and p.stage >= 10}
+    assert {e.module for e in plan.edits} == norms and plan.untouched == 10
+    assert plan.trained_body == sum(p.numel for p in anatomy("yolo11n").body if p.role.startswith("norm") and p.stage >= 10)
+
+
+def test_ssf_leaves_a_layer_without_bias_to_the_norm_behind(anatomy) -> None:
+    def edited(name: str, wanted: object) -> set[str]:
+        return {e.module for e in make_method("ssf", {"target_modules": wanted}).edits(anatomy(name))}
+
+    assert edited("yolo11n", ("model.0.conv",)) == {"model.0.bn"}
+    assert edited("resnet18", ("layer1.0.conv1", "downsample.0")) == {
+        "layer1.0.bn1",
+        *(f"layer{i}.0.downsample.1" for i in (2, 3, 4)),
+    }
+    assert edited("vit_tiny", ("fc1",)) == {f"blocks.{i}.mlp.fc1" for i in range(3)}
+    assert not {n for n in edited("swin", "all") if n.endswith("reduction")}  # what comes next is another block's
+    with pytest.raises(ConfigError, match=r"layers.1.downsample.reduction has neither a bias.*leave it out"):
+        edited("swin", ("reduction",))
+
+
 def test_settings_that_contradict() -> None:
+    with pytest.raises(ConfigError, match="init_lora_weights='svd' is not known; it is one of kaiming, pissa, olora"):
+        make_method("lora", {"init_lora_weights": "svd"})
+    for factor in (0, -2):
+        with pytest.raises(ConfigError, match=f"decompose_factor={factor} divides nothing; give a number from 1, or -1"):
+            make_method("lokr", {"decompose_factor": factor})
+    for rank in (0, 1.5, "4"):
+        with pytest.raises(ConfigError, match=f"rank_pattern gives 'x' rank {rank!r}; it must be a number from 1"):
+            make_method("loha", {"rank_pattern": {"x": rank}})
     with pytest.raises(ConfigError, match="normalised weight"):
         make_method("dora", {"lora_dropout": 0.1})
     with pytest.raises(ConfigError, match="letters q, k and v"):
         make_method("lora", {"qkv": "x"})
     with pytest.raises(ConfigError, match="'train' or 'skip'"):
         make_method("lora", {"oversize": "maybe"})
+
+
+@pytest.mark.parametrize(("method", "most"), [("lora", 15), ("dora", 15), ("loha", 7), ("lokr", 32)])
+def test_a_rank_above_what_a_layer_allows(method: str, most: int) -> None:
+    layer = Layer("stem", "conv", (32, 32, 1, 1), 1, 0)
+    params = (Param("stem.weight", 1024, "weight", 0), Param("head.weight", 10, "weight", HEAD))
+    one = Anatomy("none", "one", (Stage(0, "stem", ""),), "head", ("head",), params, (layer,), (), (), ())
+    assert make_method(method, {"r": most, "small_layers": 0.0}).edits(one)
+    with pytest.raises(ConfigError, match=f"r={most + 1} .* r may be up to {most} here"):
+        make_method(method, {"r": most + 1, "small_layers": 0.0}).edits(one)
+    pattern = {"rank_pattern": {"st.*": most + 1}, "r": 1, "small_layers": 0.0}
+    beside = Layer("block", "linear", (64, 64), 1, 0)
+    two = replace(one, layers=(layer, beside), params=(*params, Param("block.weight", 4096, "weight", 0)))
+    says = f"'st.*' rank {most + 1}, which is above what stem allows; it may be up to {most} there"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        make_method(method, pattern).edits(two)
+    assert len(make_method(method, {**pattern, "rank_pattern": {"st.*": most}}).edits(two)) == 2

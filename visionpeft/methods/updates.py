@@ -101,7 +101,12 @@ class UpdateConfig(Method):
     def alpha_of(self, layer: Layer, otherwise: float) -> float:
         """Return the alpha for one layer."""
         pattern = self._pattern(self.alpha_pattern, layer)
-        return otherwise if pattern is None else self.alpha_pattern[pattern]
+        alpha = otherwise if pattern is None else self.alpha_pattern[pattern]
+        if not (isinstance(alpha, int | float) and alpha > 0):
+            raise ConfigError(
+                f"{self.name}: alpha={alpha!r} (of {layer.name}) cannot scale an update; give a number above 0"
+            )
+        return alpha
 
     def fits(self, layer: Layer) -> bool:
         """Say whether the update of a layer has fewer parameters than the layer, and a rank that it can have."""
