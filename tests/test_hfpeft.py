@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
 def base_of(name: str, model: nn.Module) -> Base:
     family = NETS[name][0]
     names = dict(getattr(model, "names", None) or {i: f"class {i}" for i in range(5)})
-    return Base("random", model, "classify" if family == "timm" else "detect", names, {"imgsz": 64})
+    return Base("random", model, "classify" if family == "timm" else "detect", names, {"imgsz": 64, "channels": 3})
 
 
 def family_of(name: str) -> Any:
@@ -84,7 +84,6 @@ def adapted(net, images) -> Callable[..., tuple[nn.Module, deltas.Delta, Base]]:
 
     def make(name: str, method: str, dtype: str = "fp32", **options: Any) -> tuple[nn.Module, deltas.Delta, Base]:
         base, names, family = base_of(name, net(name)), {0: "a", 1: "b", 2: "c"}, family_of(name)
-        base.facts["channels"] = 3
         model = family.fit(base, names, "rebuild")
         plan = make_plan(make_method(method, options), family.anatomy(model, name), bn="train")
         train_mode(attach(model, plan), plan)
@@ -183,7 +182,9 @@ def test_we_compute_what_peft_has_saved(method: str, name: str, net, images, tmp
     assert close(predict(merge(model), images), y)
 
 
-@pytest.mark.parametrize("name", ["yolo11n", "yolov8n", "yolo26n"])
+@pytest.mark.parametrize(
+    "name", ["yolo11n", "yolov8n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls"]
+)
 def test_detectors_go_through_peft_with_their_heads(name: str, adapted, images, tmp_path) -> None:
     model, delta, base = adapted(name, "lora")
     folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
@@ -191,6 +192,20 @@ def test_detectors_go_through_peft_with_their_heads(name: str, adapted, images, 
     assert close(predict(theirs(base, name, folder), images), y)
     again = hfpeft.adopt(hfpeft.read(folder), family_of(name), base, delta.header)
     assert close(predict(rebuilt(again, base, name), images), y)
+
+
+def test_a_detector_of_peft(net, images, tmp_path) -> None:
+    base = base_of("yolo11n", net("yolo11n"))
+    config = peft.LoraConfig(r=2, target_modules=r"model\.[2-8]\..*conv", modules_to_save=["model.23"])
+    for names in (base.names, {0: "0", 1: "1"}):
+        start = family_of("yolo11n").fit(base, names, "keep")
+        model = peft.get_peft_model(copy.deepcopy(start), config)
+        learn(model.eval(), images)
+        model.save_pretrained(str(folder := tmp_path / str(len(names))))
+        delta = hfpeft.adopt(hfpeft.read(folder), family_of("yolo11n"), base, header_of(base, {}, ""))
+        assert delta.header["names"] == {str(i): name for i, name in names.items()}
+        y = predict(peft.PeftModel.from_pretrained(start, str(folder)), images)
+        assert close(predict(rebuilt(delta, base, "yolo11n"), images), y)
 
 
 # ------------------------------------------------------------------------------------------------------ layers of all kinds
