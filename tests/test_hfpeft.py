@@ -292,6 +292,23 @@ def test_layers_that_peft_gets_wrong_are_saved_whole(method: str, tmp_path) -> N
         assert torch.equal(predict(opened, x), predict(base.model, x))
 
 
+def test_outputs_without_weights_are_no_dora_of_peft(net, images, tmp_path) -> None:
+    """Dequantised weights have rows of zeros, whose length peft's DoRA divides by."""
+    base = base_of("vit_tiny", net("vit_tiny"))
+    with torch.no_grad():
+        base.model.get_submodule("blocks.1.mlp.fc1").weight[0] = 0
+    family = family_of("vit_tiny")
+    model = family.fit(base, base.names, "keep")
+    plan = make_plan(make_method("dora"), family.anatomy(model, "vit_tiny"))
+    learn(train_mode(attach(model, plan), plan), images)
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.peft_weight.dora.lora_B")[0] = 0
+    delta = deltas.collect(model, base.state, header_of(base, base.names, "keep"), "fp32")
+    folder = hfpeft.write(model.eval(), delta, base, "", tmp_path / "adapter")
+    assert "blocks.1.mlp.fc1" in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+    assert close(predict(theirs(base, "vit_tiny", folder, 5), images), predict(model, images))
+
+
 def test_half_precision_stays_half(adapted, tmp_path) -> None:
     model, delta, base = adapted("vit_tiny", "lora", "fp16")
     folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
