@@ -88,11 +88,8 @@ def adapted(net, images) -> Callable[..., tuple[nn.Module, deltas.Delta, Base]]:
         plan = make_plan(make_method(method, options), family.anatomy(model, name), bn="train")
         train_mode(attach(model, plan), plan)
         learn(model, images)
-        return (
-            (rebuilt(delta := deltas.collect(model, base.state, header_of(base, names, "rebuild"), dtype), base, name)),
-            delta,
-            base,
-        )
+        delta = deltas.collect(model, base.state, header_of(base, names, "rebuild"), dtype)
+        return rebuilt(delta, base, name), delta, base
 
     return make
 
@@ -427,10 +424,8 @@ def test_another_base_is_refused_with_the_layer_or_by_its_hash(saved, adapted, n
     wider: Any = timm.create_model("vit_small_patch16_224", num_classes=5, img_size=64, depth=3)
     with pytest.raises(MismatchError, match="does not fit: the folder holds head.weight of 3×192"):
         hfpeft.adopt(adapter, family, base_of("vit_tiny", wider), {})
-    alter_head = copy.copy(adapter.tensors)
-    headless = hfpeft.Adapter(
-        {**adapter.config, "modules_to_save": None}, {k: v for k, v in alter_head.items() if "head" not in k}, {}
-    )
+    body = {k: v for k, v in adapter.tensors.items() if "head" not in k}
+    headless = hfpeft.Adapter({**adapter.config, "modules_to_save": None}, body, {})
     with pytest.raises(MismatchError, match="another base than random: blocks.0.attn.qkv.lora_A.weight is 2×192"):
         hfpeft.adopt(headless, family, base_of("vit_tiny", wider), {})
     shallow: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=2)
