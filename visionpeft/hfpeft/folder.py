@@ -18,6 +18,7 @@ from ..errors import DeltaError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
+LISTS = ("feedforward_modules",)  # fields that list the layers for which they are true
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}  # fields that layers may differ in
 
 
@@ -36,17 +37,24 @@ class Adapter:
     header: dict[str, Any]
 
     def fields(self, module: str) -> dict[str, Any]:
-        """Return the configuration as it holds for one layer.
+        """Return the configuration as it holds for one layer: numbers for patterns, and whether a list means it.
 
         Raises:
             DeltaError: A pattern in it is no regular expression.
         """
         found = dict(self.config)
+        for field in LISTS:
+            wanted = self.config.get(field) or []
+            found[field] = _meant(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
         for field, pattern in PATTERNS.items():
             values = self.config.get(pattern) or {}
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
             if field in found and key is not None:
                 found[field] = values[key]
+            if field in found and (isinstance(found[field], bool) or not isinstance(found[field], int | float)):
+                raise DeltaError(
+                    f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no number; get the file again"
+                )
         return found
 
     def targets(self, names: Iterable[str]) -> list[str]:
@@ -56,15 +64,13 @@ class Adapter:
         return [
             name
             for name in names
-            if _meant(wanted, name)
-            and not _meant(excluded, name)
-            and not any(_matches(rf"(^|.*\.){s}($|\..*)", name) for s in saved)
+            if _meant(wanted, name) and not _meant(excluded, name) and not any(excludes(s, name) for s in saved)
         ]
 
     def saved(self, names: Iterable[str]) -> list[str]:
         """Return those of a model's modules that peft saves as a whole."""
         wanted = self.config.get("modules_to_save") or []
-        return [name for name in names if name and f"{PREFIX}{name}".endswith(tuple(wanted))]
+        return [name for name in names if name and name.endswith(tuple(wanted))]
 
 
 def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str:
@@ -76,19 +82,14 @@ def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str
     return list(wanted) if exact else "|".join(re.escape(name) for name in wanted)
 
 
-def saved_names(wanted: Sequence[str], targets: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return what `modules_to_save` must say to mean exactly `wanted` of a model's modules.
+def meant_too(saved: str, names: Iterable[str]) -> list[str]:
+    """Return what else of a model's modules `modules_to_save` means by the name of one: endings, even of half a name."""
+    return [name for name in names if name != saved and name.endswith(saved)]
 
-    Endings count there, too, and even of half a name; and no target may match. The name with peft's prefix is always exact,
-    but reads worse, and holds only in a PeftModel.
-    """
-    own = ("default", "base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")  # modules of peft's own
 
-    def exact(name: str) -> bool:
-        others = any(n != name and n.endswith(name) for n in (*names, *own))
-        return not others and not any(re.match(rf"(^|.*\.){name}($|\..*)", t) for t in targets)
-
-    return [name if exact(name) else f"{PREFIX}{name}" for name in wanted]
+def excludes(saved: str, target: str) -> bool:
+    """Say whether peft puts no adapter on a target because of a name in `modules_to_save`."""
+    return _matches(rf"(^|.*\.){saved}($|\..*)", target)
 
 
 def pattern_of(module: str) -> str:
@@ -113,11 +114,23 @@ def read(folder: str | Path) -> Adapter:
         header = json.loads(text) if text else {}
     except (SafetensorError, ValueError) as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
-    if header and not all(isinstance(header.get(name), dict) for name in ("base", "names", "input", "train_args")):
-        raise DeltaError(f"what visionpeft said of the delta in {path} is damaged; get the file again")
+    if header and not _complete(header):
+        raise DeltaError(f"what visionpeft wrote into {path} of the delta is damaged; get the file again")
     if strange := next((k for k in found if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
     return Adapter(config, {k.removeprefix(PREFIX): v for k, v in found.items()}, header)
+
+
+def _complete(header: Any) -> bool:
+    """Say whether what `write` wrote of the delta holds what reading needs."""
+    if not isinstance(header, dict) or not all(
+        isinstance(header.get(k), dict) for k in ("base", "names", "input", "train_args")
+    ):
+        return False
+    numbered = all(str(i) in header["names"] for i in range(len(header["names"])))
+    return (
+        numbered and header["base"].keys() >= {"model", "sha256", "model_args"} and header.get("head") in ("keep", "rebuild")
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -145,6 +158,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         "target_modules": (list, str),
         "modules_to_save": (list,),
         "exclude_modules": (list, str),
+        "feedforward_modules": (list, str),
         "rank_pattern": (dict,),
         "alpha_pattern": (dict,),
         "r": (int,),
@@ -154,8 +168,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
     for name, allowed in kinds.items():
-        if config.get(name) is not None and not isinstance(config[name], allowed):
-            raise DeltaError(f"{path} has {name}={config[name]!r}, which is not what peft writes there; get the file again")
+        value = config.get(name)
+        named = not isinstance(value, list) or all(isinstance(x, str) for x in value)
+        if value is not None and not (isinstance(value, allowed) and named):
+            raise DeltaError(f"{path} has {name}={value!r}, which is not what peft writes there; get the file again")
     return config
 
 
