@@ -164,8 +164,8 @@ def table(trials: Trials) -> str:
         *(line.strip() for line in (__doc__ or "").split("\n\n")[1].splitlines()),
         "```",
         "",
-        "Seed 0; YOLO at 192 pixels, 4 and 3 epochs; the classifiers at 64 pixels, 2 epochs: so short that what suits hundreds "
-        "of epochs may be a lower rate (`lr_scale=0.3` makes it so). Scores are mAP50-95 and top1 on what was held back; "
+        "Seed 0; YOLO at 192 pixels, 4 and 3 epochs; the classifiers at 64 pixels, 2 epochs: so short that what suits many "
+        "epochs may be a lower rate (`lr_scale=0.3` makes it so). Scores are mAP50-95 and top1 on what was held back; "
         "**bold** is what the method's default is now.",
         "",
         f"| method | rate | other setting | mean, of full's best | {' | '.join(names)} |",

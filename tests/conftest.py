@@ -9,6 +9,7 @@ os.environ.setdefault("YOLO_VERBOSE", "False")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from visionpeft import delta as deltas
 from visionpeft.families.loop import _Loop
 from visionpeft.families.yolo_tasks import TASKS, build
 from visionpeft.families.yolo_trainer import Tuned
+from visionpeft.plan import Anatomy, Evidence
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 
@@ -82,6 +84,13 @@ def _seeded() -> None:
 def net() -> Callable[[str], nn.Module]:
     """Returns a fresh copy of a net by name."""
     return lambda name: copy.deepcopy(_net(name))
+
+
+def seen(anatomy: Anatomy, **lengths: float) -> Anatomy:
+    """Return the anatomy with gradients as long as the weights; of stage 3, given ``s3=5.0``, five times as long."""
+    gradient = {p.name: lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
+    product = {p.name: p.numel * lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
+    return dataclasses.replace(anatomy, evidence=Evidence(1, dict.fromkeys(gradient, 1.0), gradient, product))
 
 
 def flat(output: object) -> list[Tensor]:

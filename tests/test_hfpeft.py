@@ -37,7 +37,7 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
         r=2, lora_alpha=6, rank_pattern={".*(proj|conv2|fc1|conv_pw)": 3}, use_rslora=True, **k
     ),
     "dora": lambda **k: peft.LoraConfig(r=2, use_dora=True, alpha_pattern={"^.*(fc2|conv1|conv_pwl)": 5}, **k),
-    "ia3": lambda **k: peft.IA3Config(feedforward_modules=[], **k),
+    "ia3": lambda **k: peft.IA3Config(feedforward_modules=".*(fc2|conv2|conv_pwl)", **k),
     "loha": lambda **k: peft.LoHaConfig(r=2, rank_pattern={"fc1|conv1|conv_pw": 3}, **k),
     "lokr": lambda **k: peft.LoKrConfig(r=2, alpha=3, decompose_both=True, decompose_factor=4, **k),
 }
@@ -47,7 +47,7 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
 def base_of(name: str, model: nn.Module) -> Base:
     family = NETS[name][0]
     names = dict(getattr(model, "names", None) or {i: f"class {i}" for i in range(5)})
-    return Base("random", model, "classify" if family == "timm" else "detect", names, {"imgsz": 64})
+    return Base("random", model, "classify" if family == "timm" else "detect", names, {"imgsz": 64, "channels": 3})
 
 
 def family_of(name: str) -> Any:
@@ -84,16 +84,12 @@ def adapted(net, images) -> Callable[..., tuple[nn.Module, deltas.Delta, Base]]:
 
     def make(name: str, method: str, dtype: str = "fp32", **options: Any) -> tuple[nn.Module, deltas.Delta, Base]:
         base, names, family = base_of(name, net(name)), {0: "a", 1: "b", 2: "c"}, family_of(name)
-        base.facts["channels"] = 3
         model = family.fit(base, names, "rebuild")
         plan = make_plan(make_method(method, options), family.anatomy(model, name), bn="train")
         train_mode(attach(model, plan), plan)
         learn(model, images)
-        return (
-            (rebuilt(delta := deltas.collect(model, base.state, header_of(base, names, "rebuild"), dtype), base, name)),
-            delta,
-            base,
-        )
+        delta = deltas.collect(model, base.state, header_of(base, names, "rebuild"), dtype)
+        return rebuilt(delta, base, name), delta, base
 
     return make
 
@@ -152,11 +148,17 @@ def test_peft_computes_what_we_do_and_we_read_it_again(
 
     again = hfpeft.adopt(hfpeft.read(folder), family_of(name), base, delta.header)
     assert close(predict(rebuilt(again, base, name), images), y)
-    merged = {e.module for e in delta.plan.edits} - {e.module for e in again.plan.edits}
-    assert merged == {m for m in merged if model.get_submodule(m).groups > 1}  # what peft would get wrong
+    edited, found = ({e.module for e in d.plan.edits} for d in (delta, again))
+    assert all(model.get_submodule(m).groups > 1 or clashes(m, method, name) for m in edited - found)
+    assert found - edited <= ({"conv1"} if name == "resnet18" else set())  # to peft, also all that end like it
     for key, value in delta.tensors.items():
-        if not key.startswith(tuple(f"{m}." for m in merged)):
+        if not key.startswith(tuple(f"{m}." for m in edited ^ found)):
             assert torch.equal(again.tensors[key], value), key
+
+
+def clashes(module: str, method: str, name: str) -> bool:
+    """Whether peft cannot tell a layer from the stem, which trained itself, and has no adapter that is such a change."""
+    return name == "resnet18" and method == "lokr" and module.endswith("conv1")
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -177,7 +179,9 @@ def test_we_compute_what_peft_has_saved(method: str, name: str, net, images, tmp
     assert close(predict(merge(model), images), y)
 
 
-@pytest.mark.parametrize("name", ["yolo11n", "yolov8n", "yolo26n"])
+@pytest.mark.parametrize(
+    "name", ["yolo11n", "yolov8n", "yolo26n", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls"]
+)
 def test_detectors_go_through_peft_with_their_heads(name: str, adapted, images, tmp_path) -> None:
     model, delta, base = adapted(name, "lora")
     folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
@@ -185,6 +189,20 @@ def test_detectors_go_through_peft_with_their_heads(name: str, adapted, images, 
     assert close(predict(theirs(base, name, folder), images), y)
     again = hfpeft.adopt(hfpeft.read(folder), family_of(name), base, delta.header)
     assert close(predict(rebuilt(again, base, name), images), y)
+
+
+def test_a_detector_of_peft(net, images, tmp_path) -> None:
+    base = base_of("yolo11n", net("yolo11n"))
+    config = peft.LoraConfig(r=2, target_modules=r"model\.[2-8]\..*conv", modules_to_save=["model.23"])
+    for names in (base.names, {0: "0", 1: "1"}):
+        start = family_of("yolo11n").fit(base, names, "keep")
+        model = peft.get_peft_model(copy.deepcopy(start), config)
+        learn(model.eval(), images)
+        model.save_pretrained(str(folder := tmp_path / str(len(names))))
+        delta = hfpeft.adopt(hfpeft.read(folder), family_of("yolo11n"), base, header_of(base, {}, ""))
+        assert delta.header["names"] == {str(i): name for i, name in names.items()}
+        y = predict(peft.PeftModel.from_pretrained(start, str(folder)), images)
+        assert close(predict(rebuilt(delta, base, "yolo11n"), images), y)
 
 
 # ------------------------------------------------------------------------------------------------------ layers of all kinds
@@ -201,6 +219,18 @@ def test_what_peft_writes_otherwise_is_a_lora_of_another_rank(method: str, optio
     assert close(predict(theirs(base, "vit_tiny", folder), images), y)
     again = hfpeft.adopt(hfpeft.read(folder), family_of("vit_tiny"), base, delta.header)
     assert close(predict(rebuilt(again, base, "vit_tiny"), images), y)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+def test_a_stem_that_shares_its_name_is_an_adapter_of_full_rank(method: str, adapted, images, tmp_path) -> None:
+    model, delta, base = adapted("resnet18", method)
+    assert "conv1.weight" in delta.tensors and "conv1" not in {e.module for e in delta.plan.edits}
+    folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"^conv1": 64} and "conv1" not in config["modules_to_save"]
+    assert "layer4.1.conv1" in re.split(r"\|", config["target_modules"].replace("\\", ""))
+    opened = theirs(base, "resnet18", folder)
+    assert close(predict(opened, images), predict(model, images))
 
 
 class Odd(nn.Module):
@@ -246,14 +276,34 @@ def test_layers_that_peft_gets_wrong_are_saved_whole(method: str, tmp_path) -> N
     learn(train_mode(attach(model, plan), plan), x)
     delta = deltas.collect(model, base.state, header_of(base, base.names, "keep"), "fp32")
     parts = hfpeft.writing.divide(model.eval(), delta, base)
-    wrong = {"same", "standardised", "reflected", "up", "read"} | ({"grouped", "dilated"} if "ora" in method else set())
+    wrong = {"same", "standardised", "reflected", "up", "read"}
+    if "ora" in method:
+        wrong |= {"grouped", "dilated", "more.1.grouped"}  # the last for its name: whoever saves "grouped" saves it, too
     assert {*parts.merged} == wrong & {e.module for e in plan.edits} and len(parts.merged) > 3
     folder = hfpeft.write(model, delta, base, "", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     assert isinstance(config["target_modules"], str)  # in a list, "conv" would be "more.1.conv", too
-    assert ("base_model.model.grouped" in config["modules_to_save"]) == ("ora" in method)  # and "grouped" one of "more"
     opened = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), str(folder))
     assert close(predict(opened, x), predict(model, x))
+    with opened.disable_adapter():  # what peft loads stands apart from the base
+        assert torch.equal(predict(opened, x), predict(base.model, x))
+
+
+def test_outputs_without_weights_are_no_dora_of_peft(net, images, tmp_path) -> None:
+    """Dequantised weights have rows of zeros, whose length peft's DoRA divides by."""
+    base = base_of("vit_tiny", net("vit_tiny"))
+    with torch.no_grad():
+        base.model.get_submodule("blocks.1.mlp.fc1").weight[0] = 0
+    family = family_of("vit_tiny")
+    model = family.fit(base, base.names, "keep")
+    plan = make_plan(make_method("dora"), family.anatomy(model, "vit_tiny"))
+    learn(train_mode(attach(model, plan), plan), images)
+    with torch.no_grad():
+        model.get_parameter("blocks.1.mlp.fc1.peft_weight.dora.lora_B")[0] = 0
+    delta = deltas.collect(model, base.state, header_of(base, base.names, "keep"), "fp32")
+    folder = hfpeft.write(model.eval(), delta, base, "", tmp_path / "adapter")
+    assert "blocks.1.mlp.fc1" in json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+    assert close(predict(theirs(base, "vit_tiny", folder, 5), images), predict(model, images))
 
 
 def test_half_precision_stays_half(adapted, tmp_path) -> None:
@@ -327,25 +377,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{'a': 1}"), "adapter_config.json is no JSON"),
     "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "says no peft_type"),
     "another type": (lambda f: edit(f, r="two"), "has r='two', which is not what peft writes"),
-    "a number less": (lambda f: edit(f, r=None), "has r=None, which is not what peft writes"),
-    "a truth for a number": (lambda f: edit(f, r=True), "has r=True, which is not what peft writes"),
-    "another type inside": (
-        lambda f: edit(f, rank_pattern={"qkv": 1.5}),
-        "has rank_pattern=.*, which is not what peft writes",
-    ),
-    "another type in a list": (
-        lambda f: edit(f, modules_to_save=[1]),
-        "has modules_to_save=.*, which is not what peft writes",
-    ),
-    "no rank for any memory": (lambda f: edit(f, r=2**40), "but this layer takes 1099511627776×192"),
-    "no matrix": (
-        lambda f: alter(f, lambda tensors: {k: v.sum() if "1.attn.qkv.lora_A" in k else v for k, v in tensors.items()}),
-        "a tensor of blocks.1.attn.qkv in the folder is no matrix; get the folder again",
-    ),
-    "a strange header": (
-        lambda f: save_file(load_file(f / "adapter_model.safetensors"), f / "adapter_model.safetensors", {deltas.KEY: "[]"}),
-        "what visionpeft said of the delta in .* is damaged",
-    ),
+    "no number": (lambda f: edit(f, rank_pattern={"qkv": "two"}), "has 'two' as r of blocks.0.attn.qkv, which is no number"),
+    "no names": (lambda f: edit(f, target_modules=["qkv", 1]), "has target_modules=.*, which is not what peft writes"),
     "damaged": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678901"), "safetensors is damaged"),
     "no prefix": (rename("base_model.model.", ""), "has a tensor 'blocks.*peft's begin with base_model.model."),
     "an unknown method": (
@@ -391,10 +424,8 @@ def test_another_base_is_refused_with_the_layer_or_by_its_hash(saved, adapted, n
     wider: Any = timm.create_model("vit_small_patch16_224", num_classes=5, img_size=64, depth=3)
     with pytest.raises(MismatchError, match="does not fit: the folder holds head.weight of 3×192"):
         hfpeft.adopt(adapter, family, base_of("vit_tiny", wider), {})
-    alter_head = copy.copy(adapter.tensors)
-    headless = hfpeft.Adapter(
-        {**adapter.config, "modules_to_save": None}, {k: v for k, v in alter_head.items() if "head" not in k}, {}
-    )
+    body = {k: v for k, v in adapter.tensors.items() if "head" not in k}
+    headless = hfpeft.Adapter({**adapter.config, "modules_to_save": None}, body, {})
     with pytest.raises(MismatchError, match="another base than random: blocks.0.attn.qkv.lora_A.weight is 2×192"):
         hfpeft.adopt(headless, family, base_of("vit_tiny", wider), {})
     shallow: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=64, depth=2)
@@ -507,25 +538,27 @@ def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
     kept = {f.name: f.read_bytes() for f in out.iterdir()}
     with pytest.raises(ConfigError, match="adapter exists; give another folder, or exist_ok=True to replace it"):
         visionpeft.export(run.delta, "peft", out)
-    (out / "more").write_text("")
+    (out / "adapter_config.json").write_text("")
     assert visionpeft.export(run.delta, "peft", out, exist_ok=True) == out
     assert {f.name: f.read_bytes() for f in out.iterdir()} == kept and len(list(tmp_path.iterdir())) == 1
+    (out / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"adapter holds something else \(mine.txt\), which would be lost"):
+        visionpeft.export(run.delta, "peft", out, exist_ok=True)
     with pytest.raises(ConfigError, match="'dynamic' is no option of format='peft'"):
         visionpeft.export(run.delta, "peft", tmp_path / "b", dynamic=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file is a file; give another folder$"):
         visionpeft.export(run.delta, "peft", tmp_path / "file", exist_ok=True)
 
+    ours = shutil.copytree(out, tmp_path / "ours")
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), other := tmp_path / "other.safetensors")
     tensors = load_file(out / "adapter_model.safetensors")
     save_file(tensors, out / "adapter_model.safetensors")  # as peft does, without what we say of it
     for arguments, code_, says in (
-        (["import", str(out)], 2, "give the base with model="),
+        (["import", str(out)], 2, "give it with model="),
         (["import", str(tmp_path / "none"), "--model", "timm/test_resnet"], 2, "there is no folder"),
-        (
-            ["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"],
-            1,
-            "the adapter does not fit",
-        ),
+        (["import", str(out), "--model", "timm/test_vit", "--model-args", "{pretrained: false}"], 2, "has random weights"),
+        (["import", str(ours), "--model-args", f"{{checkpoint_path: {other}}}"], 1, "wrong base: this delta"),
         (["export", str(run.delta), "--format", "pef"], 2, "Did you mean 'peft'?"),
     ):
         with pytest.raises(SystemExit, match=str(code_)):
@@ -580,3 +613,11 @@ def same_as_built(family: Any, base: Base, names: dict[int, str], head: str, mod
     ours, its = fitted.state_dict(), used["model"].state_dict()
     assert {k: v.shape for k, v in its.items()} == {k: v.shape for k, v in ours.items()}
     assert all(torch.equal(v, ours[k]) for k, v in its.items() if not k.startswith(heads))
+
+
+def test_peft_saves_again_what_it_has_read(adapted, images, tmp_path) -> None:
+    model, delta, base = adapted("resnet18", "norm+lora")
+    opened = theirs(base, "resnet18", hfpeft.write(model, delta, base, "", tmp_path / "ours"))
+    opened.save_pretrained(str(tmp_path / "again"))
+    again = hfpeft.adopt(hfpeft.read(tmp_path / "again"), family_of("resnet18"), base, delta.header)
+    assert close(predict(rebuilt(again, base, "resnet18"), images), predict(model, images))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NETS, ctrl_c, make_boxes, make_squares
+from conftest import NETS, ctrl_c, make_boxes, make_squares, seen
 from torch import nn
 
 import visionpeft
@@ -21,19 +21,12 @@ from visionpeft.families.base import Job
 from visionpeft.families.gradients import gather
 from visionpeft.families.yolo_tasks import TASKS
 from visionpeft.methods.base import make_method
-from visionpeft.plan import HEAD, Anatomy, Evidence, make_plan
+from visionpeft.plan import HEAD, Anatomy, make_plan
 from visionpeft.registry import FAMILIES
 
 
 def anatomy_of(net: Any, name: str) -> Anatomy:
     return FAMILIES[NETS[name][0]]().anatomy(net(name), name)
-
-
-def seen(anatomy: Anatomy, **lengths: float) -> Anatomy:
-    """Return the anatomy with gradients as long as the weights, but for those of stages named "s3": times so much."""
-    gradient = {p.name: lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
-    product = {p.name: p.numel * lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
-    return dataclasses.replace(anatomy, evidence=Evidence(1, dict.fromkeys(gradient, 1.0), gradient, product))
 
 
 # ----------------------------------------------------------------------------------------------------------- which stages

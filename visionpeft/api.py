@@ -578,7 +578,7 @@ def export(
         out: The file or folder to write; by default beside the delta.
         model: The base; by default the one the delta names.
         model_args: As for `load`.
-        exist_ok: Replace a folder that is there.
+        exist_ok: Replace a folder that is there, where it holds nothing else.
         **options: The family's (imgsz, dynamic, ...).
     """
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
@@ -624,13 +624,15 @@ def import_peft(
     adapter = hfpeft.read(folder)
     said = adapter.header
     if model is None and not said:
-        raise ConfigError(f"{folder} does not say what it was trained on as visionpeft would; give the base with model=...")
+        raise ConfigError(f"{folder} does not name the base that it was trained on; give it with model=...")
     if model is None and "://" in f"{said['base']['model']}{said['base']['model_args']}":
         raise DeltaError(f"{folder} names an address as its base ({said['base']['model']}); give a base you trust")
     source = lasting(model or said["base"]["model"])
     given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
     family = find_family(source)
     base = family.load(source, **given)
+    if not base.pretrained:
+        raise ConfigError(f"{source} has random weights, which no adapter was trained on; give a checkpoint")
     checked = family.read_data(scenes.find(data), base) if data else None
     settings = family.defaults_for(base)
     unknown = {

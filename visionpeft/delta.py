@@ -66,8 +66,8 @@ def collect(model: nn.Module, base: State, header: Mapping[str, Any], dtype: str
         model: The model, a plan attached (usually its moving average).
         base: The base's state dict, floats as fp32.
         header: What the file shall say besides.
-        dtype: "fp16" stores trained floating-point parameters in half precision where their values allow it, "fp32" as
-            they are. Statistics always keep their own type.
+        dtype: "fp16" stores trained floating-point parameters in half precision where their values allow it, "exact" where
+            it changes nothing, "fp32" as they are. Statistics always keep their own type.
     """
     plan = attached(model)
     if plan is None:
@@ -76,7 +76,8 @@ def collect(model: nn.Module, base: State, header: Mapping[str, Any], dtype: str
     tensors = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu()
-        stored = _half(value) if dtype == "fp16" and key in parameters else value
+        stored = _half(value) if dtype != "fp32" and key in parameters else value
+        stored = value if dtype == "exact" and not _equal(stored, value) else stored
         same = key in base and base[key].shape == value.shape
         if not (same and (_equal(value, base[key]) or _equal(stored, base[key]))):
             tensors[key] = stored.contiguous().clone()

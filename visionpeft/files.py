@@ -64,16 +64,18 @@ def folder(path: str | Path, contents: Mapping[str, bytes | str], exist_ok: bool
     Args:
         path: The folder.
         contents: Of its files, by name.
-        exist_ok: Replace a folder that is there.
+        exist_ok: Replace a folder that is there and holds nothing but files of these names.
 
     Raises:
-        ConfigError: It is there, or its parent cannot be written.
+        ConfigError: It is there, or holds something else, or its parent cannot be written.
         DiskFull: There is no room; what was there still is.
     """
     path = Path(path)
     if path.exists() and not (exist_ok and path.is_dir()):
         kind = "exists" if path.is_dir() else "is a file"
         raise ConfigError(f"{path} {kind}; give another folder{', or exist_ok=True to replace it' * path.is_dir()}")
+    if others := sorted(f.name for f in path.iterdir() if f.name not in contents) if path.exists() else []:
+        raise ConfigError(f"{path} holds something else ({others[0]}), which would be lost; give another folder")
     parent = writable(path.absolute().parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"

@@ -386,7 +386,7 @@ class Yolo(Family):
         channels = f", ch={base.facts['channels']}" if base.facts["channels"] != 3 else ""
         lines += [
             f"base = YOLO({base.source!r}).model.float()",
-            f"model = {cls}({{**base.yaml, **{design}}}{channels}, verbose=False).eval()",
+            f"model = {cls}({{**base.yaml, {str(design)[1:-1]}}}{channels}, verbose=False).eval()",
             f"{fill}  # the head's values come with the adapter",
         ]
         return "\n".join(lines)

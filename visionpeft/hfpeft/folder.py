@@ -18,6 +18,7 @@ from ..errors import DeltaError
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
+LISTS = ("feedforward_modules",)  # fields that list the layers for which they are true
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}  # fields that layers may differ in
 
 
@@ -36,17 +37,24 @@ class Adapter:
     header: dict[str, Any]
 
     def fields(self, module: str) -> dict[str, Any]:
-        """Return the configuration as it holds for one layer.
+        """Return the configuration as it holds for one layer: numbers for patterns, and whether a list means it.
 
         Raises:
             DeltaError: A pattern in it is no regular expression.
         """
         found = dict(self.config)
+        for field in LISTS:
+            wanted = self.config.get(field) or []
+            found[field] = _meant(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
         for field, pattern in PATTERNS.items():
             values = self.config.get(pattern) or {}
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
             if field in found and key is not None:
                 found[field] = values[key]
+            if field in found and (isinstance(found[field], bool) or not isinstance(found[field], int | float)):
+                raise DeltaError(
+                    f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no number; get the file again"
+                )
         return found
 
     def targets(self, names: Iterable[str]) -> list[str]:
@@ -56,15 +64,13 @@ class Adapter:
         return [
             name
             for name in names
-            if _meant(wanted, name)
-            and not _meant(excluded, name)
-            and not any(_matches(rf"(^|.*\.){s}($|\..*)", name) for s in saved)
+            if _meant(wanted, name) and not _meant(excluded, name) and not any(excludes(s, name) for s in saved)
         ]
 
     def saved(self, names: Iterable[str]) -> list[str]:
         """Return those of a model's modules that peft saves as a whole."""
         wanted = self.config.get("modules_to_save") or []
-        return [name for name in names if name and f"{PREFIX}{name}".endswith(tuple(wanted))]
+        return [name for name in names if name and name.endswith(tuple(wanted))]
 
 
 def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str:
@@ -76,19 +82,14 @@ def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str
     return list(wanted) if exact else "|".join(re.escape(name) for name in wanted)
 
 
-def saved_names(wanted: Sequence[str], targets: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return what `modules_to_save` must say to mean exactly `wanted` of a model's modules.
+def meant_too(saved: str, names: Iterable[str]) -> list[str]:
+    """Return what else of a model's modules `modules_to_save` means by the name of one: endings, even of half a name."""
+    return [name for name in names if name != saved and name.endswith(saved)]
 
-    Endings count there, too, and even of half a name; and no target may match. The name with peft's prefix is always exact,
-    but reads worse, and holds only in a PeftModel.
-    """
-    own = ("default", "base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")  # modules of peft's own
 
-    def exact(name: str) -> bool:
-        others = any(n != name and n.endswith(name) for n in (*names, *own))
-        return not others and not any(re.match(rf"(^|.*\.){name}($|\..*)", t) for t in targets)
-
-    return [name if exact(name) else f"{PREFIX}{name}" for name in wanted]
+def excludes(saved: str, target: str) -> bool:
+    """Say whether peft puts no adapter on a target because of a name in `modules_to_save`."""
+    return _matches(rf"(^|.*\.){saved}($|\..*)", target)
 
 
 def pattern_of(module: str) -> str:
@@ -113,22 +114,23 @@ def read(folder: str | Path) -> Adapter:
         header = json.loads(text) if text else {}
     except (SafetensorError, ValueError) as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
-    if text and not _says_all(header):
-        raise DeltaError(f"what visionpeft said of the delta in {path} is damaged; get the file again")
+    if header and not _complete(header):
+        raise DeltaError(f"what visionpeft wrote into {path} of the delta is damaged; get the file again")
     if strange := next((k for k in found if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
     return Adapter(config, {k.removeprefix(PREFIX): v for k, v in found.items()}, header)
 
 
-def _says_all(header: Any) -> bool:
-    """Say whether a header has what is read of it."""
-    named = isinstance(header, dict) and all(
-        isinstance(header.get(n), dict) for n in ("base", "names", "input", "train_args")
-    )
-    if not named or not all(str(k).isdigit() for k in header["names"]):
+def _complete(header: Any) -> bool:
+    """Say whether what `write` wrote of the delta holds what reading needs."""
+    if not isinstance(header, dict) or not all(
+        isinstance(header.get(k), dict) for k in ("base", "names", "input", "train_args")
+    ):
         return False
-    base = header["base"]
-    return all(isinstance(base.get(n), str) for n in ("model", "sha256")) and isinstance(base.get("model_args"), dict)
+    numbered = all(str(i) in header["names"] for i in range(len(header["names"])))
+    return (
+        numbered and header["base"].keys() >= {"model", "sha256", "model_args"} and header.get("head") in ("keep", "rebuild")
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -152,28 +154,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DeltaError(f"{path} is no JSON ({error}); get the file again") from error
-    number, names = (int, float), (list, str, type(None))
-    kinds: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {  # of a field, and of what it holds
-        "target_modules": (names, (str,)),
-        "modules_to_save": ((list, type(None)), (str,)),
-        "exclude_modules": (names, (str,)),
-        "rank_pattern": ((dict, type(None)), (int,)),
-        "alpha_pattern": ((dict, type(None)), number),
-        "r": ((int,), ()),
-        "lora_alpha": (number, ()),
-        "alpha": (number, ()),
-        "decompose_factor": ((int,), ()),
+    kinds: dict[str, tuple[type, ...]] = {
+        "target_modules": (list, str),
+        "modules_to_save": (list,),
+        "exclude_modules": (list, str),
+        "feedforward_modules": (list, str),
+        "rank_pattern": (dict,),
+        "alpha_pattern": (dict,),
+        "r": (int,),
+        "lora_alpha": (int, float),
+        "alpha": (int, float),
     }
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
-    for name, (allowed, inside) in kinds.items():
-        if name not in config:
-            continue
-        value = config[name]
-        held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        usual = isinstance(value, allowed) and all(isinstance(v, inside) for v in held)
-        if not usual or any(isinstance(v, bool) for v in (value, *held)):  # these are numbers to Python
-            raise DeltaError(f"{path} has {name}={config[name]!r}, which is not what peft writes there; get the file again")
+    for name, allowed in kinds.items():
+        value = config.get(name)
+        named = not isinstance(value, list) or all(isinstance(x, str) for x in value)
+        if value is not None and not (isinstance(value, allowed) and named):
+            raise DeltaError(f"{path} has {name}={value!r}, which is not what peft writes there; get the file again")
     return config
 
 

@@ -16,14 +16,14 @@ from ..families.base import Base, Data, Family, observe
 from ..methods.base import Method, PeftLayer
 from ..plan import Edit, given_plan
 from ..registry import METHODS
-from .folder import PATTERNS, Adapter
+from .folder import LISTS, PATTERNS, Adapter
 
 _ASIDE = {  # fields that say nothing of what a trained adapter computes, or that `Adapter` reads
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
     *("lora_dropout", "lora_ga_config", "megatron_core", "module_dropout", "modules_to_save", "peft_type", "peft_version"),
     *("qalora_group_size", "rank_dropout", "rank_dropout_scale", "revision", "runtime_config", "target_modules"),
-    *("task_type", "velora_config", *PATTERNS.values()),
+    *("task_type", "velora_config", *PATTERNS.values(), *LISTS),
 }
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})  # values of an option that is not used
 Tensors = dict[str, Tensor]
@@ -70,8 +70,7 @@ def adopt(adapter: Adapter, family: Family, base: Base, header: Mapping[str, Any
         for edit, tensors in edits:
             for name, value in tensors.items():
                 own[f"{edit.prefix}.{name}"].copy_(value)
-    halves = all(_same(t, t.half()) for t in adapter.tensors.values() if t.is_floating_point())
-    return deltas.collect(model, before, {**header, **said}, "fp16" if halves else "fp32")
+    return deltas.collect(model, before, {**header, **said}, "exact")
 
 
 def _method(adapter: Adapter) -> Method:
@@ -191,15 +190,13 @@ def _edits(
             read = method.read_peft(layer, found)
         except KeyError as error:
             raise DeltaError(f"the folder has tensors of {module}, but no {error.args[0]}; get the folder again") from error
-        except IndexError as error:
-            raise DeltaError(f"a tensor of {module} in the folder is no matrix; get the folder again") from error
         if read is None or module not in called:
             raise DeltaError(
                 f"HF peft's {adapter.config['peft_type']} of {module} is no change of its weight, for it is a "
                 f"{type(layer).__name__} with groups, dilation or a forward of its own; train without it"
             )
         edit = method.edit(module, "weight", **read[0])
-        with torch.device("meta"):  # no rank is too high for that
+        with torch.device("meta"):
             expected = method.to_peft(edit.build(), layer)
         assert expected is not None, "what peft computes is read and written on the same layers"
         _check(module, layer, found, expected, base)
@@ -230,7 +227,7 @@ def _other_base(base: Base, what: str) -> MismatchError:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.to(b.dtype) if a.dtype.itemsize < b.dtype.itemsize else a, b.to(a.dtype))
+    return a.shape == b.shape and torch.equal(a, b.to(a.dtype))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..families.base import Base, observe
 from ..methods.base import PeftLayer, restore_method
 from ..plan import Edit, Plan
 from ..registry import METHODS
-from .folder import CARD, CONFIG, PATTERNS, PREFIX, WEIGHTS, as_json, pattern_of, saved_names, target_names
+from .folder import CARD, CONFIG, LISTS, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -35,7 +36,7 @@ class Parts:
     Attributes:
         layers: Those with an adapter, by module.
         whole: Modules that are saved as a whole, with everything in them.
-        merged: Those of them that have an update of the method, but on which peft would compute something else.
+        merged: Those of them that have an update of the method, which peft would get wrong or cannot name apart.
     """
 
     layers: dict[str, PeftLayer]
@@ -52,7 +53,7 @@ def write(model: nn.Module, delta: Delta, base: Base, opening: str, out: str | P
         base: The base.
         opening: Lines of Python that make the model, called ``model``, to which peft is to add the adapter.
         out: The folder.
-        exist_ok: Replace a folder that is there.
+        exist_ok: Replace a folder that is there, where it holds nothing else.
 
     Raises:
         ConfigError: peft has nothing that computes the same, or the folder is there.
@@ -62,20 +63,20 @@ def write(model: nn.Module, delta: Delta, base: Base, opening: str, out: str | P
     saved = {k: v for k, v in state.items() if k.startswith(tuple(f"{m}." for m in parts.whole))}
     adapters = {f"{m}.{name}": t for m, layer in parts.layers.items() for name, t in layer.tensors.items()}
     tensors = {f"{PREFIX}{k}": _whole(v) for k, v in {**adapters, **saved}.items()}
-    names = [name for name, _ in model.named_modules() if name and ".peft_" not in f".{name}"]
+    names = _names(model)
     config = {
         "peft_type": METHODS[delta.plan.edits[0].method].peft_type,
         "task_type": None,
         "auto_mapping": None,
-        "base_model_name_or_path": delta.header["base"]["model"],
+        "base_model_name_or_path": None,  # as peft has it for models that are not of transformers
         "revision": None,
         "inference_mode": True,
         "target_modules": target_names(list(parts.layers), names),
-        "modules_to_save": saved_names(parts.whole, list(parts.layers), names) or None,
+        "modules_to_save": list(parts.whole) or None,
         **_common({m: layer.fields for m, layer in parts.layers.items()}),
     }
     header = {k: v for k, v in delta.header.items() if k not in ("plan", "bytes", "checksum", "format")}
-    said = {"format": "pt", KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}
+    said = {KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}  # one key: several come in any order
     contents: dict[str, bytes | str] = {
         CONFIG: as_json(config),
         WEIGHTS: save_tensors(tensors, said),
@@ -101,13 +102,47 @@ def divide(model: nn.Module, delta: Delta, base: Base) -> Parts:
             f"HF peft computes something else on all {len(found)} layers that {method.name} edits here (convolutions with "
             "groups, dilation or weights that are not read as they are), so there is nothing to export; use merge"
         )
-    changed = [k.rpartition(".")[0] for k in delta.tensors if not attaching.is_added(k)]
+    changed = {k.rpartition(".")[0] for k in delta.tensors if not attaching.is_added(k)}
     inside = tuple(f"{h}." for h in plan.heads)
-    head = [k.rpartition(".")[0] for k in model.state_dict() if k.startswith(inside)]  # a new head is nowhere else
-    merged = tuple(m for m, layer in found.items() if layer is None)
-    whole = tuple(sorted({*merged, *changed, *head}))
+    head = {k.rpartition(".")[0] for k in model.state_dict() if k.startswith(inside)}  # a new head is nowhere else
+    whole = {*(m for m, layer in found.items() if layer is None), *changed, *head}
     _check_whole(model, whole, layers)
-    return Parts(layers, whole, merged)
+
+    def as_change(name: str) -> PeftLayer | None:
+        """Return a layer of the body that trained itself as an adapter, where peft has one."""
+        own = {k for k in delta.tensors if k.startswith(f"{name}.")}
+        if name in head or own != {f"{name}.weight"} or not _called(model, [name], base):
+            return None
+        return method.change_to_peft(model.get_submodule(name), base.state[f"{name}.weight"])
+
+    _tell_apart(_names(model), layers, whole, as_change)
+    _check_whole(model, whole, layers)
+    return Parts(layers, tuple(sorted(whole)), tuple(m for m in found if m not in layers))
+
+
+def _tell_apart(
+    names: Sequence[str], layers: dict[str, PeftLayer], whole: set[str], as_change: Callable[[str], PeftLayer | None]
+) -> None:
+    """Make `layers` and `whole` such that peft means by the names in `whole` just these.
+
+    It means all modules whose names end like that: "conv1" of a ResNet is also "layer1.0.conv1". Those are saved whole,
+    too; where they have adapters, the one that was named gets an adapter instead, or else theirs are merged.
+    """
+    pending, settled = sorted(whole), set[str]()  # settled: whole for another's sake
+    while pending:
+        name = pending.pop()
+        others = meant_too(name, names)
+        clash = [t for t in layers if t in others or excludes(name, t)]
+        if clash and name not in settled and (layer := as_change(name)) is not None:
+            layers[name] = layer
+            whole.remove(name)
+            pending = sorted(whole)
+            continue
+        for target in clash:
+            del layers[target]
+        settled |= {*others, *clash}
+        pending += settled - whole
+        whole |= settled
 
 
 def _check_method(plan: Plan) -> None:
@@ -143,6 +178,10 @@ def _part(model: nn.Module, edit: Edit) -> tuple[nn.Module, nn.Module]:
     return layer.peft_weight[edit.method], layer
 
 
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name and ".peft_" not in f".{name}"]
+
+
 def _called(model: nn.Module, names: list[str], base: Base) -> set[str]:
     """Return those modules that the model calls. What it only reads the weight of, peft's adapters have no effect on."""
     side = base.facts["imgsz"]
@@ -155,10 +194,13 @@ def _common(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for name in dict.fromkeys(name for own in fields.values() for name in own):
         values = {module: own[name] for module, own in fields.items()}
-        config[name] = values[next(iter(values))]
+        first = config[name] = next(iter(values.values()))
+        if name in LISTS:  # as a regular expression, for in a list even half a name counts
+            config[name] = "|".join(re.escape(module) for module, true in values.items() if true) or []
         if name in PATTERNS:
             config[name] = Counter(values.values()).most_common(1)[0][0]
             config[PATTERNS[name]] = {pattern_of(m): v for m, v in values.items() if v != config[name]}
+        assert name in (*LISTS, *PATTERNS) or all(v == first for v in values.values()), f"{name} is one for all layers"
     return config
 
 
@@ -180,7 +222,7 @@ def _card(delta: Delta, parts: Parts, opening: str) -> str:
     if parts.merged:
         notes.append(
             f"- {len(parts.merged)} layers have their update merged and are saved as a whole, for HF peft would compute "
-            f"something else on them: {', '.join(parts.merged)}."
+            f"something else on them, or cannot tell them from others: {', '.join(parts.merged)}."
         )
     return f"""---
 library_name: peft

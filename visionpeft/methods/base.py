@@ -96,6 +96,10 @@ class Method:
         """Return a part of this method as HF peft has it, or None where peft would compute something else on this layer."""
         return None
 
+    def change_to_peft(self, layer: nn.Module, before: Tensor) -> PeftLayer | None:
+        """Return how peft would hold a layer whose own weight was trained, `before` being the base's; None where it cannot."""
+        return None
+
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
         """Return the method that a configuration with this `peft_type` describes; None where it is another's."""

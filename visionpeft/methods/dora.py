@@ -34,10 +34,14 @@ class DoraConfig(LoraConfig):
         return Magnitude(**settings)
 
     def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
-        if (found := super().to_peft(part, layer)) is None:
+        found = super().to_peft(part, layer)
+        if found is None or not part.has_directions(layer._parameters["weight"]):
             return None
-        length = part.magnitude if len(part.shape) == 2 else part.magnitude.view(1, -1, *[1] * (len(part.shape) - 2))
-        return PeftLayer({**found.tensors, "lora_magnitude_vector": length}, found.fields)
+        return _with_length(found, part.magnitude)
+
+    def change_to_peft(self, layer: Any, before: Tensor) -> PeftLayer | None:
+        found, length = super().change_to_peft(layer, before), layer.weight.flatten(1).norm(dim=1)
+        return _with_length(found, length) if found is not None and length.all() else None
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if (read := super().read_peft(layer, found)) is None:
@@ -77,6 +81,10 @@ class Magnitude(LowRank):
     def factors(self, weight: Tensor) -> None:
         """Offer none: the result is no sum of the weight and a product of two factors."""
 
+    def has_directions(self, weight: Any) -> bool:
+        """Say whether no output's weights are all zero: HF peft divides by their length (0.21), and gets nan."""
+        return self.magnitude.is_meta or bool((weight + self.update()).flatten(1).norm(dim=1).all())
+
     def _by_output(self, weight: Tensor) -> Tensor:
         """Return the weight as (outputs, everything else)."""
         if self.output == 0:
@@ -85,6 +93,12 @@ class Magnitude(LowRank):
 
     def _length(self, weight: Tensor) -> Tensor:
         return self._by_output(weight).norm(dim=1).clamp_min(1e-12)
+
+
+def _with_length(found: PeftLayer, length: Tensor) -> PeftLayer:
+    more = [1] * (found.tensors["lora_A.weight"].ndim - 2)  # dimensions of a kernel
+    shaped = length.view(1, -1, *more) if more else length
+    return PeftLayer({**found.tensors, "lora_magnitude_vector": shaped}, found.fields)
 
 
 def _output(kind: str) -> int:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..plan import Anatomy, Edit, Layer, Unfit
 from ..registry import METHODS
 from .base import Method, PeftLayer, choose_layers, computes_plainly, peft_targets
@@ -22,7 +21,7 @@ class Ia3Config(Method):
 
     lr_scale: ClassVar[float] = 5.0
     peft_type: ClassVar[str] = "IA3"
-    peft_fields: ClassVar[frozenset[str]] = frozenset({"feedforward_modules", "init_ia3_weights"})
+    peft_fields: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         layers = [x for x in choose_layers(anatomy, self.target_modules) if x.linear]  # a normalised weight undoes a factor
@@ -37,34 +36,40 @@ class Ia3Config(Method):
     def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
         if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
             return None
-        shape = (-1, 1) if isinstance(layer, nn.Linear) else (1, -1, 1, 1)
-        return PeftLayer({"ia3_l": part.ia3_l.view(shape)}, {"feedforward_modules": [], "init_ia3_weights": True})
+        shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1) if part.inputs else (-1, 1)
+        fields = {"feedforward_modules": part.inputs, "init_ia3_weights": True}
+        return PeftLayer({"ia3_l": part.ia3_l.view(shape)}, fields)
 
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
-        if fields.get("feedforward_modules"):
-            raise ConfigError("feedforward_modules scale what a layer reads, but ia3 here scales what it puts out")
         return cls(target_modules=peft_targets(fields))
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
             return None
-        return {"outputs": layer._parameters["weight"].shape[0]}, {"ia3_l": found.tensors["ia3_l"].flatten()}  # type: ignore[union-attr]
+        rows, columns = layer._parameters["weight"].shape[:2]  # type: ignore[union-attr]
+        inputs = found.fields["feedforward_modules"]
+        if inputs and getattr(layer, "groups", 1) > 1:
+            return None
+        settings = {"outputs": columns, "inputs": True} if inputs else {"outputs": rows}
+        return settings, {"ia3_l": found.tensors["ia3_l"].flatten()}
 
 
 class Factors(nn.Module):
-    """Multiplies each output's weight and bias by its factor."""
+    """Multiplies each output's weight and bias by its factor; or each input's weight, as HF peft does in feed-forwards."""
 
-    def __init__(self, outputs: int, transposed: bool = False):
+    def __init__(self, outputs: int, transposed: bool = False, inputs: bool = False):
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.inputs = transposed, inputs
         self.ia3_l = nn.Parameter(torch.ones(outputs))
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.inputs:
+            return weight * self.ia3_l.view(1, -1, *[1] * (weight.ndim - 2))
         return times_outputs(weight, self.ia3_l, self.transposed)
 
     def bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias * self.ia3_l
+        return bias if bias is None or self.inputs else bias * self.ia3_l
 
 
 def times_outputs(weight: Tensor, factors: Tensor, transposed: bool = False) -> Tensor:

@@ -31,7 +31,7 @@ class LastConfig(Method):
         return [s.name for s in anatomy.statistics if s.stage in chosen]
 
     def _chosen(self, anatomy: Anatomy) -> set[int]:
-        stages = [s.index for s in anatomy.stages]  # those with parameters that are not frozen
+        stages = sorted({p.stage for p in anatomy.body})  # those with parameters that are not frozen
         if self.stages > len(stages):
             raise ConfigError(
                 f"last: stages={self.stages} is more than the {len(stages)} stages that could train here; "

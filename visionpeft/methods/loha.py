@@ -40,11 +40,27 @@ class LohaConfig(UpdateConfig):
     def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
         if not computes_plainly(layer):
             return None
-        r = part.hada_w1_b.shape[0]
-        return PeftLayer(dict(part.named_parameters()), {"r": r, "alpha": round(part.scaling * r, 9), "init_weights": True})
+        return _peft_layer(dict(part.named_parameters()), part.scaling)
+
+    def change_to_peft(self, layer: Any, before: Tensor) -> PeftLayer | None:
+        if not computes_plainly(layer):
+            return None
+        change = (layer.weight - before).flatten(1)
+        rows, columns = change.shape
+        r = min(rows, columns)
+        one = torch.zeros(r)
+        one[0] = 1  # the second matrix is all ones
+        first = (torch.eye(r), change) if rows == r else (change, torch.eye(r))
+        factors = (*first, one.expand(rows, r), one.unsqueeze(1).expand(r, columns))
+        return _peft_layer(dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), factors, strict=True)), 1.0)
 
     def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         return (self.peft_part(layer, found), found.tensors) if computes_plainly(layer) else None
+
+
+def _peft_layer(tensors: dict[str, Tensor], scaling: float) -> PeftLayer:
+    r = len(tensors["hada_w1_b"])
+    return PeftLayer(tensors, {"r": r, "alpha": round(scaling * r, 9), "init_weights": True})
 
 
 class Hadamard(Update):

@@ -121,10 +121,20 @@ class LoraConfig(UpdateConfig):
         if not _as_peft(layer):
             return None
         up, down = part.whole()
+        return self._peft_layer(up, down, part.scaling, part.shape)
+
+    def change_to_peft(self, layer: Any, before: Tensor) -> PeftLayer | None:
+        if not _as_peft(layer):
+            return None
+        change = (layer.weight - before).flatten(1)
+        ones = torch.eye(min(change.shape))
+        up, down = (ones, change) if change.shape[0] <= change.shape[1] else (change, ones)
+        return self._peft_layer(up, down, 1.0, before.shape)
+
+    def _peft_layer(self, up: Tensor, down: Tensor, scaling: float, shape: Sequence[int]) -> PeftLayer:
         r = len(down)
-        shapes = ((r, *part.shape[1:]), (part.shape[0], r, *[1] * (len(part.shape) - 2)))
-        tensors = {f"{n}.weight": t.view(s) for n, t, s in zip(("lora_A", "lora_B"), (down, up), shapes, strict=True)}
-        alpha = part.scaling * (math.sqrt(r) if self.use_rslora else r)
+        tensors = {"lora_A.weight": down.view(r, *shape[1:]), "lora_B.weight": up.view(shape[0], r, *[1] * (len(shape) - 2))}
+        alpha = scaling * (math.sqrt(r) if self.use_rslora else r)
         said = {"use_rslora": self.use_rslora, "use_dora": self.peft_dora, "init_lora_weights": True, "bias": "none"}
         return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **said})
 
