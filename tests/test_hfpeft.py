@@ -377,7 +377,17 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{'a': 1}"), "adapter_config.json is no JSON"),
     "no object": (lambda f: (f / "adapter_config.json").write_text("[]"), "says no peft_type"),
     "another type": (lambda f: edit(f, r="two"), "has r='two', which is not what peft writes"),
-    "no number": (lambda f: edit(f, rank_pattern={"qkv": "two"}), "has 'two' as r of blocks.0.attn.qkv, which is no number"),
+    "no number": (
+        lambda f: edit(f, rank_pattern={"qkv": "two"}),
+        "has 'two' as r of blocks.0.attn.qkv, which is no whole number",
+    ),
+    "half a rank": (lambda f: edit(f, rank_pattern={"qkv": 1.5}), "has 1.5 as r of .*, which is no whole number"),
+    "half a factor": (lambda f: edit(f, decompose_factor=1.5), "has decompose_factor=1.5, which is not what peft writes"),
+    "no rank for any memory": (lambda f: edit(f, r=2**40), "but this layer takes 1099511627776×192"),
+    "no matrix": (
+        lambda f: alter(f, lambda tensors: {k: v.sum() if "1.attn.qkv.lora_A" in k else v for k, v in tensors.items()}),
+        "a tensor of blocks.1.attn.qkv in the folder is no matrix; get the folder again",
+    ),
     "no names": (lambda f: edit(f, target_modules=["qkv", 1]), "has target_modules=.*, which is not what peft writes"),
     "damaged": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"12345678901"), "safetensors is damaged"),
     "no prefix": (rename("base_model.model.", ""), "has a tensor 'blocks.*peft's begin with base_model.model."),

@@ -51,9 +51,11 @@ class Adapter:
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
             if field in found and key is not None:
                 found[field] = values[key]
-            if field in found and (isinstance(found[field], bool) or not isinstance(found[field], int | float)):
+            kind: Any = int if field == "r" else (int, float)
+            if field in found and (isinstance(found[field], bool) or not isinstance(found[field], kind)):
+                whole = "whole " * (kind is int)
                 raise DeltaError(
-                    f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no number; get the file again"
+                    f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no {whole}number; get the file again"
                 )
         return found
 
@@ -128,9 +130,9 @@ def _complete(header: Any) -> bool:
     ):
         return False
     numbered = all(str(i) in header["names"] for i in range(len(header["names"])))
-    return (
-        numbered and header["base"].keys() >= {"model", "sha256", "model_args"} and header.get("head") in ("keep", "rebuild")
-    )
+    base = header["base"]
+    said = all(isinstance(base.get(k), str) for k in ("model", "sha256")) and isinstance(base.get("model_args"), dict)
+    return numbered and said and header.get("head") in ("keep", "rebuild")
 
 
 def _check_files(folder: Path) -> None:
@@ -164,6 +166,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         "r": (int,),
         "lora_alpha": (int, float),
         "alpha": (int, float),
+        "decompose_factor": (int,),
     }
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
