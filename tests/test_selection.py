@@ -225,7 +225,10 @@ def test_gradual_opens_group_after_group(net) -> None:
     assert not any(p.name in plan.opens for p in anatomy.params if p.stage == HEAD)
     assert plan.closed(0.25) == {n for n, share in plan.opens.items() if share > 0.25}
     assert "50%" in str(plan) and [r.opens for r in plan.rows] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    most = make_plan(make_method("gradual", {"groups": 1000}), anatomy)
+    assert most.opens == pytest.approx({**plan.opens}) and most.rates.keys() == plan.rates.keys()
     frozen = make_plan(make_method("gradual"), anatomy, freeze=3)
+    assert frozen.opened == 0.5  # of two stages, too
     assert set(frozen.opens) <= {*frozen.train, *(s.name for s in anatomy.statistics)}
     assert not any(p.name in frozen.opens for p in anatomy.params if 0 <= p.stage < 3)
 
