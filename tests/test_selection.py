@@ -187,12 +187,16 @@ def test_a_loss_that_is_no_number(squares: Path) -> None:
         gather(family, model, data, family.anatomy(model, ""), imgsz=32, batch=4)
 
 
-def test_plan_and_forecast_look_at_data(boxes: Path, checkpoint: Path) -> None:
+def test_plan_and_forecast_look_at_data(boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'surgical' looks at training images before it plans; give data"):
         planning.plan(checkpoint, method="surgical")
     with pytest.raises(ConfigError, match="'lora' looks at training images"):
         planning.forecast(checkpoint, method="lora", budget="2%", imgsz=64)
-    assert planning.plan(checkpoint, data=boxes, method="lora", budget="3%", imgsz=64, batch=2).edits
+    budget = {"data": boxes, "method": "lora", "budget": "8%", "imgsz": 64, "batch": 2}
+    made = planning.plan(checkpoint, **budget)
+    assert made.edits == planning.forecast(checkpoint, **budget).plan.edits
+    run = visionpeft.train(**budget, model=checkpoint, epochs=1, device="cpu", workers=0, quiet=True, project=tmp_path)
+    assert run.plan == made and planning.plan(checkpoint, **budget, seed=1).edits != made.edits
     with pytest.raises(ConfigError, match="imgsz is no part of a plan of 'lora'"):
         planning.plan(checkpoint, data=boxes, method="lora", imgsz=64)
     made = planning.forecast(checkpoint, data=boxes, method="surgical", imgsz=64, batch=2, device="cpu")

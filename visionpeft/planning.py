@@ -37,6 +37,7 @@ def plan(
     head: str | None = None,
     imgsz: int | None = None,
     batch: int | None = None,
+    seed: int | None = None,
     model_args: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
@@ -51,24 +52,27 @@ def plan(
         head: As for `train`.
         imgsz: As for `train`, of methods that look at the images before they plan; no part of another's plan.
         batch: The same.
+        seed: The same: a new head is drawn by it.
         model_args: As for `train`.
         **options: Fields of the method.
 
     Raises:
         VisionpeftError: As for `train`.
     """
-    seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch)) if v is not None}
+    seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch), ("seed", seed)) if v is not None}
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
     if seen and not tuning.looks:
         given = next(iter(seen))
         raise ConfigError(f"{given} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
     base = family.load(str(model), **loader_arguments(model_args))
-    own, checked = fitted(family, base, data, head)
+    settings = {"seed": 0, **family.defaults_for(base), **seen}
+    check_settings(settings, {"seed": settings["seed"]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings["seed"])  # as `train` draws the head
+        own, checked = fitted(family, base, data, head)
     anatomy = family.anatomy(own, str(model))
     if tuning.looks and checked:
-        settings = {**family.defaults_for(base), **seen}
-        check_settings(settings, {})
         found = gather(family, own, checked, anatomy, imgsz=settings["imgsz"], batch=settings["batch"])
         anatomy = dataclasses.replace(anatomy, evidence=found)
     return make_plan(tuning, anatomy, freeze, bn)
@@ -221,6 +225,7 @@ class _Rehearsed:
             check_shares(",".join(["cpu"] * self.devices), self.settings["batch"])
             self.fitted, data = self.base.model, None
             if given["data"]:  # else it is the base's own head
+                torch.manual_seed(idle.get("seed", 0))  # as `train` draws the head
                 self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         self.anatomy = family.anatomy(self.fitted, str(given["model"]))
         if self.tuning.looks and data:
