@@ -466,7 +466,7 @@ def test_peft_on_a_grouped_convolution_is_refused(net, images, tmp_path) -> None
         ("lora+adapter", {}, "nothing that computes what 'adapter' does"),
         ("bitfit", {}, "nothing that computes what 'bitfit' does"),
         ("lora+ia3", {}, "holds one method, but this delta has lora and ia3; use merge"),
-        ("lora+bitfit", {}, "has an update of its weight and a bias that was trained"),
+        ("lora+bitfit", {}, "has an update of its weight, and a weight or bias of its own that was trained"),
     ],
 )
 def test_a_delta_that_peft_has_nothing_for_is_refused(method: str, options: dict, says: str, adapted, tmp_path) -> None:

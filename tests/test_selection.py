@@ -23,6 +23,7 @@ from visionpeft.families.yolo_tasks import TASKS
 from visionpeft.methods.base import make_method
 from visionpeft.plan import HEAD, Anatomy, make_plan
 from visionpeft.registry import FAMILIES
+from visionpeft.tables import plan_table
 
 
 def anatomy_of(net: Any, name: str) -> Anatomy:
@@ -215,6 +216,7 @@ def test_what_another_method_trains_from_the_start_does_not_wait(net) -> None:
     assert set(plan.opens) & set(plan.train) == {p.name for p in anatomy.body if not p.role.endswith("bias")}
     last = make_plan(make_method("last"), anatomy)
     both = make_plan(make_method("gradual+last"), anatomy)
+    assert plan.rows[0].opens == plan.opened == 0.5 and "from" in plan_table(plan, 60)
     assert not set(both.opens) & {*last.train, *(s.name for s in anatomy.statistics if s.name not in last.still)}
 
 

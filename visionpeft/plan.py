@@ -172,7 +172,7 @@ class Row:
     added: int  # parameters that the edits bring
     statistics: str  # "still", "moving", "mixed" or ""
     moving: int  # values of the statistics that move
-    opens: float = 0.0  # the share of the training after which it begins to train
+    opens: float = 0.0  # the share of the training after which all of it trains
     ranks: str = ""  # of its edits, where they have one: "4", or "1–12"
 
 
@@ -449,7 +449,7 @@ def _rows(
             statistics="" if not count else {0: "still", count: "moving"}.get(len(moving), "mixed"),
             moving=sum(moving.values()),
             ranks="–".join(str(r) for r in sorted({f(own) for f in (min, max)})) if own else "",
-            opens=min((opens.get(p.name, 0.0) for p in params if p.name in wanted), default=0.0),
+            opens=max((opens.get(p.name, 0.0) for p in params if p.name in wanted), default=0.0),
         )
 
     return (*(row(s.index, str(s.index), s.kind) for s in anatomy.stages), row(HEAD, "head", anatomy.head))

@@ -28,10 +28,10 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         names = (*names, "rank")
         rows = [(*made, r.ranks) for made, r in zip(rows, plan.rows, strict=True)]
     if plan.opens:
-        names = (*names, "from")  # the share of the epochs after which it trains
+        names = (*names, "from")  # the share of the epochs after which all of it trains
         rows = [(*made, f"{r.opens:.0%}" if r.trained else "") for made, r in zip(rows, plan.rows, strict=True)]
-    if (width := width or columns()) < 72:  # what a narrow terminal has no room for
-        names, rows = names[:2] + names[3::2], [r[:2] + r[3::2] for r in rows]
+    if (width := width or columns()) < 72 + 4 * len(names[7:]):  # what a narrow terminal has no room for
+        names, rows = names[:2] + names[3:7:2] + names[7:], [r[:2] + r[3:7:2] + r[7:] for r in rows]
     settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))
     title = f"{plan.model}: {plan.method}" + (f" ({settings})" if settings else "")
     trained = plan.trained_body + plan.trained_head

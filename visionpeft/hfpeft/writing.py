@@ -160,8 +160,8 @@ def _check_whole(model: nn.Module, whole: Iterable[str], layers: Iterable[str]) 
     for name in whole:
         if name in layers:
             raise ConfigError(
-                f"{name} has an update of its weight and a bias that was trained, which an adapter of HF peft cannot hold "
-                "together; use merge"
+                f"{name} has an update of its weight, and a weight or bias of its own that was trained, which an adapter of "
+                "HF peft cannot hold together; use merge"
             )
         if not name or isinstance(model.get_submodule(name), _CONTAINERS):
             what = f"{name} is a {type(model.get_submodule(name)).__name__}" if name else "a parameter of the model itself"
