@@ -541,6 +541,14 @@ def test_the_verbs(run: visionpeft.Run, tmp_path, monkeypatch, capsys) -> None:
     assert visionpeft.val(written, data, device="cpu", workers=0) == visionpeft.val(run.delta, data, device="cpu", workers=0)
 
 
+def test_an_import_is_not_written_over_the_delta_of_the_export(run: visionpeft.Run, tmp_path) -> None:
+    assert run.delta is not None
+    delta = Path(shutil.copy(run.delta, tmp_path / "my.v1.safetensors"))
+    folder = visionpeft.export(delta, "peft")
+    assert folder == tmp_path / "my.v1.peft" and visionpeft.import_peft(folder) == tmp_path / "my.v1.peft.safetensors"
+    assert delta.read_bytes() == run.delta.read_bytes()
+
+
 def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
     assert run.delta is not None
     out = tmp_path / "adapter"

@@ -140,6 +140,26 @@ def test_evidence_where_memory_is_short_or_images_are_few(squares: Path, monkeyp
         look(batch=8)
 
 
+@pytest.mark.parametrize("name", ["timm", "yolo"])
+def test_statistics_stay_still_while_it_looks(
+    name: str, squares: Path, boxes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family: Any = FAMILIES[name]()
+    base = family.design({"timm": "timm/test_resnet", "yolo": "yolo11n.yaml"}[name])
+    data = family.read_data(str({"timm": squares, "yolo": boxes}[name]), base)
+    model = family.fit(base, data.names, "rebuild")
+    anatomy, state, real = family.anatomy(model, ""), copy.deepcopy(model.state_dict()), family.losses
+
+    def losses(own: Any, *args: Any, **more: Any) -> Any:
+        for loss in real(own, *args, **more):
+            yield loss
+            assert own.training and not any(own.get_submodule(s.name).training for s in anatomy.statistics)
+            assert all(torch.equal(v, state[k]) for k, v in own.state_dict().items())
+
+    monkeypatch.setattr(family, "losses", losses)
+    assert gather(family, model, data, anatomy, imgsz=32, batch=1).images == 8  # a size that the classifier is not made for
+
+
 @pytest.mark.parametrize("version", ["v8", "26"])
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_evidence_of_every_task(version: str, task: str, net, tmp_path: Path) -> None:
@@ -205,7 +225,10 @@ def test_gradual_opens_group_after_group(net) -> None:
     assert not any(p.name in plan.opens for p in anatomy.params if p.stage == HEAD)
     assert plan.closed(0.25) == {n for n, share in plan.opens.items() if share > 0.25}
     assert "50%" in str(plan) and [r.opens for r in plan.rows] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    most = make_plan(make_method("gradual", {"groups": 1000}), anatomy)
+    assert most.opens == pytest.approx({**plan.opens}) and most.rates.keys() == plan.rates.keys()
     frozen = make_plan(make_method("gradual"), anatomy, freeze=3)
+    assert frozen.opened == 0.5  # of two stages, too
     assert set(frozen.opens) <= {*frozen.train, *(s.name for s in anatomy.statistics)}
     assert not any(p.name in frozen.opens for p in anatomy.params if 0 <= p.stage < 3)
 

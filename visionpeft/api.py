@@ -585,8 +585,7 @@ def export(
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
     if out is None:
-        out = "model" if isinstance(delta, Adapted) else Path(delta).with_suffix("")
-        out = Path(out).with_suffix(suffixes[format])
+        out = Path("model" if isinstance(delta, Adapted) else delta).with_suffix(suffixes[format])
     adapted = _adapted(delta, model, model_args)
     if format == "peft":
         if options:
@@ -651,7 +650,8 @@ def import_peft(
         "versions": _versions(),
     }
     made = hfpeft.adopt(adapter, family, base, {**(said or unknown), **own}, checked)
-    return deltas.write(out or Path(folder).resolve().with_suffix(".safetensors"), made)
+    beside = Path(folder).resolve()
+    return deltas.write(out or beside.with_name(f"{beside.name}.safetensors"), made)  # not over the delta of an export
 
 
 def inspect(delta: str | Path) -> dict[str, Any]:

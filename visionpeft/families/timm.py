@@ -29,7 +29,7 @@ from ..pictures import Picture, spread
 from ..plan import Anatomy
 from ..registry import FAMILIES
 from . import loop
-from .base import Base, Data, Family, Job, Judged, Leading, Rehearsal, Step
+from .base import Base, Data, Family, Job, Judged, Leading, Rehearsal, Step, observe
 from .evidence import Answers
 from .images import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
 from .timm_anatomy import classifiers, input_size, leading, read_anatomy
@@ -374,18 +374,14 @@ def transform(model: Any, imgsz: int | None, recipe: loop.Recipe | None = None) 
     )
 
 
-@torch.no_grad()
 def _check_size(model: nn.Module, size: int, own: int) -> None:
-    training, like = model.training, next(model.parameters())
     try:
-        model.eval()(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+        observe(model, torch.zeros(1, 3, size, size).to(next(model.parameters())), ())
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(
             f"this model cannot read images of imgsz={size}: it was made for {own}; leave imgsz out, or make it for "
             f"that size with model_args={{'img_size': {size}}}"
         ) from error
-    finally:
-        model.train(training)
 
 
 def _merged_copy(model: nn.Module) -> Any:

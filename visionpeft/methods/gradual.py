@@ -14,7 +14,7 @@ from .base import Method
 @METHODS.register("gradual")
 @dataclass(frozen=True)
 class GradualConfig(Method):
-    groups: int = 3  # of stages, alike in number, that begin to train one after the other, the last ones first
+    groups: int = 3  # of stages, alike in number (at least 1), that begin to train one after the other, the last ones first
     unfrozen: float = 0.5  # the share of the epochs after which all of them train
     decay: float = 2.6  # a group learns this many times more slowly than the one behind it
 
@@ -33,9 +33,12 @@ class GradualConfig(Method):
 
     def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
         stages = {p.name: p.stage for p in anatomy.body} | {s.name: s.stage for s in anatomy.statistics if s.stage >= 0}
-        return {name: self.unfrozen * self._turn(stage, anatomy) / self.groups for name, stage in stages.items()}
+        return {name: self.unfrozen * self._turn(stage, anatomy) / self._groups(anatomy) for name, stage in stages.items()}
+
+    def _groups(self, anatomy: Anatomy) -> int:
+        return min(self.groups, len(anatomy.stages) or 1)
 
     def _turn(self, stage: int, anatomy: Anatomy) -> int:
         """Return whose turn it is when a stage begins to train: 1 for those before the head."""
-        behind = sum(s.index > stage for s in anatomy.stages)
-        return min(1 + behind * self.groups // len(anatomy.stages), self.groups)  # a stage may have statistics alone
+        behind, groups = sum(s.index > stage for s in anatomy.stages), self._groups(anatomy)
+        return min(1 + behind * groups // (len(anatomy.stages) or 1), groups)  # a stage may have statistics alone
