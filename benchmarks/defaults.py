@@ -111,8 +111,9 @@ def main() -> None:
 
 def run(out: Path, root: str, name: str, method: str, rate: float, other: Mapping[str, Any]) -> None:
     """Run one trial, unless it is there, another process is at it, or the method does not fit the model."""
-    point = {"lr_scale": rate / METHODS[method].lr_scale, **other}
-    shared = {**SETS[name], "method": method, "workers": 0, "device": "cpu", "search": {k: [v] for k, v in point.items()}}
+    METHODS[method].lr_scale = rate  # not train's lr_scale, which also scales layers that LoRA and its kin train whole
+    point = {k: [v] for k, v in ({"lr_scale": 1.0} | dict(other)).items()}
+    shared = {**SETS[name], "method": method, "workers": 0, "device": "cpu", "search": point}
     setting = "".join(f", {k}={v}" for k, v in other.items())
     file = out / "trials" / f"{name}, {method}, {rate:.3g}{setting}.json".replace(" ", "")
     try:

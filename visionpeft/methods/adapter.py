@@ -25,7 +25,7 @@ class AdapterConfig(Method):
     scaling: float = 1.0  # s, the factor of the adapter's output
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layer[34].*"
 
-    lr_scale: ClassVar[float] = 5.0
+    lr_scale: ClassVar[float] = 15.0
     merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

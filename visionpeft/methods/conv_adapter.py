@@ -28,7 +28,7 @@ class ConvAdapterConfig(Method):
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layer[34].*"
 
     reads_map: ClassVar[bool] = True
-    lr_scale: ClassVar[float] = 5.0
+    lr_scale: ClassVar[float] = 15.0
     merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from .base import Method, PeftLayer, choose_layers, computes_plainly, peft_targe
 class Ia3Config(Method):
     target_modules: str | tuple = "all"  # "all", "attention", "conv", a regular expression, or a list of names or endings
 
-    lr_scale: ClassVar[float] = 5.0
+    lr_scale: ClassVar[float] = 15.0
     peft_type: ClassVar[str] = "IA3"
     peft_fields: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
 

@@ -19,7 +19,7 @@ from .maps import Layout, bottleneck, choose_blocks, is_map, layout_of
 @METHODS.register("mona")
 @dataclass(frozen=True)
 class MonaConfig(Method):
-    reduction_factor: int = 8  # the bottleneck is the block's channels divided by this, and at least 4 (64 in the paper)
+    reduction_factor: int = 4  # the bottleneck is the block's channels divided by this, and at least 4 (64 in the paper)
     dropout: float = 0.1  # probability with which the bottleneck's values are dropped while training
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layers.[23].*"
 

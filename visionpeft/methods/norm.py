@@ -14,7 +14,7 @@ from .base import Method
 @METHODS.register("norm")
 @dataclass(frozen=True)
 class NormConfig(Method):
-    lr_scale: ClassVar[float] = 5.0
+    lr_scale: ClassVar[float] = 15.0
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
         norms = [p.name for p in anatomy.body if p.role.startswith("norm")]

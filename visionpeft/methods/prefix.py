@@ -20,7 +20,7 @@ from .base import Method, check_tokens
 class PrefixConfig(Method):
     num_virtual_tokens: int = 10  # how many keys and values are added to each attention
 
-    lr_scale: ClassVar[float] = 10.0
+    lr_scale: ClassVar[float] = 30.0
     merges: ClassVar[bool] = False
     starts_unchanged: ClassVar[bool] = False
 

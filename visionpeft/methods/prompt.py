@@ -21,7 +21,7 @@ class PromptConfig(Method):
     num_virtual_tokens: int = 10  # how many tokens are added
     deep: bool = True  # new tokens before every block, not only the first
 
-    lr_scale: ClassVar[float] = 10.0
+    lr_scale: ClassVar[float] = 3.3
     merges: ClassVar[bool] = False
     lengthens: ClassVar[bool] = True
     starts_unchanged: ClassVar[bool] = False

@@ -21,7 +21,7 @@ from .base import Method
 class SideConfig(Method):
     reduction_factor: int = 8  # the ladder is as wide as the widest stage divided by this, and at least 8
 
-    lr_scale: ClassVar[float] = 2.0
+    lr_scale: ClassVar[float] = 6.0
     merges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
