@@ -20,6 +20,7 @@ from visionpeft.errors import ConfigError, Interrupted, OutOfMemory, TrainingErr
 from visionpeft.families.base import Job
 from visionpeft.families.gradients import gather
 from visionpeft.families.yolo_tasks import TASKS
+from visionpeft.families.yolo_trainer import Tuned
 from visionpeft.methods.base import make_method
 from visionpeft.plan import HEAD, Anatomy, make_plan
 from visionpeft.registry import FAMILIES
@@ -235,6 +236,18 @@ def test_gradual_opens_group_after_group(net) -> None:
     assert frozen.opened == 0.5  # of two stages, too
     assert set(frozen.opens) <= {*frozen.train, *(s.name for s in anatomy.statistics)}
     assert not any(p.name in frozen.opens for p in anatomy.params if 0 <= p.stage < 3)
+
+
+def test_patience_of_ultralytics_counts_once_all_trains(loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, arguments, *_ = loops["yolo"]
+
+    def validate(trainer: Any) -> tuple[dict, float]:
+        trainer.best_fitness = 0.5
+        return {key: 0.0 for key in trainer.metrics}, 0.5
+
+    monkeypatch.setattr(Tuned, "validate", validate)
+    settings = {**arguments, "method": "gradual", "groups": 2, "epochs": 6, "patience": 1, "project": tmp_path}
+    assert len(visionpeft.train(data, **settings).history) == 4
 
 
 def test_what_another_method_trains_from_the_start_does_not_wait(net) -> None:
