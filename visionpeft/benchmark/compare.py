@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..families.evidence import Evidence, unpack
+from ..families.evidence import ImageEvidence, unpack
 from ..tables import size
 from .grid import hash_of
 
@@ -202,7 +202,7 @@ class _Drawn:
         """Return a cell's score in each resample of its images."""
         if (key := cell["hash"]) not in self._scores:
             try:
-                evidence: Evidence = unpack(cell["evidence"])
+                evidence: ImageEvidence = unpack(cell["evidence"])
             except DataError as error:
                 raise DataError(f"{key}.json: {error}; run its cell anew") from error
             count = len(evidence.images)

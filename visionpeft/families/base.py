@@ -24,7 +24,7 @@ from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
 from ..trackers import Trackers
 from ..twins import plain
-from .evidence import Evidence
+from .evidence import ImageEvidence
 from .views import Rounds, Store
 
 
@@ -63,7 +63,7 @@ class Judged:
     """What an evaluation found."""
 
     metrics: dict[str, float]
-    evidence: Evidence  # of each image
+    evidence: ImageEvidence  # of each image
 
 
 @dataclass(frozen=True)

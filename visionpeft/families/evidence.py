@@ -21,7 +21,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class Evidence(ABC):
+class ImageEvidence(ABC):
     """What a model said of each image of a set, beside what is there.
 
     The images are in the order of their names, whatever order they were seen in, so that two models' evidence of one set can
@@ -47,7 +47,7 @@ class Evidence(ABC):
 
 
 @dataclass(frozen=True)
-class Answers(Evidence):
+class Answers(ImageEvidence):
     """One class for each image."""
 
     kind: ClassVar[str] = "classify"
@@ -68,7 +68,7 @@ class Answers(Evidence):
 
 
 @dataclass(frozen=True)
-class Detections(Evidence):
+class Detections(ImageEvidence):
     """Boxes (or outlines, or poses) found in each image, and at which of ten overlaps each is a true one."""
 
     kind: ClassVar[str] = "detect"
@@ -145,8 +145,8 @@ class Detections(Evidence):
         return self._precision(None)
 
 
-def unpack(packed: Mapping[str, str]) -> Evidence:
-    """Make evidence again from what `Evidence.pack` returned.
+def unpack(packed: Mapping[str, str]) -> ImageEvidence:
+    """Make evidence again from what `ImageEvidence.pack` returned.
 
     Raises:
         DataError: It is none.

@@ -16,7 +16,7 @@ from ultralytics.utils.torch_utils import intersect_dicts
 
 from ..errors import DataError
 from ..twins import plain
-from .evidence import Answers, Detections, Evidence
+from .evidence import Answers, Detections, ImageEvidence
 from .yolo_validator import sparing
 from .yolo_voice import quiet
 
@@ -48,7 +48,7 @@ class Task:
         fits = self.fits(len(row), outputs.get("kpt_shape", (0, 0)))
         return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.row}"
 
-    def evidence(self, validator: Any) -> Evidence:
+    def evidence(self, validator: Any) -> ImageEvidence:
         """Return what a validator that has run saw of each image."""
         dataset = validator.dataloader.dataset
         if self.name != "classify":
