@@ -18,6 +18,7 @@ class LastConfig(Method):
     stages: int = 2  # how many train, counted from the head; those without parameters do not count
 
     bn: ClassVar[str] = "train"
+    lr_scale: ClassVar[float] = 3.0
 
     def __post_init__(self) -> None:
         self.check("stages", self.stages, 1)

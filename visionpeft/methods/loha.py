@@ -23,6 +23,7 @@ class LohaConfig(UpdateConfig):
     r: int = 2  # rank of each of the two matrices; that of the update is up to r^2
     alpha: float = 4.0  # the update is scaled by alpha / r
 
+    bn: ClassVar[str] = "frozen"
     peft_type: ClassVar[str] = "LOHA"
     peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "init_weights"})
 

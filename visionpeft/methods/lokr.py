@@ -25,6 +25,7 @@ class LokrConfig(UpdateConfig):
     decompose_both: bool = False  # the first factor may be of rank r, too
     decompose_factor: int = -1  # divides the layer's sides in two, this one first; -1: as near to their roots as can be
 
+    bn: ClassVar[str] = "frozen"
     peft_type: ClassVar[str] = "LOKR"
     peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "alpha", "decompose_both", "decompose_factor", "init_weights"})
 
