@@ -87,7 +87,8 @@ def train(
         method: A name (see `list_methods`), several joined by "+", or a configuration such as ``LoraConfig(r=16)``. By
             default `full` where `freeze` is given (layer freezing), else `lora`.
         freeze: Where nothing trains: the first N stages, a list of stage indices, or names.
-        bn: "frozen" or "train": whether BatchNorm statistics outside the head move; by default as the method says.
+        bn: "frozen" or "train": whether BatchNorm statistics outside the head move; by default as the method says, of timm's
+            classifiers "frozen".
         head: "keep" what of the head fits, or "rebuild" it.
         epochs: Passes over the data.
         imgsz: Image size in pixels.
@@ -228,7 +229,7 @@ def _train(
         elif tuning.looks:
             look = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"].split(",")[0]}
             anatomy = dataclasses.replace(anatomy, evidence=gather(family, fitted, data, anatomy, **look))
-        made = make_plan(tuning, anatomy, given["freeze"], given["bn"])
+        made = make_plan(tuning, anatomy, given["freeze"], given["bn"] or family.bn)
         attaching.attach(fitted, made)
     if made.opens and len(devices(given["device"])) > 1:
         raise ConfigError(

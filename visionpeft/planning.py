@@ -75,7 +75,7 @@ def plan(
     if tuning.looks and checked:
         found = gather(family, own, checked, anatomy, imgsz=settings["imgsz"], batch=settings["batch"])
         anatomy = dataclasses.replace(anatomy, evidence=found)
-    return make_plan(tuning, anatomy, freeze, bn)
+    return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
 def forecast(
@@ -192,7 +192,7 @@ def fit(
         batch=rehearsed.settings["batch"],
         method=rehearsed.tuning if settled else None,
         freeze=freeze,
-        bn=bn,
+        bn=bn or rehearsed.family.bn,
         lean=lean,
         fixed=[k for k in ("imgsz", "batch") if given[k] is not None],
     )
@@ -243,7 +243,7 @@ class _Rehearsed:
     @property
     def plan(self) -> Plan:
         """The plan of what was given."""
-        return make_plan(self.tuning, self.anatomy, self.given["freeze"], self.given["bn"])
+        return make_plan(self.tuning, self.anatomy, self.given["freeze"], self.given["bn"] or self.family.bn)
 
     def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.Trace:
         """Return what a plan takes."""

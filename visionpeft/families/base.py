@@ -179,6 +179,7 @@ class Family(ABC):
     suffix: ClassVar[str]  # of a merged file
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
     body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
+    bn: ClassVar[str | None] = None  # whether the body's running statistics move by default; None: as the method says
 
     @abstractmethod
     def claims(self, source: str) -> bool:

@@ -55,6 +55,7 @@ class Timm(Family):
         "head": "rebuild",
     }
     body_rate: ClassVar[float] = 0.6  # a new classifier may learn faster than the pretrained body should change
+    bn: ClassVar[str | None] = "frozen"  # a batch's statistics of small late maps are noise (benchmarks/defaults.md)
 
     def claims(self, source: str) -> bool:
         return source.startswith("timm/") or timm.is_model(source)
