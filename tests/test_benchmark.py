@@ -621,3 +621,15 @@ def test_rows_that_are_called_alike() -> None:
     alone = benchmark.compare([made_up("lora", right, 1), made_up("full", right, 0)], resamples=20)
     assert [r.difference for r in alone] == [None, None]  # no seed that both have
     assert benchmark.table(found, resamples=20).splitlines()[0] == "**d, m**"
+
+
+def test_only_some_methods_and_other_seeds(tiles) -> None:
+    config = {**tiles["config"], "method": ["full", "bitfit", {"method": "lora", "r": 2}], "seed": [1, 2]}
+    chosen = grid.make_grid(config, "x", tiles["root"], only="full|lora, r 2")
+    assert [(c.names["method"], c.spec["seed"]) for c in chosen.cells] == [
+        (method, seed) for seed in (1, 2) for method in ("full", "lora, r 2")
+    ]
+    every = {c.hash for c in grid.make_grid(config, "x", tiles["root"]).cells}
+    assert {c.hash for c in chosen.cells} < every  # the same cells
+    with pytest.raises(ConfigError, match="only='dora' matches none of the grid's methods: full; bitfit; lora, r 2"):
+        grid.make_grid(config, "x", tiles["root"], only="dora")

@@ -17,6 +17,8 @@ def benchmark(
     retry: bool = False,
     equal: str | None = None,
     retain: str | None = None,
+    seed: list[int] | None = None,
+    only: str | None = None,
     jobs: int = 1,
     threads: int | None = None,
     quiet: bool = False,
@@ -31,7 +33,7 @@ def benchmark(
     out
         The folder of results.
     config
-        A YAML file, or the name of one of visionpeft's: scenes, aerial_airport, road_signs, eurosat.
+        A YAML file, or the name of one of visionpeft's: scenes, aerial_airport, road_signs, eurosat, eurosat_vit.
     root
         What relative paths in the config are relative to.
     retry
@@ -40,6 +42,10 @@ def benchmark(
         epochs: all cells train as many; time: as many as fit into the time that full fine-tuning trains.
     retain
         A data set of the base's own classes, to measure what is forgotten.
+    seed
+        A seed instead of the config's; several: --seed 0 --seed 1.
+    only
+        A regular expression for methods as the table calls them: 'full|lora|lora, budget 2%'.
     jobs
         Cells at a time.
     threads
@@ -50,7 +56,8 @@ def benchmark(
     if config is None:
         print(table(read(out)))
         return 0
-    cells = run(config, out, root=root, retry=retry, equal=equal, retain=retain, jobs=jobs, threads=threads, quiet=quiet)
+    chosen = {"equal": equal, "retain": retain, "seed": seed, "only": only}
+    cells = run(config, out, root=root, retry=retry, jobs=jobs, threads=threads, quiet=quiet, **chosen)  # type: ignore[arg-type]
     print(table(cells))
     failed = read(out, "failed")
     for one in failed:

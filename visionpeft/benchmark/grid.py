@@ -16,6 +16,7 @@ from typing import Any
 from .. import api, scenes
 from ..errors import ConfigError
 from ..families.base import Base, Family
+from ..methods.base import matches
 from ..scenes.sets import PREFIX
 from ..settings import find_family, split_options
 
@@ -98,7 +99,7 @@ class Grid:
         return {"name": self.name, "grid": self.axes, "defaults": {**self.shared, **more}}
 
 
-def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".") -> Grid:
+def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".", only: str | None = None) -> Grid:
     """Resolve a configuration, and look at its models and data.
 
     Args:
@@ -106,6 +107,7 @@ def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".") -> G
             method may be a mapping that holds further options for its cells. Besides: name, retain, search, equal, against.
         name: Of the sweep, where the configuration has none.
         root: What paths are relative to.
+        only: A regular expression for methods as the table calls them; the others are left out.
 
     Raises:
         VisionpeftError: Something in it is not usable.
@@ -131,6 +133,11 @@ def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".") -> G
     if twice := next((cell for cell in cells if hashes.count(cell.hash) > 1), None):
         raise ConfigError(f"the grid holds {twice} twice; name each combination once")
     against = str(config.get("against", "full"))
+    if only is not None:
+        names = dict.fromkeys(cell.names["method"] for cell in cells)
+        cells = [cell for cell in cells if matches(only, cell.names["method"])]
+        if not cells:
+            raise ConfigError(f"only='{only}' matches none of the grid's methods: {'; '.join(names)}")
     labels = {cell.names["method"] for cell in cells}
     if equal == "time" and against not in labels:
         raise ConfigError(

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -38,6 +38,8 @@ def run(
     retry: bool = False,
     equal: str | None = None,
     retain: str | None = None,
+    seed: Sequence[int] | None = None,
+    only: str | None = None,
     jobs: int = 1,
     threads: int | None = None,
     quiet: bool = False,
@@ -51,6 +53,8 @@ def run(
         retry: Run those again that failed before.
         equal: "epochs": all cells train as many; "time": as many as fit into the time that full fine-tuning trains.
         retain: A data set of the base's own classes, to measure forgetting on.
+        seed: Seeds instead of the configuration's.
+        only: A regular expression for methods as the table calls them: "full|lora|lora, budget 2%".
         jobs: Cells at a time.
         threads: Of each; by default $OMP_NUM_THREADS, else the cores shared among the jobs.
         quiet: Show no progress.
@@ -62,7 +66,7 @@ def run(
     if jobs < 1 or (threads is not None and threads < 1):
         raise ConfigError(f"jobs={jobs}, threads={threads} is not usable; each must be at least 1")
     given = dict(config) if isinstance(config, Mapping) else recipes.read(config, "benchmark")
-    given |= {k: v for k, v in {"equal": equal, "retain": retain}.items() if v is not None}
+    given |= {k: v for k, v in {"equal": equal, "retain": retain, "seed": seed and list(seed)}.items() if v is not None}
     out = files.writable(Path(out).resolve())
     lock = FileLock(out / "lock")
     try:
@@ -76,7 +80,7 @@ def run(
                 left.unlink()
             read(out, kind)  # refuses what is not ours, before anything runs
         name = "benchmark" if isinstance(config, Mapping) else Path(config).stem
-        grid = make_grid(given, name, root)
+        grid = make_grid(given, name, root, only)
         _note(grid, out)
         said = os.environ.get("OMP_NUM_THREADS", "")
         share = threads or int(said if said.isdigit() else max((os.cpu_count() or 1) // jobs, 1))
