@@ -84,6 +84,8 @@ OTHER: dict[str, dict[str, Any]] = {  # what is tried beside the default, at the
     "ssf": {"bn": "train"},
     "surgical": {"stages": 4},
 }
+MOVING = {"dora", "full", "gradual", "last", "loha", "lokr", "lora", "surgical"}  # statistics, where OTHER says nothing
+BEFORE: dict[str, dict[str, Any]] = {"mona": {"reduction_factor": 8}}  # what the search started from, where it is not so now
 Trials = dict[str, dict[tuple[float, str], dict[str, float]]]  # scores by method, (rate, other setting) and set
 
 
@@ -112,7 +114,8 @@ def main() -> None:
 def run(out: Path, root: str, name: str, method: str, rate: float, other: Mapping[str, Any]) -> None:
     """Run one trial, unless it is there, another process is at it, or the method does not fit the model."""
     METHODS[method].lr_scale = rate  # not train's lr_scale, which also scales layers that LoRA and its kin train whole
-    point = {k: [v] for k, v in ({"lr_scale": 1.0} | dict(other)).items()}
+    bn = "train" if method in MOVING else "frozen"
+    point = {k: [v] for k, v in {"bn": bn, **BEFORE.get(method, {}), **other}.items()}
     shared = {**SETS[name], "method": method, "workers": 0, "device": "cpu", "search": point}
     setting = "".join(f", {k}={v}" for k, v in other.items())
     file = out / "trials" / f"{name}, {method}, {rate:.3g}{setting}.json".replace(" ", "")
@@ -169,8 +172,8 @@ def table(trials: Trials) -> str:
         "epochs may be a lower rate (`lr_scale=0.3` makes it so). Scores are mAP50-95 and top1 on what was held back; "
         "**bold** is what the method's default is now.",
         "",
-        "Taken was the best of each method, but for three. `full` keeps Ultralytics' own rate, so that `freeze=10` is what it is "
-        "there. The side network keeps its width, for half the parameters. And whether BatchNorm's statistics move is not "
+        "Taken was the best of each method, but for three. `full` keeps Ultralytics' own rate, so that `freeze=10` is what it "
+        "is there. The side network keeps its width, for half the parameters. And whether BatchNorm's statistics move is not "
         "the method's alone: on small images, MobileNetV2 is far better where they stay still and the detector is not, so "
         "they stay still in timm's classifiers with every method, whatever stands in the rows without `bn` below.",
         "",
