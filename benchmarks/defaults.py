@@ -172,10 +172,10 @@ def table(trials: Trials) -> str:
         "epochs may be a lower rate (`lr_scale=0.3` makes it so). Scores are mAP50-95 and top1 on what was held back; "
         "**bold** is what the method's default is now.",
         "",
-        "Taken was the best of each method, but for three. `full` keeps Ultralytics' own rate, so that `freeze=10` is what it "
-        "is there. The side network keeps its width, for half the parameters. And whether BatchNorm's statistics move is not "
-        "the method's alone: on small images, MobileNetV2 is far better where they stay still and the detector is not, so "
-        "they stay still in timm's classifiers with every method, whatever stands in the rows without `bn` below.",
+        "Taken was the best of each method, but for three. `full` keeps Ultralytics' own rate, so that `freeze=10` is what "
+        "it is there. The side network keeps its width, for half the parameters. And whether BatchNorm's statistics move is "
+        "not the method's alone: on small images, MobileNetV2 is far better where they stay still and the detector is not, "
+        "so they stay still in timm's classifiers with every method, whatever stands in the rows without `bn` below.",
         "",
         f"| method | rate | other setting | mean, of full's best | {' | '.join(names)} |",
         f"|---|---|---|---|{'---|' * len(names)}",
