@@ -228,7 +228,7 @@ def test_mona(kind: str, pair) -> None:
 
 
 def test_mona_drops_while_training_only(pair, images) -> None:
-    model, plain = pair("vit_tiny", "mona", dropout=0.5)
+    model, plain = pair("vit_tiny", "mona", mona_dropout=0.5)
     x, modes = images.double(), {m.training for m in attach(plain, model.peft.plan).modules()}
     assert modes == {False}  # what is attached to a net in eval mode is in eval mode, too
     assert torch.equal(model(x), model(x))
@@ -387,7 +387,7 @@ def test_layouts_lead_there_and_back() -> None:
         ("conv_adapter", {"placement": "beside"}, "placement='beside' is not known; it is parallel or sequential"),
         ("conv_adapter", {"reduction_factor": 0}, "reduction_factor=0 is out of range"),
         ("mona", {"reduction_factor": 0}, "reduction_factor=0 is out of range"),
-        ("mona", {"dropout": 1.0}, "dropout=1.0 is out of range; it must be between 0.0 and 0.99"),
+        ("mona", {"mona_dropout": 1.0}, "mona_dropout=1.0 is out of range; it must be between 0.0 and 0.99"),
         ("mona", {"blocks": "C3k3"}, "blocks='C3k3' matches none of its 10 blocks.*classes, C2PSA, C3k2, SPPF\\. With"),
         ("adapter", {"blocks": "(("}, "'\\(\\(' is not a regular expression"),
         ("prefix", {"num_virtual_tokens": 900}, "=900 is more than twice the 400 keys that an attention.*give at most 800"),

@@ -255,7 +255,7 @@ def test_a_last_batch_of_one_image(base, tmp_path: Path) -> None:
     data = make_squares(tmp_path / "data", train=4)
     Image.new("RGB", (32, 32), "red").save(data / "train" / "red" / "one_more.png")
     arguments = {**SMALL, "epochs": 1, "batch": 4}
-    run = visionpeft.train(data, **base("test_resnet"), method="full", project=tmp_path, **arguments)
+    run = visionpeft.train(data, **base("test_resnet"), method="full", bn="train", project=tmp_path, **arguments)
     assert run.plan.bn == "train" and run.parameters["statistics"] > 0
 
 

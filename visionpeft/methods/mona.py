@@ -20,7 +20,7 @@ from .maps import Layout, bottleneck, choose_blocks, is_map, layout_of
 @dataclass(frozen=True)
 class MonaConfig(Method):
     reduction_factor: int = 4  # the bottleneck is the block's channels divided by this, and at least 4 (64 in the paper)
-    dropout: float = 0.1  # probability with which the bottleneck's values are dropped while training
+    mona_dropout: float = 0.1  # probability with which the bottleneck's values are dropped while training
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layers.[23].*"
 
     reads_map: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class MonaConfig(Method):
 
     def __post_init__(self) -> None:
         self.check("reduction_factor", self.reduction_factor, 1)
-        self.check("dropout", self.dropout, 0.0, 0.99)
+        self.check("mona_dropout", self.mona_dropout, 0.0, 0.99)
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         chosen = [block for block in choose_blocks(anatomy, self.blocks) if is_map(block)]
@@ -41,7 +41,7 @@ class MonaConfig(Method):
         settings = {
             "channels": block.channels,
             "bottleneck": bottleneck(self.name, block, block.channels, self.reduction_factor),
-            "dropout": self.dropout,
+            "dropout": self.mona_dropout,
             **layout_of(block),
         }
         if block.norm and (block.inputs, block.stride) == (block.channels, 1):
