@@ -118,9 +118,9 @@ def read(folder: str | Path) -> Adapter:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
     if header and not _complete(header):
         raise DeltaError(f"what visionpeft wrote into {path} of the delta is damaged; get the file again")
-    if strange := next((k for k in found if not k.startswith(PREFIX)), None):
+    if strange := next((k for k in sorted(found) if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
-    return Adapter(config, {k.removeprefix(PREFIX): v for k, v in found.items()}, header)
+    return Adapter(config, {k.removeprefix(PREFIX): v for k, v in sorted(found.items())}, header)
 
 
 def _complete(header: Any) -> bool:
