@@ -29,7 +29,7 @@ from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
-from .families.gradients import gather
+from .families.gradients import observe
 from .families.launch import devices
 from .lean.prefix import put_on
 from .methods.base import Method
@@ -226,9 +226,9 @@ def _train(
         anatomy = family.anatomy(fitted, source)
         if evidence:  # a run that is resumed keeps its plan
             anatomy = dataclasses.replace(anatomy, evidence=Evidence(**evidence))
-        elif tuning.looks:
+        else:
             look = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"].split(",")[0]}
-            anatomy = dataclasses.replace(anatomy, evidence=gather(family, fitted, data, anatomy, **look))
+            anatomy = observe(anatomy, tuning, family, fitted, data, **look)
         made = make_plan(tuning, anatomy, given["freeze"], given["bn"] or family.bn)
         attaching.attach(fitted, made)
     if made.opens and len(devices(given["device"])) > 1:
@@ -422,11 +422,16 @@ def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None
     read = deltas.read(delta)
     family: Family = FAMILIES[read.plan.family]()
     said = read.header["base"]
-    if model is None and "://" in f"{said['model']}{said['model_args']}":
-        raise DeltaError(f"this delta names an address as its base ({said['model']}); give a base you trust with model=...")
-    base = family.load(str(model or said["model"]), **{**said["model_args"], **(model_args or {})})
+    base = family.load(str(model or _named_base(said, delta)), **{**said["model_args"], **(model_args or {})})
     deltas.verify(read, base.state)
     return read, family, base
+
+
+def _named_base(said: Mapping[str, Any], file: str | Path) -> str:
+    """Return the base that a file names, if it is here or of a library's own: an address could hold anything."""
+    if "://" in f"{said['model']}{said['model_args']}":
+        raise DeltaError(f"{file} names an address as its base ({said['model']}); give a base you trust with model=...")
+    return said["model"]
 
 
 def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
@@ -625,9 +630,7 @@ def import_peft(
     said = adapter.header
     if model is None and not said:
         raise ConfigError(f"{folder} does not name the base that it was trained on; give it with model=...")
-    if model is None and "://" in f"{said['base']['model']}{said['base']['model_args']}":
-        raise DeltaError(f"{folder} names an address as its base ({said['base']['model']}); give a base you trust")
-    source = lasting(model or said["base"]["model"])
+    source = lasting(model or _named_base(said["base"], folder))
     given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
     family = find_family(source)
     base = family.load(source, **given)

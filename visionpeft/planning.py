@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
-from .families.gradients import gather
+from .families.gradients import observe
 from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
@@ -72,9 +71,7 @@ def plan(
         torch.manual_seed(settings["seed"])  # as `train` draws the head
         own, checked = fitted(family, base, data, head)
     anatomy = family.anatomy(own, str(model))
-    if tuning.looks and checked:
-        found = gather(family, own, checked, anatomy, imgsz=settings["imgsz"], batch=settings["batch"])
-        anatomy = dataclasses.replace(anatomy, evidence=found)
+    anatomy = observe(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
@@ -227,11 +224,9 @@ class _Rehearsed:
             if given["data"]:  # else it is the base's own head
                 torch.manual_seed(idle.get("seed", 0))  # as `train` draws the head
                 self.fitted, data = fitted(family, self.base, given["data"], given["head"])
-        self.anatomy = family.anatomy(self.fitted, str(given["model"]))
-        if self.tuning.looks and data:
-            look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
-            found = gather(family, self.fitted, data, self.anatomy, **look)
-            self.anatomy = dataclasses.replace(self.anatomy, evidence=found)
+        look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
+        seen = family.anatomy(self.fitted, str(given["model"]))
+        self.anatomy = observe(seen, self.tuning, family, self.fitted, data, **look)
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import TrainingError
+from ..methods.base import Method
 from ..plan import Anatomy, Evidence
 from .base import Data, Family, out_of_memory
 
 BATCHES, IMAGES = 8, 16  # batches, and images in each at most
+
+
+def observe(
+    anatomy: Anatomy, method: Method, family: Family, model: nn.Module, data: Data | None, **look: Any
+) -> Anatomy:
+    """Return the anatomy as a method plans with it: with evidence where it looks at data, and there are some.
+
+    Args:
+        anatomy: The model's facts.
+        method: That is going to plan.
+        family: As for `gather`, like all that follow.
+    """
+    if not (method.looks and data):
+        return anatomy
+    return dataclasses.replace(anatomy, evidence=gather(family, model, data, anatomy, **look))
 
 
 def gather(
