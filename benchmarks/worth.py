@@ -28,10 +28,9 @@ def main() -> None:
             if (group["head"].difference_high or 0.0) >= 0:
                 print(f"left out: {' on '.join(names)}, where full is not clearly better than the head alone")
                 continue
-            scores = {method: row.score_mean for method, row in group.items()}
-            gain = scores["full"] - scores["head"]
-            for method, score in scores.items():
-                worth[method].append((score - scores["head"]) / gain)
+            less = {method: row.difference or 0.0 for method, row in group.items()}  # than full, on the seeds that both have
+            for method, difference in less.items():
+                worth[method].append(1 - difference / less["head"])
     print("| method | worth | of each |\n|---|---|---|")
     for method, shares in sorted(worth.items(), key=lambda item: -statistics.mean(item[1])):
         print(f"| {method} | {statistics.mean(shares):.2f} | {', '.join(f'{s:.2f}' for s in shares)} |")
