@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def test_the_answer_is_the_least_memory_near_to_full(results: Path) -> None:
     assert alone.beside and alone.beside.method == "head" and dict(alone.shares)["score"] < 0.95
     without = answer([row for row in rows if row.method != "full"], section.memory, "full")
     assert "no full here to compare it with" in without.said and not without.beside
+
+
+def test_the_answer_compares_scores_of_the_same_seeds(results: Path) -> None:
+    section = gather([results]).sections[0]
+    full, head = ({row.method: row for row in section.rows}[name] for name in ("full", "head"))
+    first, second = full.score_by_seed
+    full = replace(full, score_by_seed={first: 0.5, second: 0.9}, score_mean=0.7)
+    head = replace(head, score_by_seed={first: 0.49}, score_mean=0.49, difference=-0.01)
+    found = answer([full, head], section.memory, "full")
+    assert found.row.method == "head" and "0.490 mAP50-95 against 0.500 of full" in found.said
+    assert dict(found.shares)["score"] == pytest.approx(0.98)
+    other = answer([full, replace(head, score_by_seed={7: 0.49})], section.memory, "full")  # no seed in common: the means
+    assert other.row.method == "full" and "against 0.700 of full" in other.said
 
 
 def test_the_front_is_what_nothing_beats(results: Path) -> None:

@@ -14,7 +14,7 @@ from .base import Method
 @METHODS.register("bitfit")
 @dataclass(frozen=True)
 class BitFitConfig(Method):
-    worth: ClassVar[float | None] = 0.42
+    worth: ClassVar[float | None] = 0.43
     lr_scale: ClassVar[float] = 5.0
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:

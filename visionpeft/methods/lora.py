@@ -30,7 +30,7 @@ class LoraConfig(UpdateConfig):
     budget: str | float = ""  # "2%" of what is not frozen of the body: ranks by the gradients of some training images, not r
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
-    worth: ClassVar[float | None] = 0.95
+    worth: ClassVar[float | None] = 0.93
     peft_type: ClassVar[str] = "LORA"
     peft_dora: ClassVar[bool] = False  # peft has DoRA as an option of its LoRA
     peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from ..benchmark import Row
 from ..tables import size
@@ -45,20 +46,22 @@ def answer(rows: Sequence[Row], memory: Memory, against: str) -> Answer:
         missing = f"no {against}" if full is None else "nothing"
         said = f"The best score, {score(rows[0].score_mean)} {rows[0].score}; there is {missing} here to compare it with."
         return Answer(rows[0], said)
-    near = [row for row in others if row.score_mean >= NEAR * full.score_mean]
+    near = [row for row in others if _kept(row, full) >= NEAR]
     least = min(near, key=lambda row: _order(row, memory), default=None)
     if least and _order(least, memory) < _order(full, memory):
         which = f"The least memory of {len(near)} that keep" if len(near) > 1 else "The only other that keeps"
         said = f"{_beside(least, full, memory)}. {which} {_NEAR} of {against}'s score."
         return Answer(least, said, least, _shares(least, full, memory))
     why = f"None that keeps {_NEAR} of its score takes less memory" if near else f"No other keeps {_NEAR} of its score"
-    said = f"{why}. Nearest is {_beside(others[0], full, memory)}."
-    return Answer(full, said, others[0], _shares(others[0], full, memory))
+    nearest = max(others, key=lambda row: _kept(row, full))
+    said = f"{why}. Nearest is {_beside(nearest, full, memory)}."
+    return Answer(full, said, nearest, _shares(nearest, full, memory))
 
 
 def rule(against: str) -> str:
     """Return by what `answer` chooses."""
-    return f"Named is the method of least memory among those, {against} included, that keep {_NEAR} of {against}'s score."
+    which = f"{against} included, that keep {_NEAR} of {against}'s score on the seeds that both have"
+    return f"Named is the method of least memory among those, {which}."
 
 
 def _order(row: Row, memory: Memory) -> float:
@@ -67,8 +70,22 @@ def _order(row: Row, memory: Memory) -> float:
     return float("inf") if taken is None else taken
 
 
+def _scores(row: Row, full: Row) -> tuple[float, float]:
+    """Return both rows' scores, on the seeds that both have if there are any."""
+    if both := sorted(row.score_by_seed.keys() & full.score_by_seed.keys()):
+        return fmean(row.score_by_seed[seed] for seed in both), fmean(full.score_by_seed[seed] for seed in both)
+    return row.score_mean, full.score_mean
+
+
+def _kept(row: Row, full: Row) -> float:
+    """Return what share of the reference's score a row has."""
+    own, whole = _scores(row, full)
+    return own / whole if whole else float("inf")
+
+
 def _beside(row: Row, full: Row, memory: Memory) -> str:
-    said = f"{row.method}: {score(row.score_mean)} {row.score} against {score(full.score_mean)} of {full.method}"
+    own_score, whole_score = _scores(row, full)
+    said = f"{row.method}: {score(own_score)} {row.score} against {score(whole_score)} of {full.method}"
     if row.difference is not None:
         ends = ""
         if row.difference_low is not None and row.difference_high is not None:
@@ -80,7 +97,7 @@ def _beside(row: Row, full: Row, memory: Memory) -> str:
 
 def _shares(row: Row, full: Row, memory: Memory) -> list[tuple[str, float]]:
     pairs = [
-        ("score", row.score_mean, full.score_mean),
+        ("score", *_scores(row, full)),
         ("memory", memory.of(row), memory.of(full)),
         ("step time", row.step_seconds, full.step_seconds),
         ("trained", trained(row), trained(full)),
