@@ -117,6 +117,15 @@ def test_gradients_made_by_backward_count() -> None:
     assert peak.live == layer.weight.grad.nbytes == 16 * KB <= peak.bytes
 
 
+def test_what_is_compiled_runs_as_it_is_while_it_is_watched() -> None:
+    double = torch.compile(lambda x: x * 2, fullgraph=True, backend="eager")  # as in timm's kron
+    x = torch.ones(256)
+    with PeakBytes() as peak:
+        y = double(x)
+        assert peak.live == y.nbytes
+    assert torch.equal(double(x), y)
+
+
 # ----------------------------------------------------------------------------------------------- by stage and by operation
 class Small(nn.Module):
     """Two stages and a head; every map has 256 numbers."""

@@ -204,6 +204,15 @@ class PeakBytes(TorchDispatchMode):
         self.bytes = 0  # the most that ever lived
         self._sizes: dict[int, int] = {}
 
+    def __enter__(self) -> PeakBytes:
+        self._eager = torch.compiler.set_stance("force_eager")  # what is compiled refuses to run under a mode
+        self._eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         given = None
