@@ -115,6 +115,21 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "layer norm": (lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 48), nn.LayerNorm(48)), TOKENS),
     "layer norm, plain": (lambda: nn.Sequential(nn.LayerNorm(32, elementwise_affine=False), nn.Linear(32, 8)), TOKENS),
     "layer norm over a map": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm((4, 8, 8)), nn.SiLU()), MAP),
+    "layer norm beside a layer": (
+        lambda: Sends(
+            lambda m, x: m.beside(y := m.first(x) + 100.0) + m.last(m.norm(y)) + m.beside(y.mul(2)) + m.norm(y).mean(),
+            first=nn.Linear(32, 32), norm=nn.LayerNorm(32), beside=nn.Linear(32, 130), last=nn.Linear(32, 130),
+        ),
+        TOKENS,
+    ),
+    "a layer behind its input's norm": (
+        lambda: Sends(
+            lambda m, x: m.last(m.norm(y := m.first(x))) + m.beside(y) + m.again(m.beside(y)),
+            first=nn.Linear(32, 32), norm=nn.LayerNorm(32), beside=nn.Linear(32, 130), last=nn.Linear(32, 130),
+            again=nn.Linear(130, 130),
+        ),
+        TOKENS,
+    ),
     "batch norm in one dimension": (lambda: nn.Sequential(nn.Linear(32, 8), nn.BatchNorm1d(8), nn.ReLU()), (6, 32)),
     "batch norm without affine": (
         lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, affine=False), nn.SiLU(), nn.Conv2d(8, 8, 1)), MAP,
@@ -454,6 +469,8 @@ CEILINGS = [  # of what "auto" and "memory" save at these sizes, as shares of wh
     ("mobilenetv2", "lora", "frozen", 0.435, 0.225),
     ("vit_small", "lora", "frozen", 0.023, 0.015),
     ("swin", "full", "train", 1.05, 0.53),
+    ("vit_tiny", "mona", "frozen", 1.13, 0.75),
+    ("swin", "conv_adapter", "frozen", 1.12, 0.735),
     ("convnext", "lora", "frozen", 0.26, 0.146),
 ]
 

@@ -4,7 +4,7 @@
 which keep too much:
 
 products.py   convolutions and linear layers keep their input only where a weight learns from it
-norms.py      BatchNorm keeps nothing where it is frozen, LayerNorm only x̂
+norms.py      BatchNorm keeps nothing where it is frozen, LayerNorm only x̂, from which x can be rebuilt
 pointwise.py  activations keep their input or its signs; max pooling keeps one byte per output
 recipes.py    and what is kept is not the tensor where it can be rebuilt from others that are
 folds.py      frozen BatchNorms are folded into the convolutions before them

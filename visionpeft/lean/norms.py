@@ -81,18 +81,18 @@ def _spread(vector: Tensor, x: Tensor) -> Tensor:
 class LayerNorm(torch.autograd.Function):
     """The normalised input x̂ = (x - mean) / std over the last dimensions, then weight and bias.
 
-    Keeps x̂, which its consumers' weights learn from too, in place of x. Returns the output and x̂.
+    Keeps x̂, which its consumers' weights learn from too, in place of x. Returns the output, x̂, mean and 1 / std.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, shape: tuple, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        normal, _, inverse = _aten.native_layer_norm(x, shape, None, None, eps)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        normal, mean, inverse = _aten.native_layer_norm(x, shape, None, None, eps)
         ctx.shape = shape
         ctx.save_for_backward(normal.detach(), inverse, weight, bias)
-        ctx.mark_non_differentiable(normal)
-        return rescale(normal, weight, bias).to(x.dtype), normal
+        ctx.mark_non_differentiable(normal, mean, inverse)
+        return rescale(normal, weight, bias).to(x.dtype), normal, mean, inverse
 
     @staticmethod
     @first_order

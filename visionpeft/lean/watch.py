@@ -240,9 +240,11 @@ def _layer_norm(
     if not any(t is not None and t.requires_grad for t in (input, weight, bias)) or not input.numel():
         return func(input, normalized_shape, weight, bias, eps, **kwargs)
     x = input.float() if _autocast(input) is not None and input.device.type == "cuda" else input  # as autocast has it
-    out, normal = LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps)
-    affines = [Leaf(t) for t in (weight, bias) if t is not None]
-    tag(out, made(lambda n, w=None, b=None: rescale(n, w, b), Leaf(normal), *affines))
+    out, normal, mean, inverse = LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps)
+    affines, kept = [Leaf(t) for t in (weight, bias) if t is not None], Leaf(normal)
+    tag(out, made(lambda n, w=None, b=None: rescale(n, w, b), kept, *affines))
+    if recipe_of(input) is None and input.dtype in (torch.float32, torch.float64) and normal.dtype is input.dtype:
+        tag(input, made(lambda n, m, s: torch.addcmul(m, n, s.reciprocal()), kept, Leaf(mean), Leaf(inverse)))
     return watch.took("LayerNorm", out)
 
 
