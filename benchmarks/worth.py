@@ -28,9 +28,10 @@ def main() -> None:
             if (group["head"].difference_high or 0.0) >= 0:
                 print(f"left out: {' on '.join(names)}, where full is not clearly better than the head alone")
                 continue
-            less = {method: row.difference or 0.0 for method, row in group.items()}  # than full, on the seeds that both have
+            less = {method: row.difference for method, row in group.items()} | {"full": 0.0}  # on the seeds that both have
             for method, difference in less.items():
-                worth[method].append(1 - difference / less["head"])
+                if difference is not None:
+                    worth[method].append(1 - difference / less["head"])
     print("| method | worth | of each |\n|---|---|---|")
     for method, shares in sorted(worth.items(), key=lambda item: -statistics.mean(item[1])):
         print(f"| {method} | {statistics.mean(shares):.2f} | {', '.join(f'{s:.2f}' for s in shares)} |")
