@@ -24,14 +24,15 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
         for r in plan.rows
     ]
+    more: dict[str, list[str]] = {}
     if len({r.ranks for r in plan.rows if r.ranks}) > 1:
-        names = (*names, "rank")
-        rows = [(*made, r.ranks) for made, r in zip(rows, plan.rows, strict=True)]
+        more["rank"] = [r.ranks for r in plan.rows]
     if plan.opens:
-        names = (*names, "from")  # the share of the epochs after which all of it trains
-        rows = [(*made, f"{r.opens:.0%}" if r.trained else "") for made, r in zip(rows, plan.rows, strict=True)]
-    if (width := width or columns()) < 72 + 4 * len(names[7:]):  # what a narrow terminal has no room for
-        names, rows = names[:2] + names[3:7:2] + names[7:], [r[:2] + r[3:7:2] + r[7:] for r in rows]
+        more["from"] = [f"{r.opens:.0%}" if r.trained else "" for r in plan.rows]  # the share of the epochs until all trains
+    if (width := width or columns()) < 72 + 4 * len(more):  # what a narrow terminal has no room for
+        names, rows = names[:2] + names[3::2], [r[:2] + r[3::2] for r in rows]
+    for name, values in more.items():
+        names, rows = (*names, name), [(*r, value) for r, value in zip(rows, values, strict=True)]
     settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))
     title = f"{plan.model}: {plan.method}" + (f" ({settings})" if settings else "")
     trained = plan.trained_body + plan.trained_head

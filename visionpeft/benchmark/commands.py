@@ -56,8 +56,19 @@ def benchmark(
     if config is None:
         print(table(read(out)))
         return 0
-    chosen = {"equal": equal, "retain": retain, "seed": seed, "only": only}
-    cells = run(config, out, root=root, retry=retry, jobs=jobs, threads=threads, quiet=quiet, **chosen)  # type: ignore[arg-type]
+    cells = run(
+        config,
+        out,
+        root=root,
+        retry=retry,
+        equal=equal,
+        retain=retain,
+        seed=seed,
+        only=only,
+        jobs=jobs,
+        threads=threads,
+        quiet=quiet,
+    )
     print(table(cells))
     failed = read(out, "failed")
     for one in failed:
