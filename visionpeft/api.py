@@ -29,7 +29,7 @@ from .delta import Delta
 from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
-from .families.gradients import observe
+from .families.gradients import with_evidence
 from .families.launch import devices
 from .lean.prefix import put_on
 from .methods.base import Method
@@ -228,7 +228,7 @@ def _train(
             anatomy = dataclasses.replace(anatomy, evidence=Evidence(**evidence))
         else:
             look = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"].split(",")[0]}
-            anatomy = observe(anatomy, tuning, family, fitted, data, **look)
+            anatomy = with_evidence(anatomy, tuning, family, fitted, data, **look)
         made = make_plan(tuning, anatomy, given["freeze"], given["bn"] or family.bn)
         attaching.attach(fitted, made)
     if made.opens and len(devices(given["device"])) > 1:

@@ -14,7 +14,7 @@ from .budget import Fit
 from .errors import ConfigError
 from .families.apart import refuse_without_stages
 from .families.base import Step
-from .families.gradients import observe
+from .families.gradients import with_evidence
 from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
@@ -71,7 +71,7 @@ def plan(
         torch.manual_seed(settings["seed"])  # as `train` draws the head
         own, checked = fitted(family, base, data, head)
     anatomy = family.anatomy(own, str(model))
-    anatomy = observe(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
+    anatomy = with_evidence(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
@@ -226,7 +226,7 @@ class _Rehearsed:
                 self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
         seen = family.anatomy(self.fitted, str(given["model"]))
-        self.anatomy = observe(seen, self.tuning, family, self.fitted, data, **look)
+        self.anatomy = with_evidence(seen, self.tuning, family, self.fitted, data, **look)
         self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0

@@ -17,7 +17,9 @@ from .base import Data, Family, out_of_memory
 BATCHES, IMAGES = 8, 16  # batches, and images in each at most
 
 
-def observe(anatomy: Anatomy, method: Method, family: Family, model: nn.Module, data: Data | None, **look: Any) -> Anatomy:
+def with_evidence(
+    anatomy: Anatomy, method: Method, family: Family, model: nn.Module, data: Data | None, **look: Any
+) -> Anatomy:
     """Return the anatomy as a method plans with it: with evidence where it looks at data, and there are some.
 
     Args:
