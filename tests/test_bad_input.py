@@ -162,7 +162,7 @@ ARGUMENTS = {
     "no batch": (["--batch", "0"], "batch=0"),
     "text for a rate": (["--lr_scale", "much"], "much"),
     "unknown amp": (["--amp", "tru"], "amp='tru' is not known"),
-    "an argument that would undo ours": (["--single_cls", "true"], "'single_cls' is no setting"),
+    "an argument that would undo ours": (["--single_cls", "true"], "let the data YAML name one class"),
     "unknown config": (["--config", "nothing"], "no config 'nothing'"),
     "resume of nothing": (["--resume", "nowhere"], "no run that can be resumed"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REAL, ctrl_c, learned_the_same
+from PIL import Image
 from ultralytics import YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -25,6 +27,7 @@ from visionpeft.attach import is_added
 from visionpeft.errors import Interrupted, ModelError, TrainingError
 from visionpeft.families.yolo import Tuned
 from visionpeft.methods.lora import LoraConfig
+from visionpeft.registry import FAMILIES
 
 SMALL = {"epochs": 2, "imgsz": 64, "batch": 4, "device": "cpu", "plots": False, "optimizer": "AdamW", "lr0": 1e-3}
 
@@ -234,6 +237,46 @@ def test_val_and_predict(lora: visionpeft.Run, adapter: visionpeft.Run, boxes: P
         assert visionpeft.val(run.delta, boxes, device="cpu") == run.after
         results = visionpeft.predict(run.delta, str(boxes.parent / "images" / "val"), conf=0.001, device="cpu")
         assert len(results) == 4 and results[0].names == {0: "red", 1: "green"}
+
+
+def test_predicts_what_ultralytics_predicts(lora: visionpeft.Run, tmp_path: Path) -> None:
+    """Images that are not square are padded to a rectangle, each by itself."""
+    model, family = YOLO(lora.merged), FAMILIES["yolo"]()
+    files = [tmp_path / f"{width}.png" for width in (48, 96, 160)]
+    for file in files:
+        Image.effect_noise((int(file.stem), 64), 100).convert("RGB").save(file)
+    for source in (str(files[0]), tmp_path, [str(f) for f in files]):
+        theirs = model.predict(source, conf=1e-4, device="cpu", verbose=False)
+        ours = family.predict(load_checkpoint(lora.merged)[0], source, conf=1e-4, device="cpu", imgsz=64)
+        assert len(ours) == len(theirs) and any(len(r) for r in theirs)
+        for mine, own in zip(ours, theirs, strict=True):
+            assert torch.equal(mine.boxes.data, own.boxes.data)
+
+
+def test_a_run_is_measured_by_what_it_was_given(boxes: Path, tmp_path: Path) -> None:
+    """Of two classes, one is trained: the other's objects are not counted as missed."""
+    given = {**SMALL, "lr0": 0.01, "classes": [0]}
+    run = visionpeft.train(boxes, model="scenes/driving.pt", method="full", project=tmp_path, quiet=True, **given)
+    assert run.after["mAP50"] == pytest.approx(max(epoch["mAP50"] for epoch in run.history), abs=0.02)
+    whole = visionpeft.val(run.delta, boxes, device="cpu")["mAP50"]
+    assert run.after["mAP50"] == visionpeft.val(run.delta, boxes, device="cpu", classes=[0])["mAP50"] > whole
+
+
+def test_checkpoints_that_are_not_as_training_left_them(tmp_path: Path) -> None:
+    net, file = FAMILIES["yolo"]().load("scenes/driving.pt").model, tmp_path / "base.pt"
+    fused = copy.deepcopy(net).fuse(verbose=False)
+    changed = copy.deepcopy(net)
+    changed.model[2] = torch.nn.Sequential(changed.model[2])
+    for content, said in (
+        ({"model": fused}, "was saved fused"),
+        ({"model": net.state_dict()}, "weights only"),
+        (net.state_dict(), "weights only"),
+        (net, "a whole model"),
+        ({"model": changed}, "not as its own design has them"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(ModelError, match=said):
+            visionpeft.plan(str(file))
 
 
 def test_a_method_that_cannot_merge(adapter: visionpeft.Run, tmp_path: Path) -> None:

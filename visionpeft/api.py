@@ -248,6 +248,7 @@ def _train(
         print(made)
     folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
     use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"].split(",")[0]}
+    use |= {k: v for k, v in extra.items() if k in family.evaluated}
     if use["batch"] < 1:  # to be found by Ultralytics for training
         use["batch"] = family.defaults["batch"]
     if before is None:

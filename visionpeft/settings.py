@@ -62,6 +62,8 @@ def split_options(
     fields = [f.name for part in parts for f in dataclasses.fields(part)]
     arguments = set(family.arguments())
     for name in options:
+        if name in family.refused:
+            raise ConfigError(f"'{name}' is not for train: {family.refused[name]}")
         if name not in fields and name not in arguments:
             hint = nearest(name, [*fields, *own, *arguments])
             has = f"method '{plain.name}' has {', '.join(fields)}" if fields else f"method '{plain.name}' has no settings"

@@ -62,7 +62,7 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # the run is complete, and this the largest of its files
     adapted = api.load(run.delta) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
-    use = _use(run, family.defaults["batch"])
+    use = _use(run, family)
     judged = family.judge(model, data, **use, workers=run.arguments["workers"])
     shown = {k: use[k] for k in ("imgsz", "device")}
     old, retained = cell.spec["retain"], None
@@ -188,11 +188,12 @@ def _epochs(run: Run, images: int, seconds: float) -> int:
     return max(int(seconds / each), 1)
 
 
-def _use(run: Run, batch: int) -> dict[str, Any]:
+def _use(run: Run, family: Family) -> dict[str, Any]:
     """Return what to evaluate with: as `train` did."""
     said = run.arguments
-    batch = said["batch"] if said["batch"] >= 1 else batch  # found by Ultralytics for training
-    return {"imgsz": said["imgsz"], "batch": batch, "device": said["device"].split(",")[0]}
+    batch = said["batch"] if said["batch"] >= 1 else family.defaults["batch"]  # found by Ultralytics for training
+    further = {k: v for k, v in said["options"].items() if k in family.evaluated}
+    return {"imgsz": said["imgsz"], "batch": batch, "device": said["device"].split(",")[0], **further}
 
 
 def _environment(run: Run) -> dict[str, Any]:

@@ -179,6 +179,8 @@ class Family(ABC):
     suffix: ClassVar[str]  # of a merged file
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
     body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
+    refused: ClassVar[Mapping[str, str]] = {}  # the library's arguments that train() does not take, with what to do instead
+    evaluated: ClassVar[frozenset[str]] = frozenset()  # the further arguments by which a run's validation goes, too
     bn: ClassVar[str | None] = None  # whether the body's running statistics move by default; None: as the method says
 
     @abstractmethod

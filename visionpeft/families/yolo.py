@@ -31,7 +31,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
-from ..errors import ConfigError, DataError, ModelError, nearest
+from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
@@ -64,8 +64,7 @@ from .yolo_voice import aside, quiet
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
-_OURS |= {"freeze", "project", "name", "exist_ok", "save_dir", "task", "mode", "pretrained", "cfg", "distill_model"}
-_OURS |= {"save", "save_period", "single_cls", "quantize"}
+_OURS |= {"freeze", "project", "name", "exist_ok"}
 _NO_VIEW = {"lrf", "momentum", "weight_decay", "warmup_epochs", "warmup_momentum", "warmup_bias_lr", "cos_lr", "nbs"}
 _NO_VIEW |= {"box", "cls", "cls_pw", "dfl", "pose", "kobj", "rle", "angle", "dropout", "patience", "val", "plots", "verbose"}
 _NO_VIEW |= {"iou", "conf", "max_det", "deterministic", "profile", "half", "save_json"}  # what no augmentation reads
@@ -96,6 +95,21 @@ class Yolo(Family):
         "workers": 8,
         "head": "keep",
     }
+    refused: ClassVar[Mapping[str, str]] = {
+        "task": "the task is the model's: yolo11n-seg.pt segments",
+        "mode": "train() trains; val, predict and export are verbs of their own",
+        "pretrained": "the weights are those of model=...; for random ones give a design, model='yolo11n.yaml'",
+        "cfg": "a file of options is a recipe: --config FILE on the command line",
+        "distill_model": "training learns from labels alone",
+        "save": "a run always saves its delta, and the merged checkpoint beside it",
+        "save_dir": "a run's folder is project/name",
+        "save_period": "a run can be resumed from each of its epochs, and keeps the best one's delta",
+        "single_cls": "let the data YAML name one class, and every label row begin with 0",
+        "quantize": "export the adapted model, and quantise that",
+    }
+    evaluated: ClassVar[frozenset[str]] = frozenset(
+        ("classes", "conf", "iou", "max_det", "agnostic_nms", "overlap_mask", "mask_ratio")
+    )
 
     def claims(self, source: str) -> bool:
         path = Path(source)
@@ -107,7 +121,7 @@ class Yolo(Family):
         return [f"yolo{v}{s}.pt" for v in ("v8", "11", "26") for s in "nsmlx"]
 
     def arguments(self) -> Iterable[str]:
-        return sorted(set(DEFAULT_CFG_DICT) - _OURS)
+        return sorted(set(DEFAULT_CFG_DICT) - _OURS - set(self.refused))
 
     def defaults_for(self, base: Base) -> dict[str, Any]:
         return {**self.defaults, "imgsz": TASKS[base.task].imgsz}
@@ -139,12 +153,14 @@ class Yolo(Family):
                 # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
                 with aside():
                     content, _ = torch_safe_load(find(source if source.endswith(".pt") else f"{source}.pt"), safe_only=True)
-                model = content.get("ema") or content["model"]
+                model = _network(content, source)
                 model.args = content.get("train_args") or {}
             else:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # random weights, but always the same
                     model = _from_yaml(source)
+        except VisionpeftError:
+            raise
         except (FileNotFoundError, ConnectionError, OSError) as error:
             raise ModelError(
                 f"the model {source} is not here and could not be downloaded; give the path of a .pt file ({brief(error)})"
@@ -458,7 +474,8 @@ def _amp(device: str) -> bool | str:
 def _predictor(model: nn.Module, options: Mapping[str, Any]) -> Iterator[Any]:
     """Make Ultralytics' predictor of a model, which predicts as long as this is entered."""
     task = _task(model)
-    args = {"mode": "predict", "task": task.name, "save": False, **options}
+    # as `YOLO.predict` has it: an image by itself is padded to a rectangle
+    args = {"mode": "predict", "task": task.name, "save": False, "batch": 1, "rect": True, **options}
     with usable(args), quiet():
         predictor = task.predictor(overrides=args)
         predictor.setup_model(model=_for_inference(model), verbose=False)
@@ -490,6 +507,31 @@ def _from_yaml(source: str) -> nn.Module:
     if (name := guess_model_task(design)) not in TASKS:
         raise ModelError(f"{source} describes a {name} model, which is not supported; {_INSTEAD}")
     return build(TASKS[name], design, None, design.get("channels", 3))
+
+
+def _network(content: Any, source: str) -> Any:
+    """Return the network in a checkpoint's content.
+
+    Raises:
+        ModelError: There is none, or one from which training cannot go on.
+    """
+    model = content.get("ema") or content.get("model") or content
+    if isinstance(model, Mapping):
+        raise ModelError(
+            f"{source} holds weights only (a state_dict), without the network that they belong to; load them into it, and "
+            f"save that: model = YOLO('yolo11n.yaml'), model.model.load_state_dict(...), model.save('base.pt')"
+        )
+    if type(model) is nn.Sequential:  # what Ultralytics makes of it
+        raise ModelError(
+            f"{source} holds a whole model (torch.save of it), not a checkpoint of Ultralytics; save it with "
+            "YOLO(...).save('base.pt'), and give that"
+        )
+    if task_of(model) and model.is_fused():
+        raise ModelError(
+            f"{source} was saved fused, as after predict() or fuse(): its normalisations are folded into the convolutions "
+            "and lost for training; give the checkpoint as training left it (best.pt, last.pt, or the one you downloaded)"
+        )
+    return model
 
 
 def _supported(model: nn.Module, source: str) -> Task:

@@ -14,7 +14,7 @@ from ultralytics.models import yolo
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
 from ultralytics.utils.torch_utils import intersect_dicts
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..twins import plain
 from .evidence import Answers, Detections, ImageEvidence
 from .yolo_validator import sparing
@@ -163,7 +163,8 @@ def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs
     task = task_of(source)
     assert task is not None, "a base has one of the tasks"
     model: Any = build(task, source.yaml, names, channels, **outputs)
-    own = intersect_dicts(source.float().state_dict(), model.state_dict())
+    _check_design(given := source.float().state_dict(), model)
+    own = intersect_dicts(given, model.state_dict())
     if task.name == "classify":
         last = f"model.{len(model.model) - 1}.linear."
         model.load_state_dict({k: v for k, v in own.items() if not k.startswith(last)}, strict=False)
@@ -174,6 +175,17 @@ def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs
     else:
         model.load_state_dict(own, strict=False)
     return model
+
+
+def _check_design(given: Mapping[str, torch.Tensor], model: Any) -> None:
+    """Refuse a checkpoint whose tensors are not those of its own design: what it lacks would train from random values."""
+    own, head = model.state_dict(), f"model.{len(model.model) - 1}."
+    odd = [k for k in own if k not in given or (given[k].shape != own[k].shape and not k.startswith(head))]
+    if odd := odd + [k for k in given if k not in own]:
+        raise ModelError(
+            f"{len(odd)} tensors of the checkpoint are not as its own design has them (first: {odd[0]}): it was fused, "
+            "pruned or changed after it was built; give one as training left it"
+        )
 
 
 @torch.no_grad()
