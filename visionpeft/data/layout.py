@@ -17,6 +17,7 @@ from ..errors import DataError
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
+_MOST = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
 _KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a data YAML may call it
 
 
@@ -54,16 +55,24 @@ def read_layout(source: str | Path) -> Layout:
     Raises:
         DataError: It is missing, not understood, or without images.
     """
-    path = Path(source)
+    try:
+        return _read(Path(source), str(source))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source} names what cannot be a place of images ({str(error)[:80]}); correct it") from error
+
+
+def _read(path: Path, source: str) -> Layout:
     if path.is_dir():
         yamls = sorted(f for f in path.iterdir() if f.suffix in (".yaml", ".yml"))
         chosen = next((f for f in yamls if f.stem == "data"), yamls[0] if len(yamls) == 1 else None)
-        return _read_yaml(chosen, str(source)) if chosen else _read_folders(path, str(source))
+        return _read_yaml(chosen, source) if chosen else _read_folders(path, source)
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(
             f"{source} is neither a data YAML nor a folder; give a .yaml, or a folder with train/CLASS and val/CLASS"
         )
-    return _read_yaml(path if path.is_file() else _shipped(path), str(source))
+    return _read_yaml(path if path.is_file() else _shipped(path), source)
 
 
 def label_of(image: Path) -> Path:
@@ -115,7 +124,7 @@ def read_values(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if strange := _not_utf8(values, wide):
         raise DataError(f"{path} has letters that are not UTF-8 in '{strange}'; save the file as UTF-8")
-    return values if isinstance(values, dict) else {}
+    return {k: None if v == "None" else v for k, v in values.items()} if isinstance(values, dict) else {}
 
 
 def _not_utf8(values: Any, wide: bool) -> str:
@@ -150,11 +159,16 @@ def _root(path: Path, values: dict[str, Any]) -> Path:
 
 
 def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
-    names, count = values.get("names"), values.get("nc")
+    names = values.get("names")
     try:  # numbers may be written as text
-        count = None if count is None else int(str(count).removesuffix(".0"))
+        count = int(str(values["nc"]).removesuffix(".0")) if "nc" in values else None
+    except ValueError:
+        raise DataError(
+            f"{path} has nc: {values['nc']}, which is no number of classes; leave it out, or correct it"
+        ) from None
+    try:
         if names is None:
-            names = [f"class_{i}" for i in range(count or 0)]
+            names = [f"class_{i}" for i in range(min(count or 0, _MOST))]
         names = {int(k): str(v) for k, v in (enumerate(names) if isinstance(names, list) else names.items())}
     except (ValueError, TypeError, AttributeError):
         names = {}

@@ -22,24 +22,25 @@ from .base import Data
 
 LOGGER = logging.getLogger("visionpeft")
 Items = Sequence[tuple[str, int]]  # image files with the index of their class
-_NAMES = ("val", "validation", "valid", "test")  # folders that the validation part may be called, as Ultralytics has it
+_NAMES = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
 
 
-def read_folders(source: str, train: bool = True) -> Data:
-    """Find and check the images of train/CLASS and val/CLASS.
+def read_folders(source: str, split: str, train: bool = True) -> Data:
+    """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
 
     Args:
         source: The folder that holds both.
-        train: Whether train/CLASS is needed; without it, the classes are those of val.
+        split: What is measured on.
+        train: Whether train/CLASS is needed; without it, the classes are those of the split.
 
     Raises:
         DataError: Something is missing, empty, unreadable or at odds.
     """
-    root = Path(source)
+    root, names = Path(source), _NAMES.get(split, (split,))
     if not root.is_dir():
         raise DataError(f"data={source} is no folder; give one that holds train/CLASS/ and val/CLASS/ with images")
     folders = {"train": root / "train"} if train else {}
-    folders["val"] = next((root / n for n in _NAMES if (root / n).is_dir()), root / " or ".join(_NAMES))
+    folders["val"] = next((root / n for n in names if (root / n).is_dir()), root / " or ".join(names))
     if lacks := next((folder.name for folder in folders.values() if not folder.is_dir()), None):
         raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
     found = {part: _by_class(folder) for part, folder in folders.items()}

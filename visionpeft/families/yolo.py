@@ -32,7 +32,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
-from ..data.layout import read_values
+from ..data.layout import read_names, read_values
 from ..errors import ConfigError, DataError, ModelError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
@@ -166,24 +166,23 @@ class Yolo(Family):
         return self.load(source if Path(find(source)).is_file() or not _known(design) else design, **options)
 
     # ---------------------------------------------------------------------------------------------------------- the data
-    def read_data(self, source: str, base: Base | None = None, train: bool = True) -> Data:
+    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
             hidden = [f for f in sorted(Path(source).glob("*/.*")) if f.is_dir()]
             if hidden:
                 raise DataError(f"Ultralytics would take the hidden folder {hidden[0]} for a class; remove it")
-            return read_folders(source)  # with train, too: without it, Ultralytics would split val anew
+            return read_folders(source, split)  # with train, too: without it, Ultralytics would split the rest anew
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         if Path(source).is_file():
-            read_values(Path(source))
+            read_names(Path(source))  # a clear word on what is wrong with them
         try:
             with aside():
-                data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
+                fetch = os.environ.get("YOLO_OFFLINE") is None
+                data = check_det_dataset(str(source), autodownload=fetch, split="" if train else split)
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
-        if sorted(data["names"]) != list(range(data["nc"])):
-            raise DataError(f"{source} numbers its classes {brief(list(data['names']))}; it must number them 0, 1, ...")
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
         if base and data["channels"] != base.facts["channels"]:
             raise DataError(
@@ -192,7 +191,7 @@ class Yolo(Family):
             )
         facts: dict[str, Any] = {"pose": pose_length(task, data, source)}
         owners: dict[str, set[str]] = {}
-        for part in ("train", "val") if train else ("val",):
+        for part in ("train", split) if train else (split,):
             found = images(data.get(part), part, source)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
@@ -208,7 +207,7 @@ class Yolo(Family):
                     f"the {len(found)} {part} images of {source} have no labels; put one .txt per image into a folder "
                     "'labels' beside 'images'"
                 )
-            facts[part] = found
+            facts["train" if train and part == "train" else "val"] = found
         if shared := [label for label, own in owners.items() if len(own) > 1]:
             log.warning(
                 f"{len(shared)} label files of {source} belong to more than one image, so all but one train on another's "
