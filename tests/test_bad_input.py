@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 import visionpeft
 from visionpeft import cli, files
 from visionpeft import delta as deltas
-from visionpeft.errors import ConfigError
+from visionpeft.errors import ConfigError, DataError
+from visionpeft.registry import FAMILIES
 
 SMALL = "--epochs 1 --imgsz 64 --batch 4 --device cpu --plots false".split()
 
@@ -66,8 +67,8 @@ SPOILED = {
         lambda d, row: _label(d, "0 .5 .5 .5"),
         "row of 4 numbers; a row of an? [a-z]* set is: class",
     ),
-    "class-count mismatch": (lambda d, row: _names(d, "nc: 3\nnames: [red, green]"), "'names' length 2 and 'nc: 3'"),
-    "no names": (lambda d, row: _names(d, ""), "'names' or 'nc' are required"),
+    "class-count mismatch": (lambda d, row: _names(d, "nc: 3\nnames: [red, green]"), "nc: 3, but names 2 classes"),
+    "no names": (lambda d, row: _names(d, ""), "names no classes; it must hold 'names:'"),
     "all images corrupt": (lambda d, row: [f.write_bytes(b"x") for f in (d / "images/train").iterdir()], "cannot be used"),
 }
 
@@ -97,7 +98,7 @@ def test_data(kind: str, task: str, checkpoint: Path, tmp_path: Path, capsys) ->
 FOLDERS = {
     "no such folder": (lambda d: shutil.rmtree(d), "is no folder; give one that holds train/CLASS"),
     "no val": (lambda d: shutil.rmtree(d / "val"), "has no folder val"),
-    "a class in one part only": (lambda d: shutil.rmtree(d / "val" / "red"), "has red in train, but not in val"),
+    "a class in one part only": (lambda d: shutil.rmtree(d / "train" / "red"), "has red in val, but not in train"),
     "one class": (lambda d: [shutil.rmtree(d / part / "red") for part in ("train", "val")], "has one class only"),
     "an empty class": (lambda d: [f.unlink() for f in (d / "train" / "red").iterdir()], "red holds no images"),
     "all images corrupt": (lambda d: [f.write_bytes(b"x") for f in (d / "train").rglob("*.png")], "can be read"),
@@ -252,6 +253,55 @@ def test_classes_in_another_order_are_refused(delta: Path, data: Path, capsys) -
     _names(data, "names: [green, red]")
     code, said = run(capsys, "val", delta, "--data", data / "data.yaml")
     assert code == 2 and "same classes in the same order" in said
+
+
+@pytest.mark.parametrize("row", ("0 nan .5 .1 .1", "0 1e400 .5 .1 .1", "nan .5 .5 .1 .1", "0 .5 .5 .1 \xfc"))
+def test_a_row_that_is_no_numbers(row: str, data: Path) -> None:
+    (data / "labels" / "train" / "0.txt").write_bytes(row.encode("latin-1"))
+    with pytest.raises(DataError, match="train/0.txt (has the row|cannot be read as UTF-8)"):
+        FAMILIES["yolo"]().read_data(str(data / "data.yaml"))
+
+
+def test_what_ultralytics_reads_is_read(data: Path, checkpoint: Path, capsys, caplog) -> None:
+    """Boxes of poses, a share of each part, images of one name, and in the end no images to train on."""
+    for file in (data / "labels").rglob("*.txt"):
+        file.write_text("".join(f"{row} .5 .5 2\n" for row in file.read_text().splitlines()))
+    for kind, suffix in (("images", "png"), ("labels", "txt")):
+        for folder in "ab":
+            shutil.copytree(data / kind / "train", data / kind / "more" / folder)
+        shutil.rmtree(data / kind / "train")
+        (data / kind / "more").rename(data / kind / "train")
+        assert (data / kind / "train" / "b" / f"0.{suffix}").is_file()
+    (data / "images/train/a/0.png").write_bytes(b"broken")
+    (data / "images/val/0.png").write_bytes(b"broken")
+    shutil.copy(data / "images/train/a/1.png", data / "images/train/a/1.jpg")
+    _names(data, "names: [red, red]\nkpt_shape: [1, 3]")
+    small = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "workers": 0, "plots": False, "quiet": True}
+    run_ = visionpeft.train(
+        data / "data.yaml", model=checkpoint, method="norm", project=data / "runs", fraction=[0.5, 0.5], **small
+    )
+    said = " ".join(caplog.messages)
+    assert "1 of 8 train images cannot be used and are left out: " + str(data / "images/train/a/0.png") in said
+    assert "1 of 4 val images cannot be used" in said and "labels/train/a/1.txt; rename" in said
+    assert "classes of the same name" in said
+    shutil.rmtree(data / "images/train")
+    caplog.clear()
+    assert visionpeft.val(run_.delta, data / "data.yaml", workers=0) == run_.after
+    assert visionpeft.val(run_.delta, data / "data.yaml", split="val", fraction=[1.0, 0.5], workers=0)
+    assert [m for m in caplog.messages if "left out" in m] == [m for m in caplog.messages if "val images" in m] != []
+
+
+def test_a_class_without_images_to_measure_on(tmp_path: Path, caplog) -> None:
+    data = make_squares(tmp_path / "data")
+    (data / "train" / "green").mkdir()
+    (data / "train" / "green" / "0.png").write_bytes((data / "train" / "red" / "0.png").read_bytes())
+    for _ in range(2):  # no folder, and an empty one
+        read = FAMILIES["timm"]().read_data(str(data))
+        assert read.names == {0: "blue", 1: "green", 2: "red"} and {i for _, i in read.facts["val"]} == {0, 2}
+        assert "no val images of green" in caplog.text
+        (data / "val" / "green").mkdir(exist_ok=True)
+    shutil.rmtree(data / "train")
+    assert FAMILIES["timm"]().read_data(str(data), train=False).names == {0: "blue", 1: "red"}
 
 
 def test_a_list_of_images(data: Path, checkpoint: Path, capsys) -> None:

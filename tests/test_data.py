@@ -20,13 +20,15 @@ from pycocotools import mask as rle
 
 from visionpeft import cli
 from visionpeft.data import Report, check, convert
-from visionpeft.data.formats.base import FORMATS, plain
+from visionpeft.data.formats.base import FORMATS, NOT_FOUND, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
 from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
 from visionpeft.errors import VisionpeftError
+from visionpeft.registry import FAMILIES
 
+TAKEN = "image taken from another folder than its annotations say"
 SIZE = (96, 64)  # width, height of generated images
 
 
@@ -79,6 +81,13 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "row too short": (lambda d: _rows(d, "0 .5 .5 .1"), "malformed", True),
     "class that is no index": (lambda d: _rows(d, "0.5 .5 .5 .1 .1"), "malformed", True),
     "not a number": (lambda d: _rows(d, "0 nan .5 .1 .1"), "malformed", True),
+    "a GIF called .png": (lambda d: picture(0).save(d / "images/train/0.png", "GIF"), "unreadable", True),
+    "two images, one label file": (lambda d: picture(9).save(d / "images/train/0.jpg"), "shared", True),
+    "two classes of one name": (
+        lambda d: _yaml(d, "train: images/train\nval: images/val\nnames: [a, a]"),
+        "same name",
+        True,
+    ),
     "labels that are no text": (lambda d: (d / "labels/train/0.txt").write_bytes(b"\xff\xfe\x00"), "malformed", True),
     "polygon among boxes": (lambda d: _rows(d, "0 .5 .5 .1 .1\n0 .1 .1 .2 .1 .2 .2"), "mixed", True),
     "class too high": (lambda d: _rows(d, "2 .5 .5 .1 .1"), "class", True),
@@ -180,6 +189,27 @@ def test_the_names_of_images_are_ultralytics_own() -> None:
         assert str(label_of(Path(image))) == img2label_paths([image])[0]
 
 
+def test_a_check_reads_what_training_reads(tmp_path: Path) -> None:
+    data = make(tmp_path)
+    for part in ("train", "val"):
+        lines = "".join(f"./images/{part}/{f.name}\r\n" for f in sorted((tmp_path / "images" / part).iterdir()))
+        (tmp_path / f"{part}.txt").write_bytes(b"\xef\xbb\xbf# chosen by hand\r\n" + lines.encode())
+    images = "train: images/train\nval: images/val\n"
+    for text in (
+        "train: train.txt\nval: val.txt\nnames: [red, green]",
+        "train: images/train\nvalidation: images/val\nnames: [red, green]",
+        images + "names: {'0': red, '1': 7}",
+        images + "nc: '2'",
+        images + "nc: 2.0\nnames: None",
+        images + "path: None\nnames: [red, green]",
+    ):
+        data.write_text(text)
+        report, trained = check(data), FAMILIES["yolo"]().read_data(str(data))
+        assert report.ok and report.names == trained.names and len(trained.facts["train"]) == 4, text
+    data.write_bytes(f"{images}names: [red, green]".encode("utf-16"))
+    assert check(data).names == FAMILIES["yolo"]().read_data(str(data)).names == {0: "red", 1: "green"}
+
+
 TASKS = {
     "detect": ("0 .5 .5 .5 .5", ""),
     "segment": ("0 .25 .25 .75 .25 .5 .75", ""),
@@ -207,6 +237,14 @@ def test_pose_rows_are_checked(tmp_path: Path) -> None:
     assert (
         not isinstance(row, Fault) and row.keypoints is not None and row.keypoints.tolist() == [[0.4, 0.4, 1], [0.6, 0.6, 1]]
     )
+
+
+def test_boxes_of_poses(tmp_path: Path) -> None:
+    """A pose set is checked for a detector as Ultralytics reads it then."""
+    data = make(tmp_path, ["0 .5 .5 .5 .5 .4 .4 2", "1 .2 .2 .1 .1 .2 .2 1"], "kpt_shape: [1, 3]\n")
+    assert check(data).task == "pose"
+    report = check(data, "detect")
+    assert report.ok and report.splits["train"].objects == 8
 
 
 def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None:
@@ -348,6 +386,46 @@ def one_image(root: Path, annotations: list[dict], categories: list[dict] | None
     content = {"images": images, "annotations": things, "categories": categories or [{"id": 1, "name": "thing"}]}
     (root / "set.json").write_text(json.dumps(content))
     return root / "set.json"
+
+
+def test_a_name_that_several_images_have(tmp_path: Path) -> None:
+    """No image gets the objects of another that has its name in another folder."""
+    images = [{"id": 10 * c + i, "file_name": f"cam{c}/{i}.png"} for c in (1, 2) for i in range(2)]
+    things = [{"id": k, "image_id": m["id"], "category_id": 1, "bbox": [4 * k, 4, 9, 9]} for k, m in enumerate(images)]
+    source = tmp_path / "ann.json"
+    for c in (1, 2):
+        (tmp_path / f"cam{c}").mkdir()
+        for i in range(2):
+            picture(10 * c + i).save(tmp_path / f"cam{c}/{i}.png")
+
+    def converted(listed: list[dict], out: str) -> Any:
+        content = {"images": listed, "annotations": things, "categories": [{"id": 1, "name": "thing"}]}
+        source.write_text(json.dumps(content))
+        return convert(source, tmp_path / out, images=tmp_path / "cam1")
+
+    made = converted(images, "a")
+    assert sum(made.images.values()) == 2 and not made.changed.keys() & {TAKEN}
+    assert made.left[NOT_FOUND] == (2, ("cam2/0.png (1 objects)", "cam2/1.png (1 objects)"))
+    made = converted(images[2:], "b")  # as if all had been moved into one folder
+    assert made.changed[TAKEN][0] == 2 and not made.left.keys() & {NOT_FOUND}
+    twice = [*images[:2], {"id": 20, "file_name": "1.png"}]
+    with pytest.raises(VisionpeftError, match="2 x annotation of an image that another annotates, too"):
+        converted(twice, "c")  # 1.png is cam1's, too
+
+
+def test_an_image_in_two_folders(tmp_path: Path) -> None:
+    """KITTI's training and testing, given their common folder, hold images of the same names."""
+    for part, seed in (("training", 0), ("testing", 9)):
+        (tmp_path / part / "image_2").mkdir(parents=True)
+        for i in range(2):
+            picture(seed + i).save(tmp_path / part / f"image_2/00000{i}.png")
+    (tmp_path / "training/label_2").mkdir()
+    for i in range(2):
+        row = "Car 0.00 0 1.55 24 16 72 48 1.6 1.6 3.7 -0.6 1.7 46.7 -1.5"
+        (tmp_path / f"training/label_2/00000{i}.txt").write_text(row)
+    assert sum(convert(tmp_path / "training", tmp_path / "out").images.values()) == 2
+    with pytest.raises(VisionpeftError, match="give them with --images"):
+        convert(tmp_path / "training", tmp_path / "other", images=tmp_path)
 
 
 def row_of(out: Path) -> list[list[float]]:
@@ -654,6 +732,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: another YAML": (lambda d: ["check", _yaml(d, "a: 1")], "no data YAML"),
     "check: no names": (lambda d: ["check", _yaml(d, "train: x")], "not at .*; correct 'train:'"),
     "check: nameless": (lambda d: ["check", _yaml(d, "train: .\nval: .", True)], "names no classes"),
+    "check: another code page": (lambda d: ["check", _yaml(d, b"train: .\nnames: [F\xfcchse]")], "not UTF-8 in 'F.chse'"),
+    "check: nc at odds": (lambda d: ["check", _yaml(d, "train: .\nnames: [a]\nnc: 2", True)], "nc: 2, but names 1 class"),
+    "check: nc that is none": (lambda d: ["check", _yaml(d, "train: .\nnc: 1.5", True)], "nc: 1.5, which is no number"),
+    "check: no path": (lambda d: ["check", _yaml(d, 'path: "a\\0b"\ntrain: .')], "cannot be a place"),
+    "check: a list that is none": (lambda d: ["check", _yaml(d, "train: 0.png", True)], "no list of images in UTF-8"),
     "check: no images": (lambda d: ["check", _yaml(d, "train: .\nnames: [a]")], "has no train images"),
     "check: bad task": (lambda d: ["check", make(d), "--task", "boxes"], "task=boxes is not known.*detect, segment"),
     "check: pose without kpt_shape": (lambda d: ["check", make(d), "--task", "pose"], "needs 'kpt_shape"),
@@ -697,10 +780,10 @@ def _bare(root: Path) -> Path:
     return root / "set"
 
 
-def _yaml(root: Path, text: str, images: bool = False) -> Path:
+def _yaml(root: Path, text: str | bytes, images: bool = False) -> Path:
     if images:
         picture(0).save(root / "0.png")
-    (root / "data.yaml").write_text(text)
+    (root / "data.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     return root / "data.yaml"
 
 

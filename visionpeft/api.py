@@ -473,7 +473,7 @@ def val(
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     adapted = _adapted(delta, model, model_args)
-    checked = adapted.family.read_data(scenes.find(data), adapted.base)
+    checked = adapted.family.read_data(scenes.find(data), adapted.base, options.get("split", "val"), train=False)
     return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted), **options})
 
 
@@ -532,7 +532,7 @@ def forgetting(
     """
     adapted = _adapted(delta, model, model_args)
     family, base, made = adapted.family, adapted.base, adapted.delta.plan
-    checked = family.read_data(scenes.find(data), base)
+    checked = family.read_data(scenes.find(data), base, options.get("split", "val"), train=False)
     use = {**_val_use(adapted), **options}
     before = family.judge(base.model, checked, **use)
     own = attaching.attach(family.fit(base, base.names, "keep", **checked.outputs), made, start=False)

@@ -27,6 +27,8 @@ KINDS = {  # kind: (is a problem, title, advice)
     "outside": (True, "row with a number outside 0 to 1", "Ultralytics leaves out the whole image."),
     "empty": (True, "row without width or height", "It teaches nothing; remove it."),
     "no labels": (True, "split without any object", "Put one .txt per image into 'labels' beside 'images'."),
+    "shared": (True, "label file of more than one image", "All but one train on another's boxes; rename them."),
+    "same name": (True, "class with another's name", "Their counts and scores cannot be told apart; rename it."),
     "orphan": (True, "label file without an image", "Its objects are lost; add the image or remove the file."),
     "leak": (True, "image that an earlier split holds too", "Scores on it say nothing about new images."),
     "near leak": (True, "image nearly the same as one in an earlier split", "Scores on it say little about new images."),
@@ -70,6 +72,9 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
             notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
     for part in sorted({"train", "val"} - set(layout.splits)):
         notes.add("split", part)
+    for name, count in Counter(layout.names.values()).items():
+        if count > 1:
+            notes.add("same name", name, count - 1)
     if layout.classify:
         task = "classify"
         splits, tiles = _count_folders(layout, pictures)
@@ -107,12 +112,19 @@ def _count_rows(
 ) -> tuple[dict[str, Split], str, Tiles]:
     files = {f: label_of(f) for f in pictures}
     read = {label: read_lines(label) for label in files.values() if label.is_file()}
+    for label, count in Counter(files.values()).items():
+        if count > 1 and label in read:
+            owners = ", ".join(f.name for f in files if files[f] == label)
+            notes.add("shared", f"{layout.short(label)}: {owners}")
     if task is None:
         task = guess_task(lengths(rows for rows, _ in read.values()), layout.kpt_shape)
     if task == "pose" and layout.kpt_shape is None:
         raise ConfigError(f"task=pose needs 'kpt_shape: [keypoints, 3]' in {layout.source}; add it, or give another task")
     made: dict[Path, list[Row]] = {}
+    cut = 5 + math.prod(layout.kpt_shape) if layout.kpt_shape and task != "pose" else None
     for label, (numbers, faults) in read.items():
+        if cut:  # of a pose, Ultralytics takes the box
+            numbers = {line: values[:5] if len(values) == cut else values for line, values in numbers.items()}
         name = layout.short(label)
         counts = {len(values) for values in numbers.values()}
         if task in ("detect", "segment", "obb") and 5 in counts and max(counts) > 6:

@@ -120,11 +120,16 @@ def convert(
         raise ConfigError(f"task={task} cannot be made of this {name} set; it holds {', '.join(read.tasks)}")
     task = task or read.tasks[0]
     order, numbers, dropped = order_classes(read.names, names, without)
-    writer = Writer(task, numbers, dropped, read.left, Tally(), copy)
+    writer = Writer(task, numbers, dropped, read.left, read.changed, copy)
+    claims = Counter(e.file for e in read.entries)
+    for entry in read.entries:
+        if claims[entry.file] > 1:  # which of them are its objects?
+            read.left.add("annotation of an image that another annotates, too", f"{entry.name} ({entry.file.name})")
+    entries = [e for e in read.entries if claims[e.file] == 1]
     counts: dict[str, Counter[str]] = {}
     written: Counter[str] = Counter()
     with _staged(out) as folder:
-        for entry in watched(with_splits(read.entries, val, writer.changed), "converting", len(read.entries)):
+        for entry in watched(with_splits(entries, val, writer.changed), "converting", len(entries)):
             if (objects := writer.write(entry, folder)) is not None:
                 counts.setdefault(entry.split, Counter()).update(order[i] for i in objects)
                 written[entry.split] += 1

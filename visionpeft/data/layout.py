@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from ..errors import DataError
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
+_MOST = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
+_KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a data YAML may call it
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,24 @@ def read_layout(source: str | Path) -> Layout:
     Raises:
         DataError: It is missing, not understood, or without images.
     """
-    path = Path(source)
+    try:
+        return _read(Path(source), str(source))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source} names what cannot be a place of images ({str(error)[:80]}); correct it") from error
+
+
+def _read(path: Path, source: str) -> Layout:
     if path.is_dir():
         yamls = sorted(f for f in path.iterdir() if f.suffix in (".yaml", ".yml"))
         chosen = next((f for f in yamls if f.stem == "data"), yamls[0] if len(yamls) == 1 else None)
-        return _read_yaml(chosen, str(source)) if chosen else _read_folders(path, str(source))
+        return _read_yaml(chosen, source) if chosen else _read_folders(path, source)
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(
             f"{source} is neither a data YAML nor a folder; give a .yaml, or a folder with train/CLASS and val/CLASS"
         )
-    return _read_yaml(path if path.is_file() else _shipped(path), str(source))
+    return _read_yaml(path if path.is_file() else _shipped(path), source)
 
 
 def label_of(image: Path) -> Path:
@@ -89,23 +99,41 @@ def _shipped(path: Path) -> Path:
 
 
 def _read_yaml(path: Path, source: str) -> Layout:
-    values = _load(path)
-    if not {"train", "val"} & set(values):
+    values = read_values(path)
+    if not {"train", *_KEYS["val"]} & set(values):
         raise DataError(f"{path} is no data YAML; it must hold train, val and names (Ultralytics' format)")
     root = _root(path, values)
     splits = {}
-    for part, keys in SPLITS.items():
+    for part, keys in _KEYS.items():
         if place := next((values[k] for k in keys if values.get(k)), None):
-            splits[part] = _images(root, place if isinstance(place, list) else [place], part, source)
+            splits[part] = _images(root, place, part, source)
     return Layout(source, root, _names(values, path), splits, _kpt_shape(values, path))
 
 
-def _load(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """Return what a data YAML holds.
+
+    Raises:
+        DataError: It is no YAML, or a value holds letters that are not UTF-8: Ultralytics would drop them without a word.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except (yaml.YAMLError, OSError) as error:
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        values = yaml.safe_load(content.decode("utf-16" if wide else "utf-8-sig", errors="replace"))
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
-    return values if isinstance(values, dict) else {}
+    if strange := _not_utf8(values, wide):
+        raise DataError(f"{path} has letters that are not UTF-8 in '{strange}'; save the file as UTF-8")
+    return {k: None if v == "None" else v for k, v in values.items()} if isinstance(values, dict) else {}
+
+
+def _not_utf8(values: Any, wide: bool) -> str:
+    """Return the first text of a YAML that Ultralytics, which reads UTF-8 alone, would read otherwise, or ""."""
+    if isinstance(values, dict):
+        values = [*values, *values.values()]
+    if isinstance(values, list):
+        return next(filter(None, (_not_utf8(v, wide) for v in values)), "")
+    return values if isinstance(values, str) and ("\ufffd" in values or (wide and not values.isascii())) else ""
 
 
 def read_names(path: Path) -> dict[int, str]:
@@ -114,7 +142,7 @@ def read_names(path: Path) -> dict[int, str]:
     Raises:
         DataError: It is missing, or names none.
     """
-    return _names(_load(path), path)
+    return _names(read_values(path), path)
 
 
 def _root(path: Path, values: dict[str, Any]) -> Path:
@@ -131,14 +159,24 @@ def _root(path: Path, values: dict[str, Any]) -> Path:
 
 
 def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
-    names, count = values.get("names"), values.get("nc")
-    if names is None and isinstance(count, int) and count > 0:
-        return {i: f"class_{i}" for i in range(count)}
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if not isinstance(names, dict) or not names or set(names) != set(range(len(names))):
+    names = values.get("names")
+    try:  # numbers may be written as text
+        count = int(str(values["nc"]).removesuffix(".0")) if "nc" in values else None
+    except ValueError:
+        raise DataError(
+            f"{path} has nc: {values['nc']}, which is no number of classes; leave it out, or correct it"
+        ) from None
+    try:
+        if names is None:
+            names = [f"class_{i}" for i in range(min(count or 0, _MOST))]
+        names = {int(k): str(v) for k, v in (enumerate(names) if isinstance(names, list) else names.items())}
+    except (ValueError, TypeError, AttributeError):
+        names = {}
+    if not names or set(names) != set(range(len(names))):
         raise DataError(f"{path} names no classes; it must hold 'names:', a list, or a mapping from 0, 1, ... to names")
-    return {i: str(names[i]) for i in range(len(names))}
+    if count not in (None, len(names)):
+        raise DataError(f"{path} has nc: {count}, but names {len(names)} classes; correct one of them")
+    return {i: names[i] for i in range(len(names))}
 
 
 def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
@@ -150,22 +188,37 @@ def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
     return shape[0], shape[1]
 
 
-def _images(root: Path, places: Iterable[Any], part: str, source: str) -> list[Path]:
+def listed(file: Path) -> list[str]:
+    """Return the images that a text file lists, by Ultralytics' rules: ./ is its folder, and a line that does not end as an
+    image does is no entry, such as a comment.
+
+    Raises:
+        DataError: It is no text in UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is no list of images in UTF-8 ({type(error).__name__}); write one image a line") from error
+    found = [line for line in lines if line.rpartition(".")[-1].lower() in SUFFIXES]
+    return [str(file.parent / line[2:]) if line.startswith("./") else line for line in found]
+
+
+def _images(root: Path, given: Any, part: str, source: str) -> list[Path]:
     """Return the images of a split: of folders, and of text files that list them."""
     found: list[Path] = []
-    for place in map(str, places):
+    places = [str(place) for place in (given if isinstance(given, list) else [given])]
+    for place in places:
         path = root / place
-        if not path.exists() and place.startswith("../"):  # as Ultralytics forgives it, for Roboflow's sake
+        if not path.exists() and place.startswith("../") and place == given:  # Ultralytics forgives it, for Roboflow's sake
             path = root / place[3:]
         if path.is_dir():
             found += [f for f in path.rglob("*") if is_image(f)]
         elif path.is_file():
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-            found += [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines if line]
+            found += map(Path, listed(path))
         else:
             raise DataError(f"the {part} images of {source} are not at {path}; correct '{part}:' or 'path:' in the YAML")
     if not found:
-        raise DataError(f"{source} has no {part} images in {', '.join(map(str, places))}; put some there")
+        raise DataError(f"{source} has no {part} images in {', '.join(places)}; put some there")
     return sorted(found)
 
 

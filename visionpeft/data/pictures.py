@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .layout import SUFFIXES
 from .report import watched
 
 _THUMB = (34, 32)  # width, height: two by two pixels per cell of the hash
@@ -51,6 +52,8 @@ def look(file: Path) -> Picture:
         content = file.read_bytes()
         digest = hashlib.blake2b(content, digest_size=16).digest()
         with Image.open(io.BytesIO(content)) as image:
+            if (form := str(image.format).lower()) not in SUFFIXES | {"jpeg2000"}:
+                raise ValueError(f"{form.upper()}, which Ultralytics does not read, whatever its name says")
             width, height = turned(image)
             image.draft("L", (2 * _THUMB[0], 2 * _THUMB[1]))
             image.load()

@@ -56,7 +56,7 @@ def read_lines(file: Path) -> tuple[dict[int, list[float]], list[Fault]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        return {}, [Fault("malformed", 0, f"cannot be read ({type(error).__name__})")]
+        return {}, [Fault("malformed", 0, f"cannot be read as UTF-8 ({type(error).__name__})")]
     for number, line in enumerate(text.splitlines(), 1):
         try:
             values = [float(word) for word in line.split()]

@@ -241,8 +241,14 @@ class Family(ABC):
         """Return a training step of a model that a plan is attached to, on made-up data."""
 
     @abstractmethod
-    def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
+    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
         """Look a data set up and check it.
+
+        Args:
+            source: What names it.
+            base: The model that it is for.
+            split: What is measured on, called "val" in `Data.facts`.
+            train: Whether its training part is needed; to measure a model, it is not.
 
         Raises:
             DataError: It is missing, empty or contradicts itself.

@@ -22,11 +22,16 @@ from .base import Data
 
 LOGGER = logging.getLogger("visionpeft")
 Items = Sequence[tuple[str, int]]  # image files with the index of their class
-_NAMES = {"val": ("val", "valid", "validation", "test")}  # folders that a split may be called
+_NAMES = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
 
 
-def read_folders(source: str, split: str) -> Data:
+def read_folders(source: str, split: str, train: bool = True) -> Data:
     """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
+
+    Args:
+        source: The folder that holds both.
+        split: What is measured on.
+        train: Whether train/CLASS is needed; without it, the classes are those of the split.
 
     Raises:
         DataError: Something is missing, empty, unreadable or at odds.
@@ -34,16 +39,18 @@ def read_folders(source: str, split: str) -> Data:
     root, names = Path(source), _NAMES.get(split, (split,))
     if not root.is_dir():
         raise DataError(f"data={source} is no folder; give one that holds train/CLASS/ and val/CLASS/ with images")
-    train, other = root / "train", next((root / n for n in names if (root / n).is_dir()), None)
-    if other is None or not train.is_dir():
-        lacks = " or ".join(names) if train.is_dir() else "train"
+    folders = {"train": root / "train"} if train else {}
+    folders["val"] = next((root / n for n in names if (root / n).is_dir()), root / " or ".join(names))
+    if lacks := next((folder.name for folder in folders.values() if not folder.is_dir()), None):
         raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
-    found = {"train": _by_class(train), "val": _by_class(other)}
-    _compare(source, set(found["train"]), set(found["val"]))
-    classes = dict(enumerate(sorted(found["train"])))
+    found = {part: _by_class(folder) for part, folder in folders.items()}
+    found["val"] = {c: images for c, images in found["val"].items() if images}
+    if train:
+        _compare(source, found["train"], set(found["val"]))
+    classes = dict(enumerate(sorted(found["train" if train else "val"])))
     digest, items = hashlib.sha256(), {}
-    for part, folder in (("train", train), ("val", other)):
-        kept = _readable([(f, i) for i, c in classes.items() for f in found[part][c]], folder)
+    for part, folder in folders.items():
+        kept = _readable([(f, i) for i, c in classes.items() for f in found[part].get(c, ())], folder)
         for file, _ in kept:
             digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
         items[part] = [(str(file), i) for file, i in kept]
@@ -164,17 +171,19 @@ def _by_class(folder: Path) -> dict[str, list[Path]]:
     if not any(found.values()):
         where = "its class folders hold none" if found else "it has no class folders"
         raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(IMG_EXTENSIONS)}")
-    if empty := [c for c, images in found.items() if not images]:
-        raise DataError(f"the class folder {folder / empty[0]} holds no images; add some, or remove it")
     return found
 
 
-def _compare(source: str, train: set[str], val: set[str]) -> None:
-    for here, there, more in (("train", "val", train - val), ("val", "train", val - train)):
-        if more:
-            raise DataError(f"{source} has {few(more)} in {here}, but not in {there}; both must hold the same classes")
+def _compare(source: str, train: dict[str, list[Path]], val: set[str]) -> None:
+    """Refuse what cannot be learned; say what cannot be measured."""
+    if empty := [c for c, images in train.items() if not images]:
+        raise DataError(f"the class folder {source}/train/{empty[0]} holds no images; add some, or remove it")
+    if more := val - set(train):
+        raise DataError(f"{source} has {few(more)} in val, but not in train; a class must be there to be learned")
     if len(train) < 2:
         raise DataError(f"{source} has one class only ({few(train)}); a classifier needs at least two")
+    if more := set(train) - val:
+        LOGGER.warning("%s has no val images of %s: the scores say nothing of them", source, few(more))
 
 
 def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, int]]:

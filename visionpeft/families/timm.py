@@ -93,8 +93,8 @@ class Timm(Family):
         return self.load(source, **{**options, "checkpoint_path": None, "pretrained": False})
 
     # ---------------------------------------------------------------------------------------------------------- the data
-    def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
-        return read_folders(source, split)
+    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
+        return read_folders(source, split, train)
 
     # --------------------------------------------------------------------------------------------------------- the model
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:

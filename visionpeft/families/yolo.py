@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -31,6 +32,7 @@ from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
+from ..data.layout import read_names, read_values
 from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
@@ -58,9 +60,11 @@ from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
-from .yolo_tasks import TASKS, Task, build, fit, outputs_of, rows_of, task_of
-from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable
+from .yolo_tasks import TASKS, Task, build, fit, outputs_of, pose_length, rows_of, task_of
+from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
 from .yolo_voice import aside, quiet
+
+log = logging.getLogger(__name__)
 
 # what train() decides itself, and what would undo it
 _OURS = {"model", "data", "epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp", "resume"}
@@ -178,18 +182,21 @@ class Yolo(Family):
         return self.load(source if Path(find(source)).is_file() or not _known(design) else design, **options)
 
     # ---------------------------------------------------------------------------------------------------------- the data
-    def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
+    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
             hidden = [f for f in sorted(Path(source).glob("*/.*")) if f.is_dir()]
             if hidden:
                 raise DataError(f"Ultralytics would take the hidden folder {hidden[0]} for a class; remove it")
-            return read_folders(source, split)
+            return read_folders(source, split)  # with train, too: without it, Ultralytics would split the rest anew
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
+        if Path(source).is_file():
+            read_names(Path(source))  # a clear word on what is wrong with them
         try:
             with aside():
-                data = check_det_dataset(str(source), autodownload=os.environ.get("YOLO_OFFLINE") is None)
+                fetch = os.environ.get("YOLO_OFFLINE") is None
+                data = check_det_dataset(str(source), autodownload=fetch, split="" if train else split)
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
@@ -198,14 +205,16 @@ class Yolo(Family):
                 f"{source} has images of {data['channels']} channels, but {base.source} reads {base.facts['channels']}; "
                 "give another model, or correct 'channels' in the data YAML"
             )
-        facts: dict[str, Any] = {}
-        for part in ("train", split):
+        facts: dict[str, Any] = {"pose": pose_length(task, data, source)}
+        owners: dict[str, set[str]] = {}
+        for part in ("train", split) if train else (split,):
             found = images(data.get(part), part, source)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
                 if not Path(image).is_file():
                     raise DataError(f"{source} lists the {part} image {image}, which is not there; correct the list")
-                rows = rows_of(Path(label))
+                rows = rows_of(Path(label), facts["pose"])
+                owners.setdefault(label, set()).update([image] if rows else [])
                 boxes += len(rows)
                 _check_rows(rows, data["nc"], label, task, outputs)
                 digest.update(f"{Path(image).name}|{os.path.getsize(image)}|{rows}\n".encode())
@@ -214,7 +223,14 @@ class Yolo(Family):
                     f"the {len(found)} {part} images of {source} have no labels; put one .txt per image into a folder "
                     "'labels' beside 'images'"
                 )
-            facts[part if part == "train" else "val"] = found
+            facts["train" if train and part == "train" else "val"] = found
+        if shared := [label for label, own in owners.items() if len(own) > 1]:
+            log.warning(
+                f"{len(shared)} label files of {source} belong to more than one image, so all but one train on another's "
+                f"boxes, e.g. {shared[0]}; rename the images"
+            )
+        if len(set(data["names"].values())) < data["nc"]:
+            log.warning(f"{source} has classes of the same name, which scores cannot tell apart: {brief(data['names'])}")
         return Data(str(source), task.name, dict(data["names"]), digest.hexdigest(), facts, outputs)
 
     # --------------------------------------------------------------------------------------------------------- the model
@@ -341,11 +357,12 @@ class Yolo(Family):
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
-        args = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
+        args: dict[str, Any] = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
                 stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
+        warn_of_lost(data, "val", validator.dataloader.dataset, get_split_fraction(args.get("fraction", 1.0), "val"))
         return Judged({name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator))
 
     def hold_back(self, data: Data, folder: Path, share: float) -> str:
@@ -354,8 +371,8 @@ class Yolo(Family):
         back = held_back({Path(f).name for f in data.facts["train"]}, share)
         for part, held in (("train", False), ("val", True)):
             listed = [f for f in data.facts["train"] if (Path(f).name in back) == held]
-            (folder / f"{part}.txt").write_text("".join(f"{Path(f).resolve()}\n" for f in listed))
-        said = yaml.safe_load(Path(data.source).read_text(encoding="utf-8"))
+            (folder / f"{part}.txt").write_text("".join(f"{Path(f).absolute()}\n" for f in listed))
+        said = read_values(Path(data.source))
         kept = {k: v for k, v in said.items() if k not in ("path", "train", "val", "test", "download")}
         lists = {part: str((folder / f"{part}.txt").resolve()) for part in ("train", "val")}
         (folder / "data.yaml").write_text(yaml.safe_dump({**kept, **lists}, sort_keys=False), encoding="utf-8")
@@ -374,7 +391,7 @@ class Yolo(Family):
             return draw(data, count, guess if model is not None else None)
         some = [f for f in spread(data.facts["val"], count) if imread(f) is not None]  # Ultralytics leaves out the others
         if model is None:
-            rows = [rows_of(Path(label)) for label in img2label_paths(list(some))]
+            rows = [rows_of(Path(label), data.facts["pose"]) for label in img2label_paths(list(some))]
             return [labelled(f, r, data.task, data.names, data.outputs) for f, r in zip(some, rows, strict=True)]
         with _predictor(model, options) as predictor:  # one at a time, or they would be padded to one size
             return [predicted(predictor(file)[0]) for file in some]
@@ -563,7 +580,9 @@ def _check_rows(rows: list[str], count: int, label: str, task: Task, outputs: Ma
     for row in rows:
         first, *_ = parts = row.split()
         try:
-            index, *_ = map(float, parts)
+            index, *_ = numbers = [float(p) for p in parts]
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError
         except ValueError:
             raise DataError(f"{label} has the row '{row[:40]}'; a row is: {task.row}, all numbers") from None
         if wrong := task.check_row(parts, outputs):

@@ -152,9 +152,8 @@ def objects(data: Data, settings: Mapping[str, Any], draws: int = 100_000) -> tu
     task = TASKS[data.task]
     if task.name == "classify":
         return 0, 0.0
-    rows = [
-        [[float(n) for n in row.split()[1:]] for row in rows_of(Path(f))] for f in img2label_paths(list(data.facts["train"]))
-    ]
+    labels = [rows_of(Path(f), data.facts["pose"]) for f in img2label_paths(list(data.facts["train"]))]
+    rows = [[[float(n) for n in row.split()[1:]] for row in image] for image in labels]
     per_image = numpy.array([len(image) for image in rows])
 
     def on(name: str, default: float = 0.0) -> bool:

@@ -199,9 +199,38 @@ def _keep_rows(source: Any, model: Any) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- labels
-def rows_of(label: Path) -> list[str]:
-    """Return the rows of a label file; none where there is none."""
-    return [line for line in label.read_text(encoding="utf-8-sig").splitlines() if line.strip()] if label.is_file() else []
+def rows_of(label: Path, pose: int = 0) -> list[str]:
+    """Return the rows of a label file; none where there is none.
+
+    Args:
+        label: The file.
+        pose: Rows of so many numbers are cut to class and box, as Ultralytics reads the poses of a set for other tasks.
+
+    Raises:
+        DataError: It is no text in UTF-8.
+    """
+    try:
+        text = label.read_text(encoding="utf-8-sig") if label.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the labels {label} cannot be read as UTF-8 ({type(error).__name__}); save the file anew"
+        ) from error
+    rows = [line for line in text.splitlines() if line.strip()]
+    return [" ".join(words[:5]) if len(words := row.split()) == pose else row for row in rows] if pose else rows
+
+
+def pose_length(task: Task, data: Mapping[str, Any], source: str) -> int:
+    """Return how many numbers a row of a pose has in a set that is used for another task, or 0.
+
+    Raises:
+        DataError: The set says so in a way that is not understood.
+    """
+    if task.name == "pose" or "kpt_shape" not in data:
+        return 0
+    shape = data["kpt_shape"]
+    if not _wholes(shape) or len(shape) != 2:
+        raise DataError(f"{source} has kpt_shape={shape}; leave it out, or write [number of keypoints, 2 or 3]")
+    return 5 + shape[0] * shape[1] if shape[0] else 0
 
 
 def outputs_of(task: Task, data: Mapping[str, Any], source: str) -> dict[str, Any]:

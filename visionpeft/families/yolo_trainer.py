@@ -19,18 +19,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader, build_dataloader
-from ultralytics.data.utils import IMG_FORMATS
+from ultralytics.data.utils import IMG_FORMATS, get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from .. import checkpoint
 from ..attach import attach, settle
+from ..data.layout import listed
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ..measure import Meter
 from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
-from .base import Job, keep_best
+from .base import Data, Job, keep_best
 from .launch import failure, started, told
 from .views import Views
 from .yolo_tasks import TASKS, Task, fit
@@ -128,14 +129,12 @@ class Tuned:
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         with readable(self.job.data.source):
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
+        dataset = loader.dataset
         if mode == "train":
             loader = self._stored(loader) if self.job.store else loader
             loader.__class__ = ReplayableLoader
-        if self.args.fraction < 1.0 or not hasattr(loader.dataset, "im_files"):  # a classifier's were looked at before
-            return loader
-        given = {Path(f).name for f in images(dataset_path, mode, self.job.data.source)}
-        if lost := sorted(given - {Path(f).name for f in loader.dataset.im_files}):
-            log.warning(f"{len(lost)} of {len(given)} {mode} images cannot be used and are left out: {', '.join(lost[:5])}")
+        if mode == "train":  # what is lost of val is said where it is judged
+            warn_of_lost(self.job.data, mode, dataset, get_split_fraction(self.args.fraction, mode))
         return loader
 
     def _stored(self: Any, loader: Any) -> Any:
@@ -392,11 +391,31 @@ def images(places: Any, part: str, source: str) -> list[str]:
         if place.is_dir():
             found += [str(f) for f in place.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS]
         elif place.is_file():
-            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
-            found += [str(place.parent / x[2:]) if x.startswith("./") else x for x in lines]
+            found += listed(place)
+        else:
+            raise DataError(f"the {part} images of {source} are not at {place}; correct '{part}:' or 'path:' in the YAML")
     if not found:
         raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
     return sorted(found)
+
+
+def warn_of_lost(data: Data, part: str, dataset: Any, share: float = 1.0) -> None:
+    """Say which images of a part Ultralytics does not use.
+
+    Args:
+        data: The set.
+        part: "train" or "val".
+        dataset: Ultralytics' own, made of that part.
+        share: Of the images that it was made of: the first; above 1, their number.
+    """
+    files = [Path(f) for f in getattr(dataset, "im_files", None) or [sample[0] for sample in dataset.samples]]
+    given = [Path(f[0] if data.task == "classify" else f) for f in data.facts[part]]
+    if share != 1.0 and data.task == "classify":  # spread over all
+        return
+    given = given[: share if isinstance(share, int) else max(1, round(len(given) * share))]
+    if lost := sorted(set(given) - set(files)):
+        named = ", ".join(map(str, lost[:5]))
+        log.warning(f"{len(lost)} of {len(given)} {part} images cannot be used and are left out: {named}")
 
 
 @contextmanager
@@ -417,11 +436,12 @@ def usable(args: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def readable(source: str) -> Iterator[None]:
-    """Say in a sentence what Ultralytics raises when it finds no image of a set readable."""
+    """Say in a sentence what Ultralytics raises when it finds no image of a set readable, or labels of another task."""
     try:
         yield
-    except RuntimeError as error:
-        if "No valid images found" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        known = ("No valid images found", "No labels found", "dataset requires equal numbers")
+        if not any(words in str(error) for words in known):
             raise
         raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
 

@@ -17,6 +17,7 @@ from ...registry import Registry
 from ..layout import SPLITS, is_image
 from ..report import Tally
 
+NOT_FOUND = "image that was not found, or is one of several of its name"
 FORMATS = Registry("visionpeft.data.formats", "format")
 
 
@@ -65,6 +66,7 @@ class Source:
         tasks: The tasks its annotations can be written for, the likeliest first.
         entries: Its images.
         left: What was left out, and why.
+        changed: What is not quite as the annotations say.
         keypoints: Names of the keypoints, of a pose set.
     """
 
@@ -72,6 +74,7 @@ class Source:
     tasks: tuple[str, ...]
     entries: list[Entry]
     left: Tally = field(default_factory=Tally)
+    changed: Tally = field(default_factory=Tally)
     keypoints: tuple[str, ...] = ()
 
 
@@ -137,25 +140,34 @@ class Images:
         self.folders = list(dict.fromkeys(f for f in folders if f.is_dir()))
 
     def named(self, name: str) -> Path | None:
-        """Return the file of a name, which may hold folders; composed and decomposed accents are the same."""
+        """Return the file of a name, which may hold folders, one of those given among them; composed and decomposed accents
+        are the same."""
         for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
-            for i, folder in enumerate(self.folders):
+            first, _, rest = form.partition("/")
+            for folder in self.folders:
                 if (folder / form).is_file():
-                    self.folders.insert(0, self.folders.pop(i))  # the next is likely to lie there too
                     return folder / form
+                if rest and folder.name == first and (folder / rest).is_file():
+                    return folder / rest
         return None
 
-    def stemmed(self, stem: str, beside: str = "") -> Path | None:
-        """Return the file of a stem, one in a folder called `beside` before others."""
-        found = self._by_stem.get(stem, [])
-        return next((f for f in found if f.parent.name == beside), found[0] if found else None)
+    def stemmed(self, stem: str, beside: str = "", name: str = "") -> Path | None:
+        """Return the file of a stem in the first folder that has it. Where several below that have, it is the only one that
+        lies in a folder called `beside`, or is called `name`; None where there is no such."""
+        found = next((stems[stem] for stems in self._stems if stem in stems), [])
+        for fits in (lambda f: f.parent.name == beside, lambda f: f.name == name):
+            found = [f for f in found if fits(f)] or found
+        return found[0] if len(found) == 1 else None
 
     @cached_property
-    def _by_stem(self) -> dict[str, list[Path]]:
-        stems: dict[str, list[Path]] = {}
-        for file in dict.fromkeys(f for folder in self.folders for f in sorted(folder.rglob("*")) if is_image(f)):
-            stems.setdefault(file.stem, []).append(file)
-        return stems
+    def _stems(self) -> list[dict[str, list[Path]]]:
+        """The image files of each folder, by stem."""
+        folders: list[dict[str, list[Path]]] = []
+        for folder in self.folders:
+            folders.append({})
+            for file in sorted(f for f in folder.rglob("*") if is_image(f)):
+                folders[-1].setdefault(file.stem, []).append(file)
+        return folders
 
 
 def image_folders(root: Path, start: Path) -> Iterator[Path]:
@@ -176,6 +188,7 @@ def listed_splits(root: Path) -> dict[str, str]:
     for part in ("trainval", "train", "val", "test"):  # train and val say more than trainval
         file = next((f / f"{part}.txt" for f in folders if (f / f"{part}.txt").is_file()), None)
         if file:
-            stems = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.split()]
+            text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as the names of files are read
+            stems = [line.split()[0] for line in text.splitlines() if line.split()]
             splits.update(dict.fromkeys(stems, part if part in SPLITS else ""))
     return splits

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, Entry, Format, Images, Request, Source, Thing, split_of
+from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, split_of
 
 _OTHERS = ("captions", "panoptic", "stuff", "image_info", "person_keypoints")  # what COCO's own annotations/ holds besides
 
@@ -49,14 +49,14 @@ class Coco(Format):
             if twin := next((f for f in files if f != file and parts[f] == part), None):
                 raise DataError(f"{file} and {twin} are both of split '{part}'; give one with --annotations")
         contents = {file: _load(file) for file in files}
-        left = Tally()
+        left, changed = Tally(), Tally()
         names = _names(contents, left)
         things = [a for c in contents.values() for a in c["annotations"]]
         keypoints = _keypoints(contents, request.task)
-        entries = [e for f, c in contents.items() for e in _entries(f, parts[f], c, request, left)]
+        entries = [e for f, c in contents.items() for e in _entries(f, parts[f], c, request, left, changed)]
         if not entries:
             raise DataError(f"none of the images that {files[0]} names was found; give their folder with --images")
-        return Source(names, _tasks(things, keypoints), entries, left, keypoints)
+        return Source(names, _tasks(things, keypoints), entries, left, changed, keypoints)
 
 
 def _files(root: Path, task: str | None) -> list[Path]:
@@ -117,7 +117,9 @@ def _tasks(annotations: list[Any], keypoints: tuple[str, ...]) -> tuple[str, ...
     return ("pose", *tasks) if keypoints else tuple(tasks)
 
 
-def _entries(file: Path, part: str, content: dict[str, Any], request: Request, left: Tally) -> Iterable[Entry]:
+def _entries(
+    file: Path, part: str, content: dict[str, Any], request: Request, left: Tally, changed: Tally
+) -> Iterable[Entry]:
     token, here = file.stem.rpartition("_")[2], file.parent  # train2017
     roots = (request.images,) if request.images else (here, request.root, here.parent)
     places = ("", f"images/{token}", token, "images", f"images/{part}", part, f"{part}/images")
@@ -129,12 +131,16 @@ def _entries(file: Path, part: str, content: dict[str, Any], request: Request, l
             of_image[annotation.get("image_id")].append(annotation)
         else:
             left.add("annotation of an unknown category", f"{file.name}: id {_id(annotation)}")
-    for image in content["images"]:
-        name = str(image.get("file_name", "")).replace("\\", "/")
-        found = images.named(name) or images.named(name.rpartition("/")[2]) if name else None
+    listed = [str(image.get("file_name", "")).replace("\\", "/") for image in content["images"]]
+    alone = Counter(name.rpartition("/")[2] for name in set(listed))
+    for image, name in zip(content["images"], listed, strict=True):
+        last = name.rpartition("/")[2]
+        found = images.named(name) if name else None
+        if found is None and last != name and alone[last] == 1 and (found := images.named(last)):
+            changed.add("image taken from another folder than its annotations say", f"{name}: {found}")
         mine = of_image.pop(image["id"], [])
         if found is None:
-            left.add("image that was not found", f"{name} ({len(mine)} objects)")
+            left.add(NOT_FOUND, f"{name} ({len(mine)} objects)")
             continue
         size = (image.get("width"), image.get("height"))
         stated = size if all(isinstance(n, int) and n > 0 for n in size) else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, Entry, Format, Images, Request, Source, Thing, always, image_folders, split_of
+from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, always, image_folders, split_of
 
 _HEADER = ("imagesource", "gsd", "acquisition")
 
@@ -39,7 +39,7 @@ class Dota(Format):
                 things = list(_things(file, request.difficult, left))
                 found = images.stemmed(file.stem, folder.parent.name)
                 if found is None:
-                    left.add("image that was not found", f"for {file.name} ({len(things)} objects)")
+                    left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
                     continue
                 names |= {t.name for t in things}
                 entries.append(Entry(found, found.name, part, None, always(things)))

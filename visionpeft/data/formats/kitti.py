@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, Entry, Format, Images, Request, Source, Thing, always, image_folders, listed_splits
+from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, always, image_folders, listed_splits
 
 _CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # the devkit's order
 _FIELDS = 15
@@ -41,9 +41,9 @@ class Kitti(Format):
                 left.add("image that ImageSets does not list", file.name)
                 continue
             things = list(_things(file, left))
-            found = images.stemmed(file.stem)
+            found = images.stemmed(file.stem, folder.name.replace("label", "image"))
             if found is None:
-                left.add("image that was not found", f"for {file.name} ({len(things)} objects)")
+                left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
                 continue
             names |= {t.name for t in things}
             entries.append(Entry(found, found.name, splits.get(file.stem, ""), None, always(things)))

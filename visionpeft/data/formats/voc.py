@@ -16,7 +16,20 @@ import numpy as np
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, Entry, Format, Images, Request, Source, Thing, always, image_folders, listed_splits, split_of
+from .base import (
+    FORMATS,
+    NOT_FOUND,
+    Entry,
+    Format,
+    Images,
+    Request,
+    Source,
+    Thing,
+    always,
+    image_folders,
+    listed_splits,
+    split_of,
+)
 
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")  # of <robndbox>: x_left_top, y_left_top, ...
 
@@ -51,10 +64,11 @@ class Voc(Format):
             if file.parent not in images:
                 folders = [request.images] if request.images else image_folders(root, file.parent)
                 images[file.parent] = Images(folders)
-            found = images[file.parent].stemmed(Path(tree.findtext("filename") or "").stem, file.parent.name)
-            found = images[file.parent].stemmed(file.stem, file.parent.name) or found
+            said, beside = Path(tree.findtext("filename") or "").name, file.parent.name
+            found = images[file.parent].stemmed(file.stem, beside, said)
+            found = found or images[file.parent].stemmed(Path(said).stem, beside, said)
             if found is None:
-                left.add("image that was not found", f"for {file.name} ({len(tree.findall('object'))} objects)")
+                left.add(NOT_FOUND, f"for {file.name} ({len(tree.findall('object'))} objects)")
                 continue
             things = list(_things(tree, file, request.difficult, left))
             names |= {t.name for t in things}
