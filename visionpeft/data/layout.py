@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from ..errors import DataError
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
+_OTHERS = frozenset("gif j2k jfif jpe jpx jxl pbm pgm pnm ppm tga".split())  # pictures, too, but not to Ultralytics
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
 
@@ -28,6 +31,7 @@ class Layout:
         root: The folder that files are named relative to.
         names: Classes by index.
         splits: Image files of train, val and test, where there are any.
+        others: Pictures beside them, of formats that Ultralytics does not read.
         kpt_shape: Of a pose set: keypoints and numbers per keypoint.
         classify: Whether an image's class is its folder; then there are no label files.
     """
@@ -36,6 +40,7 @@ class Layout:
     root: Path
     names: dict[int, str]
     splits: dict[str, list[Path]]
+    others: tuple[Path, ...] = ()
     kpt_shape: tuple[int, int] | None = None
     classify: bool = False
 
@@ -76,6 +81,21 @@ def is_image(file: Path) -> bool:
     return file.suffix[1:].lower() in SUFFIXES and not file.name.startswith(".")
 
 
+def find_images(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> tuple[list[Path], list[Path]]:
+    """Return the images below a folder, and the pictures of formats that are none of `suffixes`.
+
+    They are found as Ultralytics finds them: in folders that links lead to, too, and not where a name begins with a dot.
+    """
+    named = map(Path, glob.glob(str(Path(glob.escape(str(folder))) / "**" / "*.*"), recursive=True))
+    known = [(f, f.suffix[1:].lower()) for f in named]
+    return [f for f, s in known if s in suffixes], [f for f, s in known if s in _OTHERS - suffixes]
+
+
+def composed(name: str) -> str:
+    """Return a name as it is to be compared: macOS writes the accents of file names apart from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _shipped(path: Path) -> Path:
     """Return the data YAML of that name that Ultralytics ships."""
     from ultralytics.utils import ROOT
@@ -93,11 +113,12 @@ def _read_yaml(path: Path, source: str) -> Layout:
     if not {"train", "val"} & set(values):
         raise DataError(f"{path} is no data YAML; it must hold train, val and names (Ultralytics' format)")
     root = _root(path, values)
-    splits = {}
+    splits, others = {}, []  # type: ignore[var-annotated]
     for part, keys in SPLITS.items():
         if place := next((values[k] for k in keys if values.get(k)), None):
-            splits[part] = _images(root, place if isinstance(place, list) else [place], part, source)
-    return Layout(source, root, _names(values, path), splits, _kpt_shape(values, path))
+            splits[part], more = _images(root, place if isinstance(place, list) else [place], part, source)
+            others += more
+    return Layout(source, root, _names(values, path), splits, tuple(sorted(others)), _kpt_shape(values, path))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -150,15 +171,17 @@ def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
     return shape[0], shape[1]
 
 
-def _images(root: Path, places: Iterable[Any], part: str, source: str) -> list[Path]:
-    """Return the images of a split: of folders, and of text files that list them."""
+def _images(root: Path, places: Iterable[Any], part: str, source: str) -> tuple[list[Path], list[Path]]:
+    """Return the images of a split, of folders and of text files that list them, and other pictures in the folders."""
     found: list[Path] = []
+    others: list[Path] = []
     for place in map(str, places):
         path = root / place
         if not path.exists() and place.startswith("../"):  # as Ultralytics forgives it, for Roboflow's sake
             path = root / place[3:]
         if path.is_dir():
-            found += [f for f in path.rglob("*") if is_image(f)]
+            images, more = find_images(path)
+            found, others = found + images, others + more
         elif path.is_file():
             lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
             found += [path.parent / line[2:] if line.startswith("./") else Path(line) for line in lines if line]
@@ -166,16 +189,19 @@ def _images(root: Path, places: Iterable[Any], part: str, source: str) -> list[P
             raise DataError(f"the {part} images of {source} are not at {path}; correct '{part}:' or 'path:' in the YAML")
     if not found:
         raise DataError(f"{source} has no {part} images in {', '.join(map(str, places))}; put some there")
-    return sorted(found)
+    return sorted(found), others
 
 
 def _read_folders(root: Path, source: str) -> Layout:
     """Find the images of train/CLASS, val/CLASS and test/CLASS."""
     splits: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for part, names in SPLITS.items():
         folder = next((root / n for n in names if (root / n).is_dir()), None)
         if folder:
-            splits[part] = sorted(f for f in folder.rglob("*") if is_image(f) and f.parent != folder)
+            images, more = find_images(folder)
+            splits[part] = sorted(f for f in images if f.parent != folder)
+            others += more
     if not splits.get("train"):
         raise DataError(
             f"{source} holds neither a data YAML nor images in train/CLASS; give a folder with one of them, or convert a "
@@ -184,9 +210,10 @@ def _read_folders(root: Path, source: str) -> Layout:
     classes = sorted({class_of(root, f) for images in splits.values() for f in images})
     if classes == ["images"]:
         raise DataError(f"{source} has train/images, but no data YAML; write one with train, val and names, and give that")
-    return Layout(source, root, dict(enumerate(classes)), {k: v for k, v in splits.items() if v}, classify=True)
+    kept = {k: v for k, v in splits.items() if v}
+    return Layout(source, root, dict(enumerate(classes)), kept, tuple(sorted(others)), classify=True)
 
 
 def class_of(root: Path, image: Path) -> str:
     """Return the class of an image in root/SPLIT/CLASS/."""
-    return image.relative_to(root).parts[1]
+    return composed(image.relative_to(root).parts[1])

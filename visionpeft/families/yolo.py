@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +32,8 @@ from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
+from ..data.layout import SUFFIXES, composed
+from ..data.pictures import look, refuse_unfit
 from ..errors import ConfigError, DataError, ModelError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
@@ -53,7 +56,7 @@ from .base import (
     read_statistics,
     read_stride,
 )
-from .images import draw, held_back, read_folders, split_folders
+from .images import FOLDERS, draw, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
@@ -127,8 +130,8 @@ class Yolo(Family):
             select_device(settings["device"], verbose=False)
 
     def load(self, source: str, **options: Any) -> Base:
-        if options:
-            raise ConfigError(f"YOLO models take no further options, but {', '.join(options)} was given")
+        if strange := ", ".join(options.keys() - {"channels"}):
+            raise ConfigError(f"YOLO models take no further options but channels, but {strange} was given")
         stem = Path(source).stem.lower()
         named = (kind for mark, kind in _OTHERS.items() if mark in stem and stem.startswith(("yolo", "rtdetr")))
         if not Path(source).is_file() and (other := next(named, None)):
@@ -155,7 +158,8 @@ class Yolo(Family):
         model = model.float().eval()
         imgsz = getattr(model, "args", {}).get("imgsz") or task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
-        return Base(source, model, task.name, dict(model.names), facts, pretrained)
+        base = Base(source, model, task.name, dict(model.names), facts, pretrained)
+        return _reading(base, options["channels"], "model_args") if options else base
 
     def design(self, source: str, **options: Any) -> Base:
         design = Path(source).with_suffix(".yaml").name
@@ -165,10 +169,7 @@ class Yolo(Family):
     def read_data(self, source: str, base: Base | None = None, split: str = "val") -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
-            hidden = [f for f in sorted(Path(source).glob("*/.*")) if f.is_dir()]
-            if hidden:
-                raise DataError(f"Ultralytics would take the hidden folder {hidden[0]} for a class; remove it")
-            return read_folders(source, split)
+            return _own_folders(read_folders(source, split, SUFFIXES), split)
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         try:
@@ -177,14 +178,11 @@ class Yolo(Family):
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
-        if base and data["channels"] != base.facts["channels"]:
-            raise DataError(
-                f"{source} has images of {data['channels']} channels, but {base.source} reads {base.facts['channels']}; "
-                "give another model, or correct 'channels' in the data YAML"
-            )
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"channels": data["channels"]}
         for part in ("train", split):
-            found = images(data.get(part), part, source)
+            found = images(data.get(part), part, source, said=True)
+            if data["channels"] in (1, 3):  # else Ultralytics reads all bands, and all pages as bands
+                refuse_unfit(found)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
                 if not Path(image).is_file():
@@ -202,6 +200,12 @@ class Yolo(Family):
         return Data(str(source), task.name, dict(data["names"]), digest.hexdigest(), facts, outputs)
 
     # --------------------------------------------------------------------------------------------------------- the model
+    def suited(self, base: Base, data: Data) -> tuple[Base, dict[str, Any]]:
+        channels = data.facts.get("channels", 3)
+        if channels == base.facts["channels"]:
+            return base, {}
+        return _reading(base, channels, data.source), {"channels": channels}
+
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         return fit(base.model, names, base.facts["channels"], head, outputs)
 
@@ -322,6 +326,9 @@ class Yolo(Family):
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
+        channels, read = data.facts.get("channels", 3), model.yaml.get("channels", 3)  # type: ignore[union-attr]
+        if channels != read:
+            raise DataError(f"{data.source} has images of channels={channels}, but the model reads {read}; give others")
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
@@ -474,6 +481,51 @@ def _for_inference(model: Any) -> Any:
         model.args = dict(DEFAULT_CFG_DICT)
     model.task = _task(model).name
     return model
+
+
+def _reading(base: Base, channels: Any, source: str) -> Base:
+    """Return a base that reads images of so many channels: grey ones by the sum of its filters, as Ultralytics has it.
+
+    Raises:
+        DataError: It cannot be made to.
+    """
+    own = base.facts["channels"]
+    if channels == own:
+        return base
+    if channels != 1 or own != 3 or isinstance(channels, bool):
+        raise DataError(
+            f"{source} asks for images of channels={channels}, but {base.source} reads {own}; only RGB models are made to read "
+            "other images, and only grey ones (channels: 1); give another model, or images it reads"
+        )
+    model: Any = copy.deepcopy(base.model)
+    first = model.model[0].conv
+    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    first.in_channels = model.yaml["channels"] = 1
+    return replace(base, model=model, facts={**base.facts, "channels": 1})
+
+
+def _own_folders(data: Data, split: str) -> Data:
+    """Return a classification set whose folders Ultralytics, which walks them by itself, takes for what they are here.
+
+    Raises:
+        DataError: It would find other classes, or other images.
+    """
+    for part in ("train", split):
+        for folder in filter(Path.is_dir, (Path(data.source) / name for name in FOLDERS.get(part, (part,)))):
+            for hidden in sorted(folder.rglob(".*")):
+                if hidden.is_dir() and hidden.parent == folder:
+                    raise DataError(f"Ultralytics would take the hidden folder {hidden} for a class; remove it")
+                for file in hidden.rglob("*") if hidden.is_dir() else [hidden]:
+                    if file.suffix[1:].lower() in SUFFIXES and not look(file).fault:
+                        raise DataError(f"Ultralytics would train on {file}, though {hidden.name} is hidden; remove that")
+            spelled = {composed(name): name for name in data.names.values()}
+            for place in folder.iterdir():
+                if place.is_dir() and spelled.get(composed(place.name), place.name) != place.name:
+                    raise DataError(
+                        f"{place} is called as a class of train, but its accents are written apart from their letters in one "
+                        "of them (decomposed Unicode), which makes two classes to Ultralytics; rename it"
+                    )
+    return data
 
 
 def _known(design: str) -> bool:
