@@ -86,8 +86,8 @@ def unfit(image: Image.Image) -> str:
     if bands - len(more) not in (1, 3, 4) or 0 in more:  # 1 and 2 are alpha, which is left out
         return f"has {bands} bands, of which the further ones would be lost; {instead}"
     if image.mode not in _EIGHT_BITS and not _deep(image):
-        numbers = {"F": "fractions", "I": "numbers of 32 bits, or with a sign"}.get(image.mode, f"colours of {image.mode}")
-        return f"holds {numbers}, which would be cut off; save it with 8 or 16 bits"
+        held = {"F": "fractions", "I": "numbers of 32 bits, or with a sign"}.get(image.mode, f"{image.mode} colours")
+        return f"holds {held}, which cannot be read without loss; save it as grey or RGB, with 8 or 16 bits"
     if tags.get(_KIND, 0) & 1:
         return "begins with a preview, which would be read in place of the picture; save the picture alone"
     if tags and (pages := _pages(image)) > 1:

@@ -326,9 +326,9 @@ class Yolo(Family):
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
-        channels, read = data.facts.get("channels", 3), model.yaml.get("channels", 3)  # type: ignore[union-attr]
-        if channels != read:
-            raise DataError(f"{data.source} has images of channels={channels}, but the model reads {read}; give others")
+        channels, own = data.facts.get("channels", 3), getattr(model, "yaml", {}).get("channels", 3)
+        if channels != own:
+            raise DataError(f"{data.source} has images of channels={channels}, but the model reads {own}; give other data")
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
@@ -391,8 +391,11 @@ class Yolo(Family):
             lines.append("from ultralytics.utils.torch_utils import intersect_dicts")
             fill = "model.load_state_dict(intersect_dicts(base.state_dict(), model.state_dict()), strict=False)"
         channels = f", ch={base.facts['channels']}" if base.facts["channels"] != 3 else ""
+        lines.append(f"base = YOLO({base.source!r}).model.float()")
+        if "channels" in header["base"]["model_args"]:
+            lines += ["from torch.nn import Parameter", "first = base.model[0].conv"]
+            lines.append("first.weight = Parameter(first.weight.sum(1, keepdim=True))  # of grey images")
         lines += [
-            f"base = YOLO({base.source!r}).model.float()",
             f"model = {cls}({{**base.yaml, {str(design)[1:-1]}}}{channels}, verbose=False).eval()",
             f"{fill}  # the head's values come with the adapter",
         ]
@@ -494,8 +497,8 @@ def _reading(base: Base, channels: Any, source: str) -> Base:
         return base
     if channels != 1 or own != 3 or isinstance(channels, bool):
         raise DataError(
-            f"{source} asks for images of channels={channels}, but {base.source} reads {own}; only RGB models are made to read "
-            "other images, and only grey ones (channels: 1); give another model, or images it reads"
+            f"{source} has images of channels={channels}, but {base.source} reads {own}; a model of 3 is made to read 1 (grey), and "
+            "no other; give another model, or correct 'channels' in the data YAML"
         )
     model: Any = copy.deepcopy(base.model)
     first = model.model[0].conv
@@ -522,8 +525,8 @@ def _own_folders(data: Data, split: str) -> Data:
             for place in folder.iterdir():
                 if place.is_dir() and spelled.get(composed(place.name), place.name) != place.name:
                     raise DataError(
-                        f"{place} is called as a class of train, but its accents are written apart from their letters in one "
-                        "of them (decomposed Unicode), which makes two classes to Ultralytics; rename it"
+                        f"{place} has the name of a class in train, but not its accents, which one of them writes apart "
+                        "from their letters (decomposed Unicode); to Ultralytics, these are two classes: rename one"
                     )
     return data
 
