@@ -228,7 +228,6 @@ READ: dict[str, Callable[[Path], object]] = {  # images of every kind, as files
     "palette.png": lambda f: Image.fromarray(WIDE).convert("P").save(f, transparency=b"\x00\x80"),
     "two colours.png": lambda f: Image.fromarray(WIDE).convert("1").save(f),
     "alpha.png": lambda f: Image.fromarray(np.dstack([WIDE, WIDE[..., 0]])).save(f),
-    "alpha.tif": lambda f: Image.fromarray(np.dstack([WIDE, WIDE[..., 0]])).save(f),
     "grey alpha.tif": lambda f: Image.fromarray(WIDE[..., :2], "LA").save(f),
     "printed.tif": lambda f: Image.fromarray(WIDE).convert("CMYK").save(f),
     "with a preview.tif": lambda f: _pages(f, WIDE, WIDE[::2, ::2]),

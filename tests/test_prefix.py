@@ -16,8 +16,8 @@ import timm
 import torch
 from conftest import NETS, ctrl_c, flat, make_boxes, make_squares
 from conftest import yolo as random_yolo
-from safetensors.torch import save_file
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import visionpeft

@@ -279,5 +279,5 @@ def test_channels_at_odds(sets: dict, tmp_path: Path) -> None:
     root = sets["obb"].parent
     data = tmp_path / "data.yaml"
     data.write_text(f"train: {root}/images/train\nval: {root}/images/val\nnames: [red, green]\nchannels: 4\n")
-    with pytest.raises(DataError, match=r"has images of channels=4, but yolo11n-obb.yaml reads 3; .* 1 \(grey\)"):
+    with pytest.raises(DataError, match=r"has images of channels=4, but yolo11n-obb.yaml reads 3.* 1 \(grey\)"):
         visionpeft.plan("yolo11n-obb.yaml", data=data)

@@ -497,8 +497,8 @@ def _reading(base: Base, channels: Any, source: str) -> Base:
         return base
     if channels != 1 or own != 3 or isinstance(channels, bool):
         raise DataError(
-            f"{source} has images of channels={channels}, but {base.source} reads {own}; a model of 3 is made to read 1 (grey), and "
-            "no other; give another model, or correct 'channels' in the data YAML"
+            f"{source} has images of channels={channels}, but {base.source} reads {own}; a model of 3 is made to read 1 "
+            "(grey), and no other; give another model, or correct 'channels' in the data YAML"
         )
     model: Any = copy.deepcopy(base.model)
     first = model.model[0].conv
