@@ -23,9 +23,9 @@ from visionpeft.data import Report, check, convert
 from visionpeft.data.formats.base import FORMATS, NOT_FOUND, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
 from visionpeft.data.naming import packaged
-from visionpeft.data.pictures import copies, look
+from visionpeft.data.pictures import copies, look, read_image
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
-from visionpeft.errors import VisionpeftError
+from visionpeft.errors import DataError, VisionpeftError
 from visionpeft.registry import FAMILIES
 
 TAKEN = "image taken from another folder than its annotations say"
@@ -247,12 +247,71 @@ def test_boxes_of_poses(tmp_path: Path) -> None:
     assert report.ok and report.splits["train"].objects == 8
 
 
-def test_a_rotated_photograph_counts_as_it_is_trained_on(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(0).save(tmp_path / "turned.JPG", exif=exif)
-    seen = look(tmp_path / "turned.JPG")
-    assert seen.size == SIZE[::-1] == cv2.imread(str(tmp_path / "turned.JPG")).shape[1::-1]
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+WIDE = np.asarray(picture(0, (40, 30)))  # 8 bits; with 257 times as much, the same in 16
+DEEP = WIDE[..., 0].astype(np.uint16) * 257 - 100
+READ: dict[str, Callable[[Path], object]] = {  # images of every kind, as files
+    "turned.JPG": lambda f: Image.fromarray(WIDE).save(f, exif=TURNED),
+    "turned.png": lambda f: Image.fromarray(WIDE).save(f, exif=TURNED),
+    "turned.tif": lambda f: Image.fromarray(WIDE).save(f, exif=TURNED),
+    "turned.webp": lambda f: Image.fromarray(WIDE).save(f, exif=TURNED, lossless=True),
+    "deep, turned.png": lambda f: Image.fromarray(DEEP).save(f, exif=TURNED),
+    "deep.tif": lambda f: Image.fromarray(DEEP).save(f),
+    "deep.jp2": lambda f: Image.fromarray(DEEP).save(f),
+    "deep, colour.png": lambda f: cv2.imwrite(str(f), WIDE.astype(np.uint16) * 257 - 100),
+    "deep, colour.tif": lambda f: cv2.imwrite(str(f), WIDE.astype(np.uint16) * 257 - 100),
+    "grey.png": lambda f: Image.fromarray(WIDE).convert("L").save(f),
+    "palette.png": lambda f: Image.fromarray(WIDE).convert("P").save(f, transparency=b"\x00\x80"),
+    "two colours.png": lambda f: Image.fromarray(WIDE).convert("1").save(f),
+    "alpha.png": lambda f: Image.fromarray(np.dstack([WIDE, WIDE[..., 0]])).save(f),
+    "grey alpha.tif": lambda f: Image.fromarray(WIDE[..., :2], "LA").save(f),
+    "printed.tif": lambda f: Image.fromarray(WIDE).convert("CMYK").save(f),
+    "with a preview.tif": lambda f: _pages(f, WIDE, WIDE[::2, ::2]),
+}
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "fractions": (lambda f: Image.fromarray(WIDE[..., 0] / np.float32(255)).save(f), "holds fractions"),
+    "32 bits": (lambda f: Image.fromarray(WIDE[..., 0].astype(np.int32)).save(f), "holds numbers of 32 bits"),
+    "four bands": (lambda f: Image.new("RGBX", (40, 30)).save(f), "has 4 bands"),
+    "pages": (lambda f: _pages(f, WIDE[..., 0], WIDE[..., 1], WIDE[..., 2]), "has 3 pages of one size"),
+    "a preview first": (lambda f: Image.fromarray(WIDE).save(f, tiffinfo={254: 1}), "begins with a preview"),
+}
+
+
+def _pages(file: Path, first: np.ndarray, *more: np.ndarray) -> None:
+    Image.fromarray(first).save(file, save_all=True, append_images=[Image.fromarray(a) for a in more])
+
+
+@pytest.mark.parametrize("name", READ)
+def test_images_are_read_as_ultralytics_reads_them(name: str, tmp_path: Path) -> None:
+    from ultralytics.utils.patches import imread
+
+    READ[name](file := tmp_path / name)
+    theirs = imread(file)[..., ::-1]
+    assert (np.asarray(read_image(file)) == theirs).all()
+    seen = look(file)
+    assert seen.size == theirs.shape[1::-1] and (seen.highest == DEEP.max()) == ("deep" in name and "colour" not in name)
+    assert np.asarray(seen.thumb).std() > 10, "copies of it can be found"
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_an_image_that_would_be_read_wrongly_is_refused(name: str, tmp_path: Path) -> None:
+    spoil, said = UNFIT[name]
+    data = make(tmp_path)
+    spoil(file := tmp_path / "images/train/9.tif")
+    with pytest.raises(DataError, match=f"9.tif {said}"):
+        read_image(file)
+    [finding] = [f for f in check(data).findings if f.problem]
+    assert finding.kind == "unreadable" and said in finding.examples[0]
+    with pytest.raises(DataError, match=f"9.tif {said}"):
+        FAMILIES["yolo"]().read_data(str(data))
+
+
+def test_images_of_16_bits_are_said(tmp_path: Path) -> None:
+    data = make(tmp_path)
+    Image.fromarray(DEEP // 16).save(tmp_path / "images/train/9.png")
+    [finding] = [f for f in check(data, sheet=tmp_path / "s.png").findings if f.kind == "deep"]
+    assert not finding.problem and finding.examples == (f"images/train/9.png: up to {DEEP.max() // 16}, which becomes 15",)
 
 
 def test_an_image_too_large_for_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -607,9 +607,9 @@ def test_a_folder_of_peft_takes_its_classes_from_data(run: visionpeft.Run, tmp_p
 @pytest.mark.parametrize("classes", [2, 80])
 def test_the_lines_that_open_a_detector(head: str, classes: int, checkpoint: Path) -> None:
     family = FAMILIES["yolo"]()
-    base = family.load(str(checkpoint))
     names = {i: str(i) for i in range(classes)}
-    same_as_built(family, base, names, head)
+    for options in ({}, {"channels": 1}):
+        same_as_built(family, family.load(str(checkpoint), **options), names, head, options)
 
 
 @pytest.mark.parametrize("options", [{}, {"img_size": 64}, {"img_size": 64, "num_classes": 7}], ids=str)

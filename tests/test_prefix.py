@@ -16,6 +16,7 @@ import timm
 import torch
 from conftest import NETS, ctrl_c, flat, make_boxes, make_squares
 from conftest import yolo as random_yolo
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -343,6 +344,23 @@ def test_other_data_are_stored_anew(squares: Path, tmp_path: Path, cache: Path) 
     for data in (squares, tmp_path / "fewer"):
         train_resnet(data, tmp_path / "runs", epochs=1, cache=1)
     assert len(files(cache)) == 2
+
+
+def test_images_exported_anew_are_stored_anew(squares: Path, tmp_path: Path, cache: Path) -> None:
+    """Of the same names, sizes and times: what a run trains on is what is there."""
+    data = shutil.copytree(squares, tmp_path / "data")
+    for turn in (False, True):
+        for file in sorted(data.rglob("*.[pb][nm][gp]")):
+            image = Image.open(file).convert("RGB")
+            file.unlink()
+            (image.transpose(Image.Transpose.ROTATE_180) if turn else image).save(file.with_suffix(".bmp"))
+            os.utime(file.with_suffix(".bmp"), (0, 0))
+        run = train_resnet(data, tmp_path / "runs", epochs=1, cache=1)
+        assert run.measured["prefix"]["fill_seconds"] > 0
+    assert len(files(cache)) == 2
+    for file in data.rglob("*.bmp"):  # touched only
+        os.utime(file, (1, 1))
+    assert train_resnet(data, tmp_path / "runs", epochs=1, cache=1).measured["prefix"]["fill_seconds"] == 0
 
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "header", "empty"])

@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,11 @@ from ultralytics import YOLO
 from ultralytics.engine.results import Results
 
 import visionpeft
+from visionpeft.data import check
 from visionpeft.errors import DataError, Interrupted
 from visionpeft.families.yolo_pictures import predicted, scaled
 from visionpeft.families.yolo_tasks import TASKS, fit
+from visionpeft.registry import FAMILIES
 
 SMALL: dict[str, Any] = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "quiet": True}
 MODELS = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}
@@ -233,10 +237,35 @@ def test_what_spoils_pictures_does_not_spoil_runs(tmp_path: Path, bases: dict) -
     assert all(f.is_file() for f in run.pictures.values())
 
 
-def test_a_hidden_folder_is_no_class(sets: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("train/.ipynb_checkpoints/x.png", True, "the hidden folder .*ipynb_checkpoints for a class"),
+        ("train/red/.ipynb_checkpoints/x.png", True, "would train on .*x.png, though .ipynb_checkpoints is hidden"),
+        ("val/red/.x.png", True, "would train on .*x.png, though .x.png is hidden"),
+        ("val/red/._x.png", False, ""),  # of macOS, no image
+        ("train/red/.notes/x.txt", False, ""),
+    ],
+)
+def test_what_is_hidden_is_no_part_of_a_set(name: str, content: bool, said: str, sets: dict, tmp_path: Path) -> None:
     shutil.copytree(sets["classify"], tmp_path / "data")
-    (tmp_path / "data" / "train" / ".ipynb_checkpoints").mkdir()
-    with pytest.raises(DataError, match="the hidden folder .*ipynb_checkpoints for a class"):
+    (file := tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+    file.write_bytes((tmp_path / "data/train/red/0.png").read_bytes() if content else b"x")
+    ours = FAMILIES["timm"]().read_data(str(tmp_path / "data"))
+    assert len(ours.facts["train"]) == 16 and len(ours.facts["val"]) == 6 and list(ours.names.values()) == ["blue", "red"]
+    assert list(check(tmp_path / "data").names.values()) == ["blue", "red"]
+    with pytest.raises(DataError, match=said) if said else nullcontext():
+        visionpeft.plan("yolo11n-cls.yaml", data=tmp_path / "data")
+
+
+def test_accents_are_written_in_two_ways(sets: dict, tmp_path: Path) -> None:
+    shutil.copytree(sets["classify"], tmp_path / "data")
+    for part, way in (("train", "NFC"), ("val", "NFD")):
+        (tmp_path / "data" / part / "red").rename(tmp_path / "data" / part / unicodedata.normalize(way, "r\u00f6t"))
+    assert FAMILIES["timm"]().read_data(str(tmp_path / "data")).names == {0: "blue", 1: "r\u00f6t"}
+    report = check(tmp_path / "data")
+    assert list(report.names.values()) == ["blue", "r\u00f6t"] and [f.kind for f in report.findings] == ["spelling"]
+    with pytest.raises(DataError, match="decomposed Unicode"):
         visionpeft.plan("yolo11n-cls.yaml", data=tmp_path / "data")
 
 
@@ -249,6 +278,6 @@ def test_names_of_files_decide_nothing(bases: dict, tmp_path: Path) -> None:
 def test_channels_at_odds(sets: dict, tmp_path: Path) -> None:
     root = sets["obb"].parent
     data = tmp_path / "data.yaml"
-    data.write_text(f"train: {root}/images/train\nval: {root}/images/val\nnames: [red, green]\nchannels: 1\n")
-    with pytest.raises(DataError, match="has images of 1 channels, but yolo11n-obb.yaml reads 3"):
+    data.write_text(f"train: {root}/images/train\nval: {root}/images/val\nnames: [red, green]\nchannels: 4\n")
+    with pytest.raises(DataError, match=r"has images of channels=4, but yolo11n-obb.yaml reads 3.* 1 \(grey\)"):
         visionpeft.plan("yolo11n-obb.yaml", data=data)

@@ -529,6 +529,26 @@ def test_fingerprint_sees_names_and_sizes(tmp_path: Path) -> None:
     assert len(seen) == 3
 
 
+def test_pictures_of_every_format_are_trained_on_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = make_squares(tmp_path / "data")
+    for name in ("a.jp2", "b.PPM", "c d%20*[1].JPG", "e.gif", "f.gif"):
+        Image.open(data / "train/red/0.png").save(data / "train/red" / name)
+    (data / "train/blue").rename(tmp_path / "blue")
+    (data / "train/blue").mkdir()
+    (data / "train/blue/site").symlink_to(tmp_path / "blue")
+    assert len(Timm().read_data(str(data)).facts["train"]) == 8 + 11
+    assert "2 pictures in" in caplog.text and "red/e.gif" in caplog.text
+
+
+def test_an_image_that_would_be_read_wrongly_stops_a_run(lora: visionpeft.Run, tmp_path: Path) -> None:
+    data = make_squares(tmp_path / "data")
+    Image.new("F", (32, 32)).save(file := data / "train/red/9.tif")
+    with pytest.raises(DataError, match=r"red/9.tif holds fractions.* \(1 such images in .*train\)"):
+        Timm().read_data(str(data))
+    with pytest.raises(DataError, match="red/9.tif holds fractions"):
+        visionpeft.predict(lora.delta, file)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 @pytest.mark.filterwarnings("error")
 def test_images_of_any_mode(mode: str, tmp_path: Path) -> None:

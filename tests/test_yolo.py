@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REAL, ctrl_c, learned_the_same
 from PIL import Image
 from ultralytics import YOLO
+from ultralytics.data.base import BaseDataset
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import load_checkpoint
@@ -24,8 +26,9 @@ import visionpeft
 from visionpeft import cli, lean, twins
 from visionpeft import delta as deltas
 from visionpeft.attach import is_added
-from visionpeft.errors import Interrupted, ModelError, TrainingError
-from visionpeft.families.yolo import Tuned
+from visionpeft.data import check
+from visionpeft.errors import DataError, Interrupted, ModelError, TrainingError
+from visionpeft.families.yolo import Tuned, Yolo
 from visionpeft.methods.lora import LoraConfig
 from visionpeft.registry import FAMILIES
 
@@ -350,6 +353,41 @@ def test_unreadable_images_are_left_out_with_a_warning(
         (tmp_path / "data" / "labels" / "train" / "3.txt").write_text("0 0.5 0.5 7.0 0.5\n")
     visionpeft.train(tmp_path / "data" / "data.yaml", model=checkpoint, project=tmp_path, **{**SMALL, "epochs": 1})
     assert "1 of 8 train images cannot be used and are left out" in caplog.text
+
+
+def test_grey_images(boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """channels: 1 makes an RGB model read grey images, as Ultralytics' `load` does: by the sum of its filters."""
+    grey = tmp_path / "grey.yaml"
+    grey.write_text(f"path: {boxes.parent}\n{boxes.read_text()}channels: 1\n")
+    run = visionpeft.train(grey, model=checkpoint, method="lora", r=2, project=tmp_path, **{**SMALL, "epochs": 1})
+    adapted, rgb = visionpeft.load(run.delta), load_checkpoint(checkpoint)[0]
+    theirs = type(rgb)(rgb.yaml, ch=1, verbose=False)
+    theirs.load(rgb)
+    assert torch.equal(adapted.base.state["model.0.conv.weight"], theirs.state_dict()["model.0.conv.weight"])
+    assert YOLO(run.merged).model.yaml["channels"] == 1
+    assert visionpeft.val(adapted, grey, device="cpu") == run.after
+    assert visionpeft.predict(adapted, boxes.parent / "images" / "val", device="cpu")
+    with pytest.raises(DataError, match="has images of channels=3, but the model reads 1"):
+        visionpeft.val(adapted, boxes, device="cpu")
+
+
+def test_what_ultralytics_does_not_find_does_not_count(boxes: Path, tmp_path: Path, caplog) -> None:
+    """Hidden names and other formats are left out, and links to folders are followed, as in Ultralytics' own reader."""
+    shutil.copytree(boxes.parent, tmp_path / "data")
+    train = tmp_path / "data" / "images" / "train"
+    (train / "._0.png").write_bytes(b"x")
+    (train / ".ipynb_checkpoints").mkdir()
+    shutil.copy(train / "0.png", train / ".ipynb_checkpoints" / "0.png")
+    (train / "0.gif").write_bytes(b"x")
+    for kind in ("images", "labels"):
+        (tmp_path / "data" / kind / "train").rename(tmp_path / kind)
+        (tmp_path / "data" / kind / "train").mkdir()
+        (tmp_path / "data" / kind / "train" / "site").symlink_to(tmp_path / kind)
+    found = Yolo().read_data(str(tmp_path / "data" / "data.yaml")).facts["train"]
+    assert found == BaseDataset.get_img_files(SimpleNamespace(prefix="", fraction=1.0), str(train))
+    assert len(found) == 8 and "1 pictures" in caplog.text and "site/0.gif" in caplog.text
+    report = check(tmp_path / "data" / "data.yaml")
+    assert report.splits["train"].images == 8 and report.findings[0].kind == "other format"
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="real weights and images (shared/data) are not here")

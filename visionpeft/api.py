@@ -220,6 +220,8 @@ def _train(
             f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
         )
     data = family.read_data(scenes.find(given["data"]), base)
+    base, made_so = family.suited(base, data)
+    given["model_args"] |= made_so
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)

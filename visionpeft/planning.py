@@ -69,7 +69,7 @@ def plan(
     check_settings(settings, {"seed": settings["seed"]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])  # as `train` draws the head
-        own, checked = fitted(family, base, data, head)
+        _, own, checked = fitted(family, base, data, head)
     anatomy = family.anatomy(own, str(model))
     anatomy = with_evidence(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
@@ -223,7 +223,7 @@ class _Rehearsed:
             self.fitted, data = self.base.model, None
             if given["data"]:  # else it is the base's own head
                 torch.manual_seed(idle.get("seed", 0))  # as `train` draws the head
-                self.fitted, data = fitted(family, self.base, given["data"], given["head"])
+                self.base, self.fitted, data = fitted(family, self.base, given["data"], given["head"])
         look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
         seen = family.anatomy(self.fitted, str(given["model"]))
         self.anatomy = with_evidence(seen, self.tuning, family, self.fitted, data, **look)

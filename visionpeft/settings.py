@@ -138,8 +138,11 @@ def lasting(source: str | Path) -> str:
     return str(path.resolve()) if path.parent != Path(".") and path.is_file() else str(source)
 
 
-def fitted(family: Family, base: Base, data: Any, head: str | None) -> tuple[nn.Module, Data | None]:
-    """Return the base with its head made for the data, or its own where there are none."""
-    checked = family.read_data(scenes.find(data), base) if data else None
-    names, outputs = (checked.names, checked.outputs) if checked else (base.names, {})
-    return family.fit(base, names, head or family.defaults_for(base)["head"], **outputs), checked
+def fitted(family: Family, base: Base, data: Any, head: str | None) -> tuple[Base, nn.Module, Data | None]:
+    """Return the base, made for the data's images, and with its head made for the data, or its own where there are none."""
+    names, outputs, checked = base.names, {}, None
+    if data:
+        checked = family.read_data(scenes.find(data), base)
+        names, outputs = checked.names, checked.outputs
+        base, _ = family.suited(base, checked)
+    return base, family.fit(base, names, head or family.defaults_for(base)["head"], **outputs), checked

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
-from .layout import TASKS, Layout, class_of, is_image, label_of, read_layout
+from .layout import TASKS, Layout, class_of, composed, is_image, label_of, read_layout
 from .pictures import Picture, copies, look_all
 from .report import Finding, Report, Split, Tally
 from .rows import Fault, Row, guess_task, known_task, lengths, make_row, read_lines, sticks_out
@@ -20,7 +20,7 @@ from .sheet import Tile, draw_sheet, pick
 
 _TINY = 8  # pixels: the stride of the finest map that YOLO's heads look at
 KINDS = {  # kind: (is a problem, title, advice)
-    "unreadable": (True, "image that cannot be used", "It is left out of training; replace or remove it."),
+    "unreadable": (True, "image that cannot be used", "It is left out of training, or stops it; replace or remove it."),
     "malformed": (True, "row that is not understood", "Ultralytics leaves out the whole image."),
     "mixed": (True, "label file with boxes and polygons", "Ultralytics leaves out the whole image."),
     "class": (True, "row with a class that 'names' lacks", "Ultralytics leaves out the whole image."),
@@ -35,11 +35,14 @@ KINDS = {  # kind: (is a problem, title, advice)
     "conflict": (True, "image in two classes", "The two labels contradict each other."),
     "no train": (True, "class with objects to measure, but none to train on", "It cannot be learned."),
     "split": (True, "split that the set lacks", "Training wants train and val."),
+    "spelling": (True, "class spelled in two ways", "Accents apart from their letters or not: two classes to YOLO."),
     "sticks out": (False, "box that sticks out of its image", "Training clips it."),
     "duplicate row": (False, "row that is there twice", "Ultralytics uses it once."),
     "unlabelled": (False, "image without a label file", "It counts as background; right only if it shows no object."),
     "copy": (False, "image that its split holds twice", "It weighs double."),
     "near copy": (False, "image nearly the same as another of its split", "Frames of one film, or an augmented export?"),
+    "deep": (False, "image of 16 bits", "Training sees the upper 8; spread small values over 0 to 65535 first."),
+    "other format": (False, "picture of a format that is not read", "Training leaves it out; convert it."),
     "absent": (False, "class without objects in a split", "Its score there says nothing."),
     "tiny": (False, "split where every tenth object or more is tiny", f"Under {_TINY} px: try a larger imgsz, or tiles."),
 }
@@ -70,6 +73,10 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     for file, picture in pictures.items():
         if picture.fault:
             notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
+        if picture.highest is not None:
+            notes.add("deep", f"{layout.short(file)}: up to {picture.highest}, which becomes {picture.highest >> 8}")
+    for file in layout.others:
+        notes.add("other format", layout.short(file))
     for part in sorted({"train", "val"} - set(layout.splits)):
         notes.add("split", part)
     for name, count in Counter(layout.names.values()).items():
@@ -78,6 +85,10 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     if layout.classify:
         task = "classify"
         splits, tiles = _count_folders(layout, pictures)
+        spelled = {f.relative_to(layout.root).parts[1] for f in pictures}
+        for name in sorted(spelled - set(layout.names.values())):
+            if composed(name) in spelled:
+                notes.add("spelling", name)
     else:
         splits, task, tiles = _count_rows(layout, pictures, task, imgsz, notes)
         _orphans(layout, notes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import glob
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from ..errors import DataError
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
+_OTHERS = frozenset("gif j2k jfif jpe jpx jxl pbm pgm pnm ppm tga".split())  # pictures, too, but not to Ultralytics
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
 _MOST = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
@@ -30,6 +33,7 @@ class Layout:
         root: The folder that files are named relative to.
         names: Classes by index.
         splits: Image files of train, val and test, where there are any.
+        others: Pictures beside them, of formats that Ultralytics does not read.
         kpt_shape: Of a pose set: keypoints and numbers per keypoint.
         classify: Whether an image's class is its folder; then there are no label files.
     """
@@ -38,6 +42,7 @@ class Layout:
     root: Path
     names: dict[int, str]
     splits: dict[str, list[Path]]
+    others: tuple[Path, ...] = ()
     kpt_shape: tuple[int, int] | None = None
     classify: bool = False
 
@@ -86,6 +91,21 @@ def is_image(file: Path) -> bool:
     return file.suffix[1:].lower() in SUFFIXES and not file.name.startswith(".")
 
 
+def find_images(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> tuple[list[Path], list[Path]]:
+    """Return the images below a folder, and the pictures of formats that are none of `suffixes`.
+
+    They are found as Ultralytics finds them: in folders that links lead to, too, and not where a name begins with a dot.
+    """
+    named = map(Path, glob.glob(str(Path(glob.escape(str(folder))) / "**" / "*.*"), recursive=True))
+    known = [(f, f.suffix[1:].lower()) for f in named]
+    return [f for f, s in known if s in suffixes], [f for f, s in known if s in _OTHERS - suffixes]
+
+
+def composed(name: str) -> str:
+    """Return a name as it is to be compared: macOS writes the accents of file names apart from their letters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _shipped(path: Path) -> Path:
     """Return the data YAML of that name that Ultralytics ships."""
     from ultralytics.utils import ROOT
@@ -103,11 +123,12 @@ def _read_yaml(path: Path, source: str) -> Layout:
     if not {"train", *_KEYS["val"]} & set(values):
         raise DataError(f"{path} is no data YAML; it must hold train, val and names (Ultralytics' format)")
     root = _root(path, values)
-    splits = {}
+    splits, others = {}, []  # type: ignore[var-annotated]
     for part, keys in _KEYS.items():
         if place := next((values[k] for k in keys if values.get(k)), None):
-            splits[part] = _images(root, place, part, source)
-    return Layout(source, root, _names(values, path), splits, _kpt_shape(values, path))
+            splits[part], more = _images(root, place, part, source)
+            others += more
+    return Layout(source, root, _names(values, path), splits, tuple(sorted(others)), _kpt_shape(values, path))
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -203,32 +224,37 @@ def listed(file: Path) -> list[str]:
     return [str(file.parent / line[2:]) if line.startswith("./") else line for line in found]
 
 
-def _images(root: Path, given: Any, part: str, source: str) -> list[Path]:
-    """Return the images of a split: of folders, and of text files that list them."""
+def _images(root: Path, given: Any, part: str, source: str) -> tuple[list[Path], list[Path]]:
+    """Return the images of a split, of folders and of text files that list them, and other pictures in the folders."""
     found: list[Path] = []
+    others: list[Path] = []
     places = [str(place) for place in (given if isinstance(given, list) else [given])]
     for place in places:
         path = root / place
         if not path.exists() and place.startswith("../") and place == given:  # Ultralytics forgives it, for Roboflow's sake
             path = root / place[3:]
         if path.is_dir():
-            found += [f for f in path.rglob("*") if is_image(f)]
+            images, more = find_images(path)
+            found, others = found + images, others + more
         elif path.is_file():
             found += map(Path, listed(path))
         else:
             raise DataError(f"the {part} images of {source} are not at {path}; correct '{part}:' or 'path:' in the YAML")
     if not found:
         raise DataError(f"{source} has no {part} images in {', '.join(places)}; put some there")
-    return sorted(found)
+    return sorted(found), others
 
 
 def _read_folders(root: Path, source: str) -> Layout:
     """Find the images of train/CLASS, val/CLASS and test/CLASS."""
     splits: dict[str, list[Path]] = {}
+    others: list[Path] = []
     for part, names in SPLITS.items():
         folder = next((root / n for n in names if (root / n).is_dir()), None)
         if folder:
-            splits[part] = sorted(f for f in folder.rglob("*") if is_image(f) and f.parent != folder)
+            images, more = find_images(folder)
+            splits[part] = sorted(f for f in images if f.parent != folder)
+            others += more
     if not splits.get("train"):
         raise DataError(
             f"{source} holds neither a data YAML nor images in train/CLASS; give a folder with one of them, or convert a "
@@ -237,9 +263,10 @@ def _read_folders(root: Path, source: str) -> Layout:
     classes = sorted({class_of(root, f) for images in splits.values() for f in images})
     if classes == ["images"]:
         raise DataError(f"{source} has train/images, but no data YAML; write one with train, val and names, and give that")
-    return Layout(source, root, dict(enumerate(classes)), {k: v for k, v in splits.items() if v}, classify=True)
+    kept = {k: v for k, v in splits.items() if v}
+    return Layout(source, root, dict(enumerate(classes)), kept, tuple(sorted(others)), classify=True)
 
 
 def class_of(root: Path, image: Path) -> str:
     """Return the class of an image in root/SPLIT/CLASS/."""
-    return image.relative_to(root).parts[1]
+    return composed(image.relative_to(root).parts[1])

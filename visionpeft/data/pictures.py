@@ -1,4 +1,4 @@
-"""Image files: whole or not, how large, and which are copies of one another.
+"""Image files: read as Ultralytics reads them, whole or not, how large, and which are copies of one another.
 
 Near copies are found by a difference hash (256 bits: is each cell of a 17 x 16 thumbnail darker than its right
 neighbour; N. Krawetz 2013, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html), and then
@@ -14,17 +14,24 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..errors import DataError
 from .layout import SUFFIXES
 from .report import watched
 
 _THUMB = (34, 32)  # width, height: two by two pixels per cell of the hash
 _BITS, _CLOSE, _ALIKE, _PLAIN = 256, 26, 0.985, 4.0
+_EIGHT_BITS = frozenset("1 L LA La P PA RGB RGBA RGBa CMYK YCbCr".split())  # Pillow's modes
+_WIDTH, _HEIGHT, _KIND, _ORIENTATION, _SAMPLES, _EXTRA = 256, 257, 254, 274, 277, 338  # tags of TIFF and EXIF
+BROKEN = (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError)  # what Pillow raises; ImportError:
+# of an unknown format, Ultralytics has it look for a HEIF plugin
 _LEAST = 10  # pixels: Ultralytics leaves out images that are smaller
 
 
@@ -37,14 +44,89 @@ class Picture:
         digest: Of the file's bytes.
         thumb: (32, 34), grey, or None.
         fault: Why it cannot be used, or "".
+        highest: The largest value of an image of 16 bits.
     """
 
     size: tuple[int, int] | None = None
     digest: bytes = b""
     thumb: np.ndarray | None = None
     fault: str = ""
+    highest: int | None = None
 
 
+# ------------------------------------------------------------------------------------------------------------ reading them
+def read_image(source: Any) -> Image.Image:
+    """Return a file's, or an image's, RGB: the picture that Ultralytics' own reader gives.
+
+    Raises:
+        DataError: Something of it would be lost.
+        OSError, ValueError, SyntaxError, ImportError: It is no image that Pillow reads.
+    """
+    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+        if why := unfit(image):
+            raise DataError(f"{getattr(image, 'filename', '') or 'the image'} {why}")
+        image = upright(image)
+        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image turned by its EXIF tag and, of 16 bits, the upper 8."""
+    deep = _deep(image)
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image
+
+
+def unfit(image: Image.Image) -> str:
+    """Return why an opened image would be read otherwise than it is meant, or "". Its pixels are not looked at."""
+    tags: Any = getattr(image, "tag_v2", {})
+    bands, more = tags.get(_SAMPLES, 1), tags.get(_EXTRA, ())
+    instead = "give red, green and blue alone"
+    if bands - len(more) not in (1, 3, 4) or 0 in more:  # 1 and 2 are alpha, which is left out
+        return f"has {bands} bands, of which the further ones would be lost; {instead}"
+    if image.mode not in _EIGHT_BITS and not _deep(image):
+        held = {"F": "fractions", "I": "numbers of 32 bits, or with a sign"}.get(image.mode, f"{image.mode} colours")
+        return f"holds {held}, which cannot be read without loss; save it as grey or RGB, with 8 or 16 bits"
+    if tags.get(_KIND, 0) & 1:
+        return "begins with a preview, which would be read in place of the picture; save the picture alone"
+    if tags and (pages := _pages(image)) > 1:
+        return f"has {pages} pages of one size, of which only the first would be read; {instead}, in one page"
+    return ""
+
+
+def refuse_unfit(files: Iterable[str]) -> None:
+    """Look for images that are `unfit`; only TIFF can hold such.
+
+    Raises:
+        DataError: One is.
+    """
+    for file in files:
+        if file.lower().endswith((".tif", ".tiff", ".dng")):
+            why = ""
+            with suppress(*BROKEN), Image.open(file) as image:  # what is broken is left out later, and said
+                why = unfit(image)
+            if why:
+                raise DataError(f"{file} {why}")
+
+
+def _deep(image: Image.Image) -> bool:
+    """Say whether an image has 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _pages(image: Any) -> int:
+    """Return how many pages of a TIFF are as large as its first; smaller ones are previews of it."""
+    size, count = image.size, 0
+    for page in range(image.n_frames):
+        image.seek(page)
+        count += image.size == size
+    image.seek(0)
+    return count
+
+
+# ------------------------------------------------------------------------------------------------------- looking at them
 def look(file: Path) -> Picture:
     """Read a file whole, so that a truncated one is found out, at an eighth of a JPEG's size where that is enough."""
     digest = b""
@@ -55,25 +137,33 @@ def look(file: Path) -> Picture:
             if (form := str(image.format).lower()) not in SUFFIXES | {"jpeg2000"}:
                 raise ValueError(f"{form.upper()}, which Ultralytics does not read, whatever its name says")
             width, height = turned(image)
+            if why := unfit(image):
+                return Picture(digest=digest, fault=why)
             image.draft("L", (2 * _THUMB[0], 2 * _THUMB[1]))
             image.load()
-            grey = ImageOps.exif_transpose(image).convert("L").resize(_THUMB, Image.Resampling.BOX)
+            highest = int(np.asarray(image).max()) if _deep(image) else None
+            grey = upright(image).convert("L").resize(_THUMB, Image.Resampling.BOX)
     except FileNotFoundError:
         return Picture(fault="is not there")
     except Image.DecompressionBombError:  # Ultralytics, too, opens images with Pillow before it trains on them
         return Picture(digest=digest, fault="more pixels than Pillow opens (179 million); cut it into tiles")
-    except (OSError, ValueError, SyntaxError, ImportError) as error:
+    except BROKEN as error:
         words = "no image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         return Picture(digest=digest, fault=" ".join(words.split())[:80])
     if min(width, height) < _LEAST:
         return Picture(None, digest, None, f"{width} x {height}, smaller than {_LEAST} pixels")
-    return Picture((width, height), digest, np.asarray(grey))
+    return Picture((width, height), digest, np.asarray(grey), highest=highest)
 
 
 def turned(image: Image.Image) -> tuple[int, int]:
     """Return an image's width and height after its EXIF orientation is applied, as OpenCV and so Ultralytics do."""
-    width, height = image.size
-    return (height, width) if image.getexif().get(0x0112) in (5, 6, 7, 8) else (width, height)
+    width, height = _stored(image)
+    return (height, width) if image.getexif().get(_ORIENTATION) in (5, 6, 7, 8) else (width, height)
+
+
+def _stored(image: Any) -> tuple[int, int]:
+    """Return an image's width and height as the file says them: of a TIFF, Pillow has turned them already."""
+    return (image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]) if image.format == "TIFF" else image.size
 
 
 def header(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -86,7 +176,7 @@ def header(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     Image.MAX_IMAGE_PIXELS = None  # it guards memory, and no pixel is read here; satellite images are large
     try:
         with Image.open(file) as image:
-            return image.size, turned(image)
+            return _stored(image), turned(image)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 

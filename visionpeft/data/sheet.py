@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import files
 from ..errors import ConfigError
+from .pictures import upright
 from .report import printable
 from .rows import Row
 
@@ -108,7 +109,7 @@ def _draw(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
     """Return an image of a tile's size with its objects."""
     with Image.open(tile.file) as opened:
         opened.draft("RGB", (_TILE, _TILE))
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = upright(opened).convert("RGB")
     image = ImageOps.contain(image, (_TILE - 4, _TILE - 4))
     width, height = image.size
     pen = ImageDraw.Draw(image, "RGBA")

@@ -16,7 +16,7 @@ from ..plan import Plan
 from ..scenes import cache
 from .base import Base, Data, Family
 from .launch import devices
-from .views import Store, key
+from .views import Store, content, key
 
 FORMAT = 1  # of stored views; another one when they are computed otherwise
 
@@ -59,7 +59,8 @@ def set_apart(
         base=deltas.fingerprint(base.state),
         modules=[prefix.modules, prefix.read, leading.image],
         types=[str(prefix.dtype), str(stored)],
-        data=data.fingerprint,
+        data=data.fingerprint,  # names, sizes and labels
+        images=content(data.facts["train"]),
         input=base.facts,  # the mean and so on that images are prepared with
         augmentation=family.augmentation(extra),
         rounds=rounds,

@@ -254,6 +254,14 @@ class Family(ABC):
             DataError: It is missing, empty or contradicts itself.
         """
 
+    def suited(self, base: Base, data: Data) -> tuple[Base, dict[str, Any]]:
+        """Return the base made for a data set's images, and the arguments with which `load` makes it so.
+
+        Raises:
+            DataError: It cannot read them.
+        """
+        return base, {}
+
     @abstractmethod
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         """Return a copy of the base whose head is made for `names`, and for a data set's `outputs`."""

@@ -14,36 +14,42 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..data.layout import SUFFIXES, composed, find_images
+from ..data.pictures import BROKEN, read_image, unfit
 from ..errors import DataError
 from ..pictures import Picture, guessed, spread
 from .base import Data
 
 LOGGER = logging.getLogger("visionpeft")
 Items = Sequence[tuple[str, int]]  # image files with the index of their class
-_NAMES = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
+PILLOW = SUFFIXES | {"pgm", "ppm"}  # what images are called that are read here
+FOLDERS = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
 
 
-def read_folders(source: str, split: str, train: bool = True) -> Data:
+def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, train: bool = True) -> Data:
     """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
+
+    A class is called as its folder in train is; elsewhere its accents may be written otherwise.
 
     Args:
         source: The folder that holds both.
         split: What is measured on.
+        suffixes: Of image files.
         train: Whether train/CLASS is needed; without it, the classes are those of the split.
 
     Raises:
         DataError: Something is missing, empty, unreadable or at odds.
     """
-    root, names = Path(source), _NAMES.get(split, (split,))
+    root, names = Path(source), FOLDERS.get(split, (split,))
     if not root.is_dir():
         raise DataError(f"data={source} is no folder; give one that holds train/CLASS/ and val/CLASS/ with images")
     folders = {"train": root / "train"} if train else {}
     folders["val"] = next((root / n for n in names if (root / n).is_dir()), root / " or ".join(names))
     if lacks := next((folder.name for folder in folders.values() if not folder.is_dir()), None):
         raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
-    found = {part: _by_class(folder) for part, folder in folders.items()}
+    spelled: dict[str, str] = {}
+    found = {part: _by_class(folder, suffixes, spelled) for part, folder in folders.items()}
     found["val"] = {c: images for c, images in found["val"].items() if images}
     if train:
         _compare(source, found["train"], set(found["val"]))
@@ -93,14 +99,6 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.items[index]
         return self.transform(read_image(path)), label
-
-
-def read_image(source: Any) -> Image.Image:
-    """Return a file's, or an image's, RGB."""
-    with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
-        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
 
 
 def loader(
@@ -160,17 +158,25 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")
+def leave_out(others: Sequence[Path], place: object) -> None:
+    """Say which pictures are left out for their format."""
+    if others:
+        LOGGER.warning("%s pictures in %s are of formats that are not read, e.g. %s", len(others), place, min(others))
 
 
-def _by_class(folder: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class folder."""
+def _by_class(folder: Path, suffixes: frozenset[str], spelled: dict[str, str]) -> dict[str, list[Path]]:
+    """Return the image files of each class; `spelled` has the names of classes by their composed ones, and is added to."""
     classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    found = {c.name: sorted(f for f in c.rglob("*") if _is_image(f)) for c in classes}
+    found: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for place in classes:
+        images, more = find_images(place, suffixes)
+        found.setdefault(spelled.setdefault(composed(place.name), place.name), []).extend(sorted(images))
+        others += more
+    leave_out(others, folder)
     if not any(found.values()):
         where = "its class folders hold none" if found else "it has no class folders"
-        raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(IMG_EXTENSIONS)}")
+        raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(sorted(suffixes))}")
     return found
 
 
@@ -187,11 +193,17 @@ def _compare(source: str, train: dict[str, list[Path]], val: set[str]) -> None:
 
 
 def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, int]]:
-    """Return the images that can be read; warn of the rest."""
+    """Return the images that can be read; warn of the rest.
+
+    Raises:
+        DataError: None can be, or something of one would be lost.
+    """
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-        fine = list(pool.map(_decodes, (file for file, _ in items)))
-    kept = [item for item, ok in zip(items, fine, strict=True) if ok]
-    broken = [file for (file, _), ok in zip(items, fine, strict=True) if not ok]
+        wrong = list(pool.map(_fault, (file for file, _ in items)))
+    if why := next((f"{file} {said}" for (file, _), said in zip(items, wrong, strict=True) if said), None):
+        raise DataError(f"{why} ({sum(map(bool, wrong))} such images in {folder})")
+    kept = [item for item, said in zip(items, wrong, strict=True) if said is not None]
+    broken = [file for (file, _), said in zip(items, wrong, strict=True) if said is None]
     if not kept:
         raise DataError(f"none of the {len(items)} images in {folder} can be read, e.g. {broken[0]}; are they whole?")
     if broken:
@@ -200,14 +212,17 @@ def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, i
     return kept
 
 
-def _decodes(file: Path) -> bool:
+def _fault(file: Path) -> str | None:
+    """Return why an image would be read otherwise than it is meant, "" where it is fine, None where it is broken."""
     try:
         with Image.open(file) as image:
+            if why := unfit(image):
+                return why
             image.draft("RGB", (32, 32))  # of a JPEG only an eighth is computed, but all of it is read
             image.load()
-    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError):
-        return False  # ImportError: where Pillow knows no format, Ultralytics has it look for a HEIF plugin
-    return True
+    except BROKEN:
+        return None
+    return ""
 
 
 def sources(source: Any) -> Iterator[Any]:
@@ -216,10 +231,11 @@ def sources(source: Any) -> Iterator[Any]:
         if isinstance(one, Image.Image):
             yield one
         elif isinstance(one, str | Path) and Path(one).is_dir():
-            found = sorted(f for f in Path(one).rglob("*") if _is_image(f))
+            found, others = find_images(Path(one), PILLOW)
+            leave_out(others, one)
             if not found:
                 raise DataError(f"{one} holds no images; give a folder with some, a file or a PIL image")
-            yield from found
+            yield from sorted(found)
         elif isinstance(one, str | Path) and Path(one).is_file():
             yield one
         else:
@@ -230,5 +246,7 @@ def open_image(image: Any) -> Image.Image:
     """Return the RGB of a file or an image that `sources` found."""
     try:
         return read_image(image)
-    except (OSError, SyntaxError, ImportError) as error:
+    except DataError:
+        raise
+    except BROKEN as error:
         raise DataError(f"{image} cannot be read as an image; give another") from error

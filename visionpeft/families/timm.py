@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..attach import attached, merge, mergeable
+from ..data.layout import composed
 from ..errors import ConfigError, DataError, ModelError, nearest
 from ..pictures import Picture, spread
 from ..plan import Anatomy
@@ -105,8 +106,8 @@ class Timm(Family):
         model.reset_classifier(len(names))
         model.names = dict(names)
         if head == "keep":
-            old = {name: i for i, name in base.names.items()}
-            rows = [(i, old[name]) for i, name in names.items() if name in old]
+            old = {composed(name): i for i, name in base.names.items()}
+            rows = [(i, old[composed(name)]) for i, name in names.items() if composed(name) in old]
             with torch.no_grad():
                 for name, parameter in (x for h in classifiers(model) for x in _inside(model, h)):
                     _keep_rows(parameter, before.get(name), rows, len(names), len(base.names))
@@ -143,7 +144,8 @@ class Timm(Family):
         loop.run(self, job, transform)
 
     def check_classes(self, names: Mapping[int, str], data: Data) -> None:
-        if strange := [name for name in data.names.values() if name not in names.values()]:
+        known = set(map(composed, names.values()))
+        if strange := [name for name in data.names.values() if composed(name) not in known]:
             raise DataError(
                 f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(names.values())}"
             )
@@ -154,8 +156,8 @@ class Timm(Family):
         own: Any = copy.deepcopy(model).to(device)
         names = getattr(own, "names", data.names)
         self.check_classes(names, data)
-        index = {name: i for i, name in names.items()}
-        items = [(file, index[data.names[i]]) for file, i in data.facts["val"]]
+        index = {composed(name): i for i, name in names.items()}
+        items = [(file, index[composed(data.names[i])]) for file, i in data.facts["val"]]
         images = Images(items, transform(own, use["imgsz"]))
         guesses: list[int] = []
         metrics = score(own, loader(images, use["batch"], use["workers"]), len(index), guesses=guesses)

@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,20 @@ class Store:
         for other in leaving:
             with suppress(OSError):  # another run reads it, where that matters
                 other.unlink()
+
+
+def content(items: Iterable[str | tuple[str, int]]) -> str:
+    """Return a digest of what image files hold; each is one, or comes with its class.
+
+    All of every file is read: names, sizes and times may be the same where a set was exported anew. It takes less than the
+    check of the stored views themselves, which are larger.
+    """
+
+    def one(item: str | tuple[str, int]) -> bytes:
+        return hashlib.blake2b(Path(item if isinstance(item, str) else item[0]).read_bytes()).digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        return hashlib.blake2b(b"".join(pool.map(one, items))).hexdigest()
 
 
 def key(**facts: Any) -> str:

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,8 @@ from ultralytics.utils.torch_utils import select_device
 
 from .. import files
 from ..attach import attached, merge, mergeable
-from ..data.layout import read_names, read_values
+from ..data.layout import SUFFIXES, composed, read_names, read_values
+from ..data.pictures import look, refuse_unfit
 from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
@@ -55,7 +57,7 @@ from .base import (
     read_statistics,
     read_stride,
 )
-from .images import draw, held_back, read_folders, split_folders
+from .images import FOLDERS, draw, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
@@ -145,8 +147,8 @@ class Yolo(Family):
             select_device(settings["device"], verbose=False)
 
     def load(self, source: str, **options: Any) -> Base:
-        if options:
-            raise ConfigError(f"YOLO models take no further options, but {', '.join(options)} was given")
+        if strange := ", ".join(options.keys() - {"channels"}):
+            raise ConfigError(f"YOLO models take no further options but channels, but {strange} was given")
         stem = Path(source).stem.lower()
         named = (kind for mark, kind in _OTHERS.items() if mark in stem and stem.startswith(("yolo", "rtdetr")))
         if not Path(source).is_file() and (other := next(named, None)):
@@ -175,7 +177,8 @@ class Yolo(Family):
         model = model.float().eval()
         imgsz = getattr(model, "args", {}).get("imgsz") or task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
-        return Base(source, model, task.name, dict(model.names), facts, pretrained)
+        base = Base(source, model, task.name, dict(model.names), facts, pretrained)
+        return _reading(base, options["channels"], "model_args") if options else base
 
     def design(self, source: str, **options: Any) -> Base:
         design = Path(source).with_suffix(".yaml").name
@@ -185,10 +188,8 @@ class Yolo(Family):
     def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
-            hidden = [f for f in sorted(Path(source).glob("*/.*")) if f.is_dir()]
-            if hidden:
-                raise DataError(f"Ultralytics would take the hidden folder {hidden[0]} for a class; remove it")
-            return read_folders(source, split)  # with train, too: without it, Ultralytics would split the rest anew
+            # with train, too: without it, Ultralytics would split the rest anew
+            return _own_folders(read_folders(source, split, SUFFIXES), split)
         if not str(source).endswith((".yaml", ".yml")):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         if Path(source).is_file():
@@ -200,15 +201,12 @@ class Yolo(Family):
         except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
             raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
-        if base and data["channels"] != base.facts["channels"]:
-            raise DataError(
-                f"{source} has images of {data['channels']} channels, but {base.source} reads {base.facts['channels']}; "
-                "give another model, or correct 'channels' in the data YAML"
-            )
-        facts: dict[str, Any] = {"pose": pose_length(task, data, source)}
+        facts: dict[str, Any] = {"channels": data["channels"], "pose": pose_length(task, data, source)}
         owners: dict[str, set[str]] = {}
         for part in ("train", split) if train else (split,):
-            found = images(data.get(part), part, source)
+            found = images(data.get(part), part, source, said=True)
+            if data["channels"] in (1, 3):  # else Ultralytics reads all bands, and all pages as bands
+                refuse_unfit(found)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
                 if not Path(image).is_file():
@@ -234,6 +232,12 @@ class Yolo(Family):
         return Data(str(source), task.name, dict(data["names"]), digest.hexdigest(), facts, outputs)
 
     # --------------------------------------------------------------------------------------------------------- the model
+    def suited(self, base: Base, data: Data) -> tuple[Base, dict[str, Any]]:
+        channels = data.facts.get("channels", 3)
+        if channels == base.facts["channels"]:
+            return base, {}
+        return _reading(base, channels, data.source), {"channels": channels}
+
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         return fit(base.model, names, base.facts["channels"], head, outputs)
 
@@ -354,6 +358,9 @@ class Yolo(Family):
     def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
         self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
+        channels, own = data.facts.get("channels", 3), getattr(model, "yaml", {}).get("channels", 3)
+        if channels != own:
+            raise DataError(f"{data.source} has images of channels={channels}, but the model reads {own}; give other data")
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
@@ -417,8 +424,11 @@ class Yolo(Family):
             lines.append("from ultralytics.utils.torch_utils import intersect_dicts")
             fill = "model.load_state_dict(intersect_dicts(base.state_dict(), model.state_dict()), strict=False)"
         channels = f", ch={base.facts['channels']}" if base.facts["channels"] != 3 else ""
+        lines.append(f"base = YOLO({base.source!r}).model.float()")
+        if "channels" in header["base"]["model_args"]:
+            lines += ["from torch.nn import Parameter", "first = base.model[0].conv"]
+            lines.append("first.weight = Parameter(first.weight.sum(1, keepdim=True))  # of grey images")
         lines += [
-            f"base = YOLO({base.source!r}).model.float()",
             f"model = {cls}({{**base.yaml, {str(design)[1:-1]}}}{channels}, verbose=False).eval()",
             f"{fill}  # the head's values come with the adapter",
         ]
@@ -508,6 +518,51 @@ def _for_inference(model: Any) -> Any:
         model.args = dict(DEFAULT_CFG_DICT)
     model.task = _task(model).name
     return model
+
+
+def _reading(base: Base, channels: Any, source: str) -> Base:
+    """Return a base that reads images of so many channels: grey ones by the sum of its filters, as Ultralytics has it.
+
+    Raises:
+        DataError: It cannot be made to.
+    """
+    own = base.facts["channels"]
+    if channels == own:
+        return base
+    if channels != 1 or own != 3 or isinstance(channels, bool):
+        raise DataError(
+            f"{source} has images of channels={channels}, but {base.source} reads {own}; a model of 3 is made to read 1 "
+            "(grey), and no other; give another model, or correct 'channels' in the data YAML"
+        )
+    model: Any = copy.deepcopy(base.model)
+    first = model.model[0].conv
+    first.weight = nn.Parameter(first.weight.sum(1, keepdim=True))
+    first.in_channels = model.yaml["channels"] = 1
+    return replace(base, model=model, facts={**base.facts, "channels": 1})
+
+
+def _own_folders(data: Data, split: str) -> Data:
+    """Return a classification set whose folders Ultralytics, which walks them by itself, takes for what they are here.
+
+    Raises:
+        DataError: It would find other classes, or other images.
+    """
+    for part in ("train", split):
+        for folder in filter(Path.is_dir, (Path(data.source) / name for name in FOLDERS.get(part, (part,)))):
+            for hidden in sorted(folder.rglob(".*")):
+                if hidden.is_dir() and hidden.parent == folder:
+                    raise DataError(f"Ultralytics would take the hidden folder {hidden} for a class; remove it")
+                for file in hidden.rglob("*") if hidden.is_dir() else [hidden]:
+                    if file.suffix[1:].lower() in SUFFIXES and not look(file).fault:
+                        raise DataError(f"Ultralytics would train on {file}, though {hidden.name} is hidden; remove that")
+            spelled = {composed(name): name for name in data.names.values()}
+            for place in folder.iterdir():
+                if place.is_dir() and spelled.get(composed(place.name), place.name) != place.name:
+                    raise DataError(
+                        f"{place} has the name of a class in train, but not its accents, which one of them writes apart "
+                        "from their letters (decomposed Unicode); to Ultralytics, these are two classes: rename one"
+                    )
+    return data
 
 
 def _known(design: str) -> bool:

@@ -19,19 +19,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader, build_dataloader
-from ultralytics.data.utils import IMG_FORMATS, get_split_fraction
+from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from .. import checkpoint
 from ..attach import attach, settle
-from ..data.layout import listed
+from ..data.layout import find_images, listed
 from ..errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ..measure import Meter
 from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Data, Job, keep_best
+from .images import leave_out
 from .launch import failure, started, told
 from .views import Views
 from .yolo_tasks import TASKS, Task, fit
@@ -384,12 +385,15 @@ def _restore_random_states(trainer: Any) -> None:
     trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
 
 
-def images(places: Any, part: str, source: str) -> list[str]:
-    """Return the image files of one part of a data set, as Ultralytics finds them."""
+def images(places: Any, part: str, source: str, said: bool = False) -> list[str]:
+    """Return the image files of one part of a data set, as Ultralytics finds them; `said`: say what it leaves out."""
     found: list[str] = []
     for place in map(Path, places if isinstance(places, list) else [places] if places else []):
         if place.is_dir():
-            found += [str(f) for f in place.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS]
+            kept, others = find_images(place)
+            found += map(str, kept)
+            if said:
+                leave_out(others, place)
         elif place.is_file():
             found += listed(place)
         else:
