@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
-from ..errors import ConfigError, OutOfMemory, TrainingError, VisionpeftError
+from ..errors import ConfigError, Interrupted, OutOfMemory, TrainingError, VisionpeftError
 from ..families.base import Base, Data, Family
 from ..pictures import Picture
 from ..run import Run
@@ -104,7 +104,7 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
         try:
             run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
             score = run.after[family.score(base.task)]
-        except OutOfMemory:
+        except (OutOfMemory, Interrupted):
             raise
         except TrainingError as wrong:  # a rate that diverges is a result, the worst
             error = str(wrong)

@@ -6,10 +6,11 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -48,6 +49,27 @@ def read_folders(source: str, split: str) -> Data:
             digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
         items[part] = [(str(file), i) for file, i in kept]
     return Data(source, "classify", classes, digest.hexdigest(), items)
+
+
+@contextmanager
+def still_readable(data: Data) -> Iterator[None]:
+    """Say in a sentence which image of a set was lost since it was looked at; libraries say so in many ways.
+
+    Raises:
+        DataError: One was.
+    """
+    try:
+        yield
+    except (OSError, SyntaxError, cv2.error) as error:
+        items = [item for part in ("train", "val") for item in data.facts.get(part, ())]
+        files = [item[0] if isinstance(item, tuple) else item for item in items]
+        lost = next((f for f in files if f in str(error)), None) or next((f for f in files if not Path(f).is_file()), None)
+        if lost is None and getattr(error, "errno", None) is None:  # of a damaged image, not of the system
+            lost = next((f for f in files if not _decodes(Path(f))), None)
+        if lost is None:
+            raise
+        said = "is no longer there" if not Path(lost).is_file() else "can no longer be read"
+        raise DataError(f"the image {lost} {said}; put it back (a run can then be resumed)") from error
 
 
 def held_back(names: Iterable[str], share: float) -> set[str]:
@@ -96,13 +118,9 @@ def read_image(source: Any) -> Image.Image:
         return image.convert("RGB")
 
 
-def loader(
-    images: Dataset, batch: int, workers: int = 0, generator: torch.Generator | None = None, **more: Any
-) -> DataLoader:
-    """Return a loader; with a generator, one that shuffles by it."""
-    return DataLoader(
-        images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
-    )
+def loader(images: Dataset, batch: int, workers: int = 0, **more: Any) -> DataLoader:
+    """Return a loader of images in their order."""
+    return DataLoader(images, batch_size=batch, num_workers=workers, **more)
 
 
 @torch.no_grad()
