@@ -60,11 +60,15 @@ class Interrupted(TrainingError):
 
 
 class Stopped(Interrupted):
-    """A run that a signal ended. Its code is 75 ("try again") where it can be resumed, else 128 and the signal's number."""
+    """A run that a signal ended. Its code is 75 ("try again") where it can be resumed, else 128 and the signal's number.
+
+    Attributes:
+        signal: That number.
+    """
 
     def __init__(self, said: str, folder: Path | None, signal: int):
         super().__init__(said, folder)
-        self.code = 75 if folder else 128 + signal
+        self.signal, self.code = signal, 75 if folder else 128 + signal
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
-from ..errors import ConfigError, Interrupted, OutOfMemory, TrainingError, VisionpeftError
+from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
 from ..families.base import Base, Data, Family
 from ..pictures import Picture
 from ..run import Run
@@ -125,6 +126,9 @@ def main() -> int:
         made = attempt(cell, out) if trial else measure(cell, out, task["chosen"], task["seconds"])
         files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
         return DONE
+    except Stopped as stopped:  # ends as if nothing had held the signal up: the sweep files it, or has ended, too
+        signal.raise_signal(stopped.signal)
+        return FAILED
     except Exception as error:
         if files.full(error, out):
             return FULL

@@ -173,10 +173,8 @@ class Tuned:
         self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
         self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
-        self._within: tuple[int, dict[str, torch.Tensor]] = (
-            0,
-            {},
-        )  # steps to pass over, and the losses after them
+        # steps to pass over of the epoch that a resumed run was stopped in, and the mean losses after them
+        self._within: tuple[int, dict[str, torch.Tensor]] = (0, {})
         if self.job.resume:
             self._go_on(model)
         if RANK in (-1, 0):
@@ -410,6 +408,8 @@ class ReplayableLoader(InfiniteDataLoader):
 
     def __iter__(self) -> Any:
         passed, self.passed = self.passed, 0
+        if passed and self.iterator is None:  # now, for the next epoch may start another
+            self.iterator = self._get_iterator()
         yield from [None] * passed
         for batch in islice(super().__iter__(), len(self) - passed):
             self.drawn += 1
