@@ -15,6 +15,7 @@ ROOT = Path(visionpeft.__file__).parent
 LEVELS = {  # a room may import from rooms with a lower number only
     "errors": 0,
     "files": 1,
+    "stopping": 1,
     "registry": 1,
     "twins": 1,
     "measure": 1,
@@ -32,6 +33,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "lean": 4,
     "delta": 4,
     "run": 4,
+    "run_folder": 5,
     "families": 5,
     "forecast": 6,
     "hfpeft": 6,

@@ -450,7 +450,7 @@ def test_a_sweep_that_is_killed_goes_on(tiles: dict[str, Any], tmp_path: Path) -
     wait(lambda: gone(child), 10)
     first = next((tmp_path / "out" / "cells").glob("*.json"))
     written = first.stat().st_mtime_ns
-    (tmp_path / "out" / "cells" / ".x.json").write_text("{")  # what a kill in the midst of writing leaves
+    (tmp_path / "out" / "cells" / ".x.abcd_123.json").write_text("{")  # what a kill in the midst of writing leaves
     resumed = benchmark.run(config, tmp_path / "out", root=tiles["root"], quiet=True, jobs=2)
     assert first.stat().st_mtime_ns == written
     fit = {**config, "method": config["method"][:2]}

@@ -12,7 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,15 @@ import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files, hfpeft, pictures, scenes, tables
+from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, stopping, tables
 from . import delta as deltas
 from . import trackers as tracking
 from .delta import Delta
-from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
+from .errors import ConfigError, DeltaError, Interrupted, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .families.gradients import with_evidence
+from .families.images import still_readable
 from .families.launch import devices
 from .lean.prefix import put_on
 from .methods.base import Method
@@ -38,6 +39,7 @@ from .planning import Freeze, fit
 from .registry import FAMILIES, METHODS
 from .run import Run
 from .settings import check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
+from .stopping import Stop
 from .trackers import Trackers
 
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
@@ -73,6 +75,7 @@ def train(
     name: str | None = None,
     exist_ok: bool = False,
     resume: bool | str | Path = False,
+    save_every: float = 10.0,
     memory: str | float | None = None,
     model_args: Mapping[str, Any] | None = None,
     **options: Any,
@@ -118,6 +121,7 @@ def train(
         exist_ok: Write into an existing folder of that name.
         resume: True for the newest run in `project`, or a run's folder: go on where it was. All other arguments are then
             the run's own.
+        save_every: Minutes after which a checkpoint is saved within an epoch, too; 0: at its end only.
         memory: "6GB": those of method, freeze, lean, batch and imgsz that are left at their defaults are the best that fits,
             see `fit`.
         model_args: Further arguments for the family's model loader (timm's ``create_model``).
@@ -131,13 +135,15 @@ def train(
     """
     given = {k: v for k, v in locals().items() if k not in ("options", *_PLACES)}
     if resume:
-        saved = _resumed(resume, Path(project), name)
         free = ("data", "model", "options", *_PLACES)
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
         if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        new = {k: v for k, v in defaults.items() if k in ("cache", "cache_limit", "prefix_dtype", "lean", "trackers")}
-        return _train(**{**new, **saved}, quiet=quiet)  # the run may be older than these
+        newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # the run may be older than these
+        new = {k: v for k, v in defaults.items() if k in newer}
+        with stopping.heeded() as stop, ExitStack() as held:
+            saved = held.enter_context(run_folder.resumed(resume, Path(project), name))
+            return _train(**{**new, **saved}, quiet=quiet, stop=stop, held=held)
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
         options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
@@ -146,7 +152,7 @@ def train(
     elif model is None:
         given["model"] = "yolo11n.pt"
     if name and not exist_ok and (Path(project) / name).exists():
-        raise _taken(Path(project) / name)  # before anything is loaded; `_new_folder` makes sure of it
+        raise run_folder.taken(Path(project) / name)  # before anything is loaded; `run_folder.new` makes sure of it
     if data is None and not quiet:
         print(
             f"Neither data nor model was given: {given['model']}, a small detector of vehicles on the road that ships with "
@@ -155,7 +161,9 @@ def train(
         )
     if memory is not None:
         given |= _fitting(given, options, quiet)
-    return _train(project=Path(project), name=name, exist_ok=exist_ok, quiet=quiet, **given, options=options)
+    place: dict[str, Any] = {"project": Path(project), "name": name, "exist_ok": exist_ok}
+    with stopping.heeded() as stop, ExitStack() as held:
+        return _train(**place, quiet=quiet, **given, options=options, stop=stop, held=held)
 
 
 def _fitting(given: Mapping[str, Any], options: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
@@ -192,8 +200,11 @@ def _libraries_apart() -> Iterator[None]:
 def _train(
     *,
     options: dict[str, Any],
+    stop: Stop,
+    held: ExitStack,
     resumed: Path | None = None,
     done: bool = False,
+    origin: str | None = None,
     project: Path = Path(),
     name: str | None = None,
     exist_ok: bool = False,
@@ -222,6 +233,7 @@ def _train(
     data = family.read_data(scenes.find(given["data"]), base)
     base, made_so = family.suited(base, data)
     given["model_args"] |= made_so
+    held.enter_context(still_readable(data))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
         fitted = family.fit(base, data.names, settings["head"], **data.outputs)
@@ -245,10 +257,15 @@ def _train(
         )
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
     arguments = {**given, **settings, **named, "method_settings": tuning.settings(), "options": extra}
+    header = _header(family, base, data, arguments)
+    began_with, origin = origin, run_folder.origin(header, made)
+    if resumed and began_with:
+        run_folder.unchanged(resumed, began_with, origin, source, str(given["data"]))
     prefix, store = set_apart(family, base, data, made, {**settings, **given}, extra, views)
     if not quiet:
         print(made)
-    folder = resumed or _new_folder(project, name, exist_ok, f"merged{family.suffix}")
+    folder = resumed or held.enter_context(run_folder.new(project, name, exist_ok, f"merged{family.suffix}"))
+    stop.checkpoint = folder.resolve() / "checkpoint.pt"
     use = {k: settings[k] for k in ("imgsz", "batch", "workers")} | {"device": given["device"].split(",")[0]}
     use |= {k: v for k, v in extra.items() if k in family.evaluated}
     if use["batch"] < 1:  # to be found by Ultralytics for training
@@ -275,7 +292,10 @@ def _train(
         extra=extra,
         before=before,
         delta_dtype=given["delta_dtype"],
-        header=_header(family, base, data, arguments),
+        header=header,
+        origin=origin,
+        stop=stop,
+        save_every=given["save_every"],
         trackers=Trackers(tracked, folder.resolve(), {**arguments, "plan": _totals(made)}, quiet),
         prefix=prefix,
         store=store,
@@ -297,8 +317,9 @@ def _run(family: Family, job: Job) -> None:
     try:
         family.train(job)
     except KeyboardInterrupt:
-        where = f"go on with resume='{job.folder}'" if job.checkpoint.is_file() else "no epoch was complete, so start anew"
-        raise Interrupted(f"interrupted; {where}") from None
+        if job.checkpoint.is_file():
+            raise Interrupted("interrupted", job.folder) from None
+        raise Interrupted("interrupted; no epoch was complete, so start anew") from None
     except torch.OutOfMemoryError as error:
         raise out_of_memory(error) from error
 
@@ -317,6 +338,7 @@ def _result(
     delta_bytes = {}
     if job.base.pretrained:
         delta = deltas.read(job.delta)
+        deltas.verify(delta, job.base.state)
         delta_bytes = {**delta.bytes, "file": job.delta.stat().st_size}
         result = _rebuild(family, job.base, delta)
         if method.merges:
@@ -682,47 +704,6 @@ def list_families() -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
-def _new_folder(project: Path, name: str | None, exist_ok: bool, merged: str) -> Path:
-    """Make the folder of a new run: NAME, or "train", "train2", ...; two runs never get the same one by chance."""
-    files.writable(project)
-    for i in range(1, 100_000):
-        folder = project / (name or f"train{i if i > 1 else ''}")
-        try:
-            folder.mkdir(exist_ok=exist_ok)
-            break
-        except FileExistsError:
-            if name:
-                raise _taken(folder) from None
-    tracking.clear(folder)
-    for old in ("checkpoint.pt", "delta.safetensors", "run.json", merged):  # an earlier run's would be taken for this one's
-        (folder / old).unlink(missing_ok=True)
-    return folder
-
-
-def _taken(folder: Path) -> ConfigError:
-    return ConfigError(f"{folder} exists; give another name, or exist_ok=True to write into it")
-
-
-def _resumed(resume: bool | str | Path, project: Path, name: str | None) -> dict[str, Any]:
-    """Return the arguments of the run to go on with."""
-    if resume is True:
-        runs = sorted(project.glob(f"{name or '*'}/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
-        if not runs:
-            raise TrainingError(f"there is no run to resume in {project}; name its folder with resume=...")
-        folder = runs[-1].parent
-    else:
-        folder = Path(str(resume))
-        folder = folder.parent if folder.is_file() else folder
-    try:
-        given = json.loads((folder / "train.json").read_text())
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"{folder} is no run that can be resumed (no readable train.json); start anew") from error
-    done = checkpoint.load(folder / "checkpoint.pt")["done"]
-    if done and (folder / "run.json").is_file():
-        raise TrainingError(f"{folder} has trained all of its epochs and is complete; nothing is left to resume")
-    return {**given, "resumed": folder, "done": done}
-
-
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(arguments, default=str))
     return {

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,12 @@ class Writer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._last = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since something was put, or since it began."""
+        return time.monotonic() - self._last
 
     def put(self, *writes: Callable[[], object]) -> None:
         """Have `writes` called one after the other. What they write must be a copy, see `snapshot`: training goes on.
@@ -46,7 +53,8 @@ class Writer:
         Raises:
             TrainingError: An earlier call's failed.
         """
-        self._finish()
+        self.wait()
+        self._last = time.monotonic()
         self._thread = threading.Thread(target=self._call, args=writes, name="visionpeft-writer")
         self.under_way.add(self._thread)
         self._thread.start()
@@ -56,7 +64,7 @@ class Writer:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
-            self._finish()
+            self.wait()
         elif self._thread:  # that error is the one to hear of
             self._thread.join()
 
@@ -67,7 +75,12 @@ class Writer:
         except BaseException as error:
             self._error = error
 
-    def _finish(self) -> None:
+    def wait(self) -> None:
+        """Wait for what is under way.
+
+        Raises:
+            TrainingError: It failed.
+        """
         if self._thread:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
@@ -75,8 +88,7 @@ class Writer:
             reason = "the disk is full" if isinstance(error, DiskFull) else getattr(error, "strerror", None)
             reason = reason or str(error).split("\n")[0]
             raise TrainingError(
-                f"the run cannot be saved ({reason}); make room on the disk, then go on with resume=..., "
-                "or give another folder with project=..."
+                f"the run cannot be saved ({reason}); make room on the disk, then resume it, or start in another folder"
             ) from error
         if error:
             raise error

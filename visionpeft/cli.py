@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -89,6 +90,7 @@ def train(
     name: Annotated[str | None, _RUN] = None,
     exist_ok: Annotated[bool, _RUN] = False,
     resume: Annotated[str | None, _RUN] = None,
+    save_every: Annotated[float | None, _RUN] = None,
     memory: Annotated[str | None, _HOW] = None,
     config: Annotated[str | None, _ON] = None,
     quiet: Annotated[bool, _RUN] = False,
@@ -155,7 +157,10 @@ def train(
     exist_ok
         Write into an existing folder of that name.
     resume
-        A run's folder, or "true" for the newest: go on where it was.
+        A run's folder, or "true" for the newest: go on where it was. SIGTERM, SIGHUP and SIGUSR1 have a run save at its next
+        step and exit with 75, to be resumed.
+    save_every
+        Minutes after which a checkpoint is saved within an epoch, too: 10 by default; 0: at its end only.
     memory
         6GB: method, freeze, lean, batch and imgsz, where not given, are the best that fits (see visionpeft fit).
     config
@@ -514,7 +519,8 @@ def report(*results: str, out: str | None = None, markdown: str | None = None) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
+    """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C; 75 where
+    a signal stopped a run that can be resumed."""
     if not (log := logging.getLogger("visionpeft")).handlers:
         log.addHandler(handler := logging.StreamHandler())
         handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
@@ -527,8 +533,10 @@ def _guarded(run: Callable[[], Any]) -> int:
         run()
     except (VisionpeftError, CycloptsError) as error:
         sentence = " ".join(str(error).split())
+        if isinstance(error, Interrupted) and error.folder:
+            sentence = f"{error.said}; go on with: visionpeft train --resume {shlex.quote(str(error.folder))}"
         print(f"visionpeft: {sentence}", file=sys.stderr)
-        return 1 if isinstance(error, MismatchError) else 130 if isinstance(error, Interrupted) else 2
+        return error.code if isinstance(error, Interrupted) else 1 if isinstance(error, MismatchError) else 2
     except KeyboardInterrupt:
         print("visionpeft: interrupted", file=sys.stderr)
         return 130

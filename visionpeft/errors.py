@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class VisionpeftError(ValueError):
@@ -43,7 +44,31 @@ class OutOfMemory(TrainingError):
 
 
 class Interrupted(TrainingError):
-    """A run that was stopped by hand."""
+    """A run that was stopped by hand.
+
+    Attributes:
+        said: What happened.
+        folder: Of the run, where it can be resumed.
+        code: The exit code of the command line.
+    """
+
+    code = 130
+
+    def __init__(self, said: str, folder: Path | None = None):
+        super().__init__(f"{said}; go on with resume='{folder}'" if folder else said)
+        self.said, self.folder = said, folder
+
+
+class Stopped(Interrupted):
+    """A run that a signal ended. Its code is 75 ("try again") where it can be resumed, else 128 and the signal's number.
+
+    Attributes:
+        signal: That number.
+    """
+
+    def __init__(self, said: str, folder: Path | None, signal: int):
+        super().__init__(said, folder)
+        self.signal, self.code = signal, 75 if folder else 128 + signal
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

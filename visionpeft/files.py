@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import ConfigError, DiskFull, VisionpeftError
 
 _LEAST = 1 << 20  # bytes; with less, a disk is full
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # what `replace` calls a file while it writes it
 
 
 def write(path: str | Path, content: bytes | str) -> Path:
@@ -91,6 +96,37 @@ def folder(path: str | Path, contents: Mapping[str, bytes | str], exist_ok: bool
                 os.replace(old, path)
             raise
     return path
+
+
+@contextmanager
+def locked(folder: str | Path, taken: str) -> Iterator[None]:
+    """Hold a folder, through a file "lock" in it. However this process ends, its hold ends, too.
+
+    Args:
+        folder: It is created where needed.
+        taken: What to say where somebody else holds it.
+
+    Raises:
+        ConfigError: Somebody does, or the folder cannot be written.
+    """
+    lock = FileLock(writable(folder).resolve() / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(taken) from None
+    except NotImplementedError:  # a file system that knows no locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(folder: str | Path) -> None:
+    """Remove what writers left in a folder that were killed. It must be held: others may be writing."""
+    for file in Path(folder).glob(".*"):
+        if _TEMPORARY.fullmatch(file.name) and file.is_file():
+            file.unlink()
 
 
 def full(error: Exception, folder: str | Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,9 @@ def check_settings(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Non
     for name, value in (("lr0", settings["lr0"]), ("lr_scale", given.get("lr_scale"))):
         if value is not None and not (isinstance(value, int | float) and 0 < value < 1e3):
             raise ConfigError(f"{name}={value} is not usable; it must be a number above 0")
+    minutes = given.get("save_every", 0)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise ConfigError(f"save_every={minutes} is not usable; it must be a number of minutes, or 0: only after epochs")
 
 
 def device_of(device: Any) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
-from ..errors import ConfigError, OutOfMemory, TrainingError, VisionpeftError
+from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
 from ..families.base import Base, Data, Family
 from ..pictures import Picture
 from ..run import Run
@@ -104,7 +105,7 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
         try:
             run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
             score = run.after[family.score(base.task)]
-        except OutOfMemory:
+        except (OutOfMemory, Interrupted):
             raise
         except TrainingError as wrong:  # a rate that diverges is a result, the worst
             error = str(wrong)
@@ -125,6 +126,9 @@ def main() -> int:
         made = attempt(cell, out) if trial else measure(cell, out, task["chosen"], task["seconds"])
         files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
         return DONE
+    except Stopped as stopped:  # ends as if nothing had held the signal up: the sweep files it, or has ended, too
+        signal.raise_signal(stopped.signal)
+        return FAILED
     except Exception as error:
         if files.full(error, out):
             return FULL

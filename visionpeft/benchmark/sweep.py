@@ -17,7 +17,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -68,16 +67,9 @@ def run(
     given = dict(config) if isinstance(config, Mapping) else recipes.read(config, "benchmark")
     given |= {k: v for k, v in {"equal": equal, "retain": retain, "seed": seed and list(seed)}.items() if v is not None}
     out = files.writable(Path(out).resolve())
-    lock = FileLock(out / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another sweep is writing into {out}; let it end, or give another folder with --out") from None
-    try:
+    with files.locked(out, f"another sweep is writing into {out}; let it end, or give another folder with --out"):
         for kind in _KINDS:
-            files.writable(out / kind)
-            for left in (out / kind).glob(".*"):  # by a sweep that was killed
-                left.unlink()
+            files.clear(files.writable(out / kind))  # of what a sweep left that was killed
             read(out, kind)  # refuses what is not ours, before anything runs
         name = "benchmark" if isinstance(config, Mapping) else Path(config).stem
         grid = make_grid(given, name, root, only)
@@ -88,8 +80,6 @@ def run(
             _Sweep(grid, out, retry, share, board, pool).run()
         wanted = {cell.hash for cell in grid.cells}
         return [content for content in read(out) if content["hash"] in wanted]
-    finally:
-        lock.release()
 
 
 class _Sweep:

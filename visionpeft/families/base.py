@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 from .. import delta as deltas
 from .. import lean, measure
 from ..attach import merge, settle, train_mode
-from ..errors import OutOfMemory
+from ..checkpoint import Writer
+from ..errors import OutOfMemory, TrainingError
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
+from ..stopping import Stop
 from ..trackers import Trackers
 from ..twins import plain
 from .evidence import ImageEvidence
@@ -106,6 +108,9 @@ class Job:
     store: Store | None = None  # where their outputs are kept
     lean: str = "off"  # a level of lean, or "off"
     stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
+    origin: str = ""  # base, data and plan, for the checkpoint
+    stop: Stop = field(default_factory=Stop)  # what signals ask for
+    save_every: float = 0.0  # minutes after which a checkpoint is due within an epoch; 0: never
 
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
@@ -132,6 +137,29 @@ class Job:
         """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for
         fused optimizers want all of a group or none to have a state."""
         return self.rate(parameter), self.plan.opens.get(parameter, 0.0)
+
+    def saves_now(self, writer: Writer) -> bool:
+        """Say between two steps whether a checkpoint is due: a signal came, or the last is old."""
+        return bool(self.stop.asked) or 0 < self.save_every * 60 <= writer.age
+
+    def leave_if_asked(self, writer: Writer) -> None:
+        """End the run where a signal asks for it, once all is written.
+
+        Raises:
+            Stopped: One does.
+        """
+        if self.stop.asked:
+            writer.wait()
+            raise self.stop.error()
+
+    def check_folder(self) -> None:
+        """Refuse to write into a folder that was removed while the run trained: it would be made again, but not whole.
+
+        Raises:
+            TrainingError: It was.
+        """
+        if not (self.folder / "train.json").is_file():
+            raise TrainingError(f"the run's folder {self.folder} was removed, or emptied, while it trained; start anew")
 
     @property
     def checkpoint(self) -> Path:

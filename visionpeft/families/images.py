@@ -6,10 +6,11 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -63,6 +64,27 @@ def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, tra
     return Data(source, "classify", classes, digest.hexdigest(), items)
 
 
+@contextmanager
+def still_readable(data: Data) -> Iterator[None]:
+    """Say in a sentence which image of a set was lost since it was looked at; libraries say so in many ways.
+
+    Raises:
+        DataError: One was.
+    """
+    try:
+        yield
+    except (OSError, SyntaxError, cv2.error) as error:
+        items = [item for part in ("train", "val") for item in data.facts.get(part, ())]
+        files = [item[0] if isinstance(item, tuple) else item for item in items]
+        lost = next((f for f in files if f in str(error)), None) or next((f for f in files if not Path(f).is_file()), None)
+        if lost is None and getattr(error, "errno", None) is None:  # of a damaged image, not of the system
+            lost = next((f for f in files if _fault(Path(f)) is None), None)
+        if lost is None:
+            raise
+        said = "is no longer there" if not Path(lost).is_file() else "can no longer be read"
+        raise DataError(f"the image {lost} {said}; put it back (a run can then be resumed)") from error
+
+
 def held_back(names: Iterable[str], share: float) -> set[str]:
     """Return a share of the names, at least one: those whose hash is least, which hardly depends on the other names."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -101,13 +123,9 @@ class Images(Dataset):
         return self.transform(read_image(path)), label
 
 
-def loader(
-    images: Dataset, batch: int, workers: int = 0, generator: torch.Generator | None = None, **more: Any
-) -> DataLoader:
-    """Return a loader; with a generator, one that shuffles by it."""
-    return DataLoader(
-        images, batch_size=batch, shuffle=generator is not None, num_workers=workers, generator=generator, **more
-    )
+def loader(images: Dataset, batch: int, workers: int = 0, **more: Any) -> DataLoader:
+    """Return a loader of images in their order."""
+    return DataLoader(images, batch_size=batch, num_workers=workers, **more)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,7 +102,8 @@ def started(folder: Path) -> Iterator[None]:
 @contextmanager
 def told(folder: Path) -> Iterator[None]:
     """In a process that was started: leave its error for the one that started it, and end well, or else the launcher adds
-    pages of its own."""
+    pages of its own. Where that is gone, end, too: the run's folder is no longer held."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except (VisionpeftError, torch.OutOfMemoryError) as error:
@@ -110,6 +113,12 @@ def told(folder: Path) -> Iterator[None]:
     finally:
         if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
             dist.destroy_process_group()
+
+
+def _end_with(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(1)
+    os._exit(1)
 
 
 def failure(folder: Path) -> VisionpeftError:

@@ -1,5 +1,5 @@
 """The training loop of families that bring none: accelerate for device, AMP, accumulation and processes; timm's optimizers,
-schedules and mixing; a moving average; a checkpoint after every epoch. Registers nothing."""
+schedules and mixing; a moving average; a checkpoint after every epoch, and in long ones. Registers nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import timm.optim
@@ -22,6 +23,7 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .. import checkpoint
 from ..attach import attach, settle
@@ -29,8 +31,9 @@ from ..errors import ConfigError, TrainingError, nearest
 from ..measure import Meter, held
 from ..progress import Progress
 from .base import Family, Job, Rehearsal, Step, keep_best
-from .images import Images, loader, score
+from .images import Images, loader, score, still_readable
 from .launch import check_shares, devices, launch
+from .order import Order
 from .views import Rounds, Views
 
 
@@ -174,6 +177,15 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
             GradientState._reset_state()
 
 
+@dataclass(frozen=True)
+class Within:
+    """Where a run is within an epoch."""
+
+    steps: int = 0  # batches trained on
+    total: float = 0.0  # of the losses of images
+    seen: int = 0  # images
+
+
 class _Loop:
     """One run: its model, optimizer, schedule, average and position."""
 
@@ -203,8 +215,9 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(job.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
         alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
-        batches = loader(images, self.batch, workers, self.generator, drop_last=alone, pin_memory=_cuda(accelerator))
-        self.batches = accelerator.prepare(batches)
+        self.order = Order(images, self.batch, self.generator, drop_last=alone, ahead=workers > 0)
+        how: dict[str, Any] = {"batch_sampler": self.order, "num_workers": workers, "pin_memory": _cuda(accelerator)}
+        self.batches = accelerator.prepare(DataLoader(images, generator=self.generator, **how))
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
         kept = {"optimizer": self.optimizer, "average": self.average.model}
@@ -216,6 +229,7 @@ class _Loop:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.updates, self.history = 0, []  # type: ignore[var-annotated]
         self.best: dict[str, float] = {"epoch": -1, "score": -1.0, "loss": math.inf}
+        self.within = Within()
 
     def run(self) -> None:
         """Train from where the run stands to its end."""
@@ -225,7 +239,7 @@ class _Loop:
         progress = Progress(self.job.epochs, self.family.score(self.job.base.task), shown)
         if self.accelerator.is_main_process:
             self.job.trackers.open(start)
-        with progress, checkpoint.Writer() as self.writer:
+        with progress, still_readable(self.job.data), self.job.stop.awaited(), checkpoint.Writer() as self.writer:
             for epoch in range(start, self.job.epochs):
                 progress.start(epoch, len(self.batches))
                 loss = self._epoch(epoch, lambda loss: progress.batch(loss, self.meter.memory))
@@ -233,6 +247,7 @@ class _Loop:
                 self._check(metrics["loss"], epoch)
                 self._save(epoch, loss, metrics)
                 progress.end(epoch, loss, metrics)
+                self.job.leave_if_asked(self.writer)
                 if self._patient(epoch):
                     break
 
@@ -242,13 +257,14 @@ class _Loop:
         return epoch - max(self.best["epoch"], waited) >= self.recipe.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
-        """Train on every image once; return the mean loss."""
+        """Train on every image once, or on what is left where the run was stopped within the epoch; return the mean loss."""
         self.job.open(self.own, epoch / self.job.epochs, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
-        total, seen = 0.0, 0
+        at, self.within = self.within, Within()
+        began = self.generator.get_state()
         self.meter.begin("data")
-        for images, labels in self.batches:
+        for images, labels in islice(self.batches, at.steps if self.order.ahead else 0, None):
             count = len(images)
             if self.mix:
                 images, labels = self.mix(images, labels)
@@ -264,9 +280,11 @@ class _Loop:
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
             self.meter.begin("data")
-            total, seen = total + loss * count, seen + count
-            tell(total / seen)
-        return total / seen
+            at = Within(at.steps + 1, at.total + loss * count, at.seen + count)
+            tell(at.total / at.seen)
+            if self.accelerator.sync_gradients and self.job.saves_now(self.writer):
+                self._save_within(epoch, at, began)
+        return at.total / at.seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
         self.meter.begin("forward")
@@ -295,15 +313,30 @@ class _Loop:
             self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}
         if not self.accelerator.is_main_process:
             return
+        self.job.check_folder()
         group = self.optimizer.param_groups[0]
         self.job.trackers.log(self.history[-1], group["lr"] / group["lr_scale"], self.meter.memory)
         kept = [keep_best(self.family, self.job, self.average.model, metrics, epoch + 1)] if best else []
-        live = checkpoint.live(self.own)
-        scaler = self.accelerator.scaler
-        content = checkpoint.snapshot(
+        done = epoch + 1 >= self.job.epochs or self._patient(epoch)
+        content = self._content(epoch=epoch, done=done, sampler=self.generator.get_state())
+        self.writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+
+    def _save_within(self, epoch: int, at: Within, began: Tensor) -> None:
+        """Write a checkpoint between two steps of an epoch; `began` is the state of its order's generator at its start."""
+        if not self.accelerator.is_main_process:
+            return
+        self.job.check_folder()
+        within = {**dataclasses.asdict(at), "ahead": self.order.fetched_after(at.steps)}
+        content = self._content(epoch=epoch - 1, done=False, sampler=began, within=within)
+        self.writer.put(partial(checkpoint.save, self.job.checkpoint, content))
+        self.job.leave_if_asked(self.writer)
+
+    def _content(self, **position: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        live, scaler = checkpoint.live(self.own), self.accelerator.scaler
+        return checkpoint.snapshot(
             {
-                "epoch": epoch,
-                "done": epoch + 1 >= self.job.epochs or self._patient(epoch),
+                **position,
                 "model": live,
                 "ema": {k: v for k, v in self.average.model.state_dict().items() if k in live},
                 "updates": self.updates,
@@ -314,13 +347,12 @@ class _Loop:
                 "history": self.history,
                 "measured": {**self.meter.report(), "views": getattr(self.images, "report", None)},
                 "random": checkpoint.random_states(),
-                "sampler": self.generator.get_state(),
+                "origin": self.job.origin,
             }
         )
-        self.writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
 
     def _resume(self) -> int:
-        """Put everything back as the last complete epoch left it; return the next epoch."""
+        """Put everything back as it was saved; return the epoch to go on with."""
         saved = checkpoint.load(self.job.checkpoint)
         checkpoint.restore(self.own, saved["model"])
         checkpoint.restore(self.average.model, saved["ema"])
@@ -331,10 +363,15 @@ class _Loop:
         self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
         self.meter.restore(saved["measured"])
         self.generator.set_state(saved["sampler"])
+        ahead: list[dict[str, Any]] = []
         if self.accelerator.is_main_process:
             checkpoint.set_random_states(saved["random"])
+            ahead = [saved["random"]]
         else:  # they are the main process's; the others' only have to differ
             set_seed(self.job.seed + 1000 * (saved["epoch"] + 1), device_specific=True)
+        if within := dict(saved.get("within") or {}):
+            self.order.go_to(within["steps"], [*within.pop("ahead"), *ahead] if ahead else [])
+            self.within = Within(**within)
         return saved["epoch"] + 1
 
 

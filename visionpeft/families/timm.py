@@ -81,7 +81,10 @@ class Timm(Family):
         if not timm.is_model(name):
             raise ModelError(f"timm has no model '{name}'.{nearest(name, timm.list_models())}")
         pretrained = options.get("checkpoint_path") is not None or options.get("pretrained", True)
-        model: Any = _create(name, options)
+        with torch.random.fork_rng(devices=[]):
+            if not pretrained:
+                torch.manual_seed(0)  # random weights, but always the same: a run that is resumed has them again
+            model: Any = _create(name, options)
         if not hasattr(model, "get_classifier") or options.get("in_chans", input_size(model)[0]) != 3:
             raise ModelError(f"{source} with {options} does not classify RGB images; give a model that does")
         model = model.float().eval()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..plan import Plan
 from ..progress import Progress
 from ..registry import FAMILIES
 from .base import Data, Job, keep_best
-from .images import leave_out
+from .images import leave_out, still_readable
 from .launch import failure, started, told
 from .views import Views
 from .yolo_tasks import TASKS, Task, fit
@@ -67,7 +68,12 @@ class Tuned:
             # for several GPUs, Ultralytics starts processes, which come here too
             with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
                 try:
-                    with self.job.trackers if RANK >= 0 else nullcontext(), checkpoint.Writer() as self._writer:
+                    with (
+                        self.job.trackers if RANK >= 0 else nullcontext(),
+                        still_readable(self.job.data),
+                        nullcontext() if self.ddp else self.job.stop.awaited(),
+                        checkpoint.Writer() as self._writer,
+                    ):
                         super().train()  # type: ignore[misc]
                 except subprocess.CalledProcessError:
                     raise failure(self.job.folder) from None
@@ -166,13 +172,15 @@ class Tuned:
         self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
         self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
+        # steps to pass over of the epoch that a resumed run was stopped in, and the mean losses after them
+        self._within: tuple[int, dict[str, torch.Tensor]] = (0, {})
         if self.job.resume:
             self._go_on(model)
         if RANK in (-1, 0):
             self.job.trackers.open(self.start_epoch)
 
     def _go_on(self: Any, model: Any) -> None:
-        """Put everything back as the last complete epoch left it."""
+        """Put everything back as it was saved."""
         saved = checkpoint.load(self.job.checkpoint)
         checkpoint.restore(model, saved["model"])
         checkpoint.restore(self.ema.ema, saved["ema"])
@@ -191,6 +199,8 @@ class Tuned:
         for index in saved["buffer"]:  # the images that mosaic chooses from, in their order
             dataset.load_image(index)
         self._saved_states = saved["random"], saved["sampler"]
+        if within := saved.get("within"):
+            self._within = within["steps"], {k: v.to(self.device) for k, v in within["losses"].items()}
         self.add_callback("on_train_start", _restore_random_states)
 
     def get_validator(self: Any) -> Any:
@@ -211,7 +221,10 @@ class Tuned:
         self._meter.begin("data")
         self._progress.start(self.epoch, len(self.train_loader))
 
-    def preprocess_batch(self: Any, batch: dict) -> dict:
+    def preprocess_batch(self: Any, batch: dict | None) -> dict:
+        if batch is None:
+            self.model = Passed(self.model, self._within[1], self.device)
+            return {"img": torch.empty(1, 1, 1, 1)}  # Ultralytics counts and measures it
         self._meter.begin("forward")
         if not self.job.store:
             return super().preprocess_batch(batch)  # type: ignore[misc]
@@ -220,16 +233,27 @@ class Tuned:
         return {**super().preprocess_batch({**batch, "img": none}), "img": vectors}  # type: ignore[misc]
 
     def plot_training_samples(self: Any, batch: dict, ni: int) -> None:
-        if not self.job.store:  # of stored views there are no pictures
+        if not self.job.store and len(batch) > 1:  # of stored views, and of steps passed over, there are no pictures
             super().plot_training_samples(batch, ni)  # type: ignore[misc]
 
     def optimizer_step(self: Any) -> None:
         self._batch += 1
-        if self._batch % self._accumulate == 0 or self._batch == len(self.train_loader):
+        if isinstance(self.model, Passed):
+            self.model, self.tloss = self.model.model, self.model.losses
+            self._meter.close()
+            self._meter.begin("data")
+            return
+        stepped = self._batch % self._accumulate == 0 or self._batch == len(self.train_loader)
+        if stepped:
             self._meter.begin("optimizer")
             super().optimizer_step()  # type: ignore[misc]
         self._meter.begin("data")
         self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
+        if stepped and RANK in (-1, 0) and self.job.saves_now(self._writer):
+            self.job.check_folder()
+            content = self._content(epoch=self.epoch - 1, done=False, within={"steps": self._batch, "losses": self.tloss})
+            self._writer.put(partial(checkpoint.save, self.job.checkpoint, content))
+            self.job.leave_if_asked(self._writer)
 
     def _handle_nan_recovery(self: Any, epoch: int) -> bool:
         lost = torch.tensor(not all(math.isfinite(v) for v in self.tloss.values()), dtype=torch.float, device=self.device)
@@ -248,8 +272,7 @@ class Tuned:
         return super().validate()  # type: ignore[misc]
 
     def save_model(self: Any) -> bool:
-        model = unwrap_model(self.model)
-        live = checkpoint.live(model)
+        self.job.check_folder()
         seen = self.metrics if self._validated == self.epoch else {}  # with val=False, only the last epoch's
         names = {k: seen.get(key) for key, k in self._task.metrics.items()}
         losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
@@ -259,10 +282,18 @@ class Tuned:
         self.job.trackers.log({"train/loss": sum(losses.values()), **self._history[-1]}, rate, self._meter.memory)
         best = self.fitness == self.best_fitness
         kept = [keep_best(FAMILIES["yolo"](), self.job, self.ema.ema, names, self.epoch + 1)] if best else []
-        content = checkpoint.snapshot(
+        content = self._content(epoch=self.epoch, done=bool(self.stop))
+        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+        self._progress.end(self.epoch, sum(losses.values()), names)
+        self.job.leave_if_asked(self._writer)
+        return True
+
+    def _content(self: Any, **position: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        live = checkpoint.live(unwrap_model(self.model))
+        return checkpoint.snapshot(
             {
-                "epoch": self.epoch,
-                "done": bool(self.stop),
+                **position,
                 "model": live,
                 "ema": {k: v for k, v in self.ema.ema.state_dict().items() if k in live},
                 "updates": self.ema.updates,
@@ -275,11 +306,9 @@ class Tuned:
                 "random": checkpoint.random_states(),
                 "sampler": self.train_loader.position(),
                 "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
+                "origin": self.job.origin,
             }
         )
-        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
-        self._progress.end(self.epoch, sum(losses.values()), names)
-        return True
 
     def final_eval(self: Any) -> None:
         """Validate nothing: train() evaluates the merged file, as its user would."""
@@ -330,6 +359,23 @@ class MeteredScaler:
         return super().scale(outputs)  # type: ignore[misc]
 
 
+class Passed(nn.Module):
+    """Stands for the model in a step that a resumed run made before it was stopped: says what the losses came to by then.
+
+    Ultralytics' loop counts an epoch's steps itself, for warmup and mean losses, so it goes through these again.
+    """
+
+    def __init__(self, model: nn.Module, losses: dict[str, torch.Tensor], device: torch.device):
+        super().__init__()
+        self.__dict__["model"] = model  # no part of this one
+        self.losses, self.device = losses, device
+
+    def forward(self, *_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.zeros(1, device=self.device, requires_grad=True), self.losses
+
+    loss = forward  # what Ultralytics calls with compile=True
+
+
 class TrainedEMA(ModelEMA):
     """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
 
@@ -349,6 +395,7 @@ class ReplayableLoader(InfiniteDataLoader):
 
     drawn = 0  # batches since the iterator started
     replay = 0  # batches to pass over, without loading them, when the next iterator starts
+    passed = 0  # how many of them are of the next epoch, which yields None for each
 
     def _get_iterator(self) -> Any:
         self.origin = self.generator.get_state()
@@ -359,7 +406,11 @@ class ReplayableLoader(InfiniteDataLoader):
         return iterator
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
+        passed, self.passed = self.passed, 0
+        if passed and self.iterator is None:  # now, for the next epoch may start another
+            self.iterator = self._get_iterator()
+        yield from [None] * passed
+        for batch in islice(super().__iter__(), len(self) - passed):
             self.drawn += 1
             yield batch
 
@@ -367,11 +418,11 @@ class ReplayableLoader(InfiniteDataLoader):
         """Where it is, for `go_to`."""
         return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
 
-    def go_to(self, position: Mapping[str, Any], anew: bool) -> None:
-        """Go there; with `anew`, to a new iterator that starts there."""
+    def go_to(self, position: Mapping[str, Any], anew: bool, passed: int = 0) -> None:
+        """Go there, `passed` batches into an epoch; with `anew`, to a new iterator that starts there."""
         self.reset()
         self.generator.set_state(position["generator" if anew else "origin"])
-        self.replay = 0 if anew else position["drawn"]
+        self.replay, self.passed = 0 if anew else position["drawn"], passed
 
 
 def _restore_random_states(trainer: Any) -> None:
@@ -380,9 +431,10 @@ def _restore_random_states(trainer: Any) -> None:
         checkpoint.set_random_states(states)
     else:  # they are the first process's; the others' only have to differ
         init_seeds(trainer.args.seed + 1 + RANK + 1000 * trainer.start_epoch)
-    closing = max(trainer.epochs - trainer.args.close_mosaic, 0)
+    closing, (passed, _) = max(trainer.epochs - trainer.args.close_mosaic, 0), trainer._within
     # where mosaic closes, the uninterrupted run's loader starts anew too
-    trainer.train_loader.go_to(position, anew=bool(trainer.args.close_mosaic) and trainer.start_epoch == closing)
+    anew = bool(trainer.args.close_mosaic) and trainer.start_epoch == closing and not passed
+    trainer.train_loader.go_to(position, anew, passed)
 
 
 def images(places: Any, part: str, source: str, said: bool = False) -> list[str]:
