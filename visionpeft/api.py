@@ -35,6 +35,7 @@ from .lean.prefix import put_on
 from .methods.base import Method
 from .plan import Evidence, Plan, make_plan
 from .planning import Freeze, fit
+from .process import untouched
 from .registry import FAMILIES, METHODS
 from .run import Run
 from .settings import check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
@@ -44,6 +45,7 @@ _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's argum
 
 
 # -------------------------------------------------------------------------------------------------------------- training
+@untouched(alone=True)
 def train(
     data: str | Path | None = None,
     *,
@@ -124,7 +126,8 @@ def train(
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
     Returns:
-        The run, with plan, metrics before and after, memory, time, the delta and the merged file.
+        The run, with plan, metrics before and after, memory, time, the delta and the merged file. Of calls in several threads
+        one trains at a time; what else draws random numbers meanwhile changes its results.
 
     Raises:
         VisionpeftError: Something given is not usable; the sentence says what, and what to do.
@@ -403,6 +406,7 @@ class Adapted:
         return attaching.mergeable(self.model)
 
 
+@untouched()
 def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapping[str, Any] | None = None) -> Adapted:
     """Put a delta on its base.
 
@@ -441,6 +445,7 @@ def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
     return deltas.apply(fitted, delta, base.state).eval()
 
 
+@untouched()
 def merge(
     delta: str | Path | Adapted,
     out: str | Path,
@@ -463,6 +468,7 @@ def detach(adapted: Adapted) -> nn.Module:
     return copy.deepcopy(adapted.base.model)
 
 
+@untouched()
 def val(
     delta: str | Path | Adapted,
     data: str | Path,
@@ -507,6 +513,7 @@ class Forgetting:
         return tables.text(f"{self.metric} on {self.data}", ("class", "before", "after", "change"), shown, right=(1, 2, 3))
 
 
+@untouched()
 def forgetting(
     delta: str | Path | Adapted,
     data: str | Path,
@@ -554,6 +561,7 @@ def forgetting(
     )
 
 
+@untouched()
 def predict(
     delta: str | Path | Adapted,
     source: Any,
@@ -567,6 +575,7 @@ def predict(
     return adapted.family.predict(adapted.model, source, **{**_use(adapted), **options})
 
 
+@untouched()
 def export(
     delta: str | Path | Adapted,
     format: str = "onnx",
@@ -603,6 +612,7 @@ def export(
     return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**imgsz, **options})
 
 
+@untouched()
 def import_peft(
     folder: str | Path,
     out: str | Path | None = None,
@@ -664,6 +674,7 @@ def inspect(delta: str | Path) -> dict[str, Any]:
     return deltas.read(delta).header
 
 
+@untouched()
 def verify(delta: str | Path, model: str | Path | None = None, *, model_args: Mapping[str, Any] | None = None) -> None:
     """Check a delta against a base without building anything; raises a DeltaError that says what is wrong."""
     _checked(delta, model, model_args)

@@ -91,7 +91,8 @@ def curves(
         out: The file, e.g. a .png.
         title: Above both.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.3 s, only where something is drawn
+    from matplotlib import font_manager  # 0.3 s, only where something is drawn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -127,7 +128,11 @@ def curves(
             ax.legend(frameon=False, fontsize=9)
     if panels["metric"]:
         axes[1].set_ylim(0, 1)
-    return files.replace(out, lambda temporary: figure.savefig(temporary, dpi=110))
+    try:
+        return files.replace(out, lambda temporary: figure.savefig(temporary, dpi=110))
+    finally:
+        if cached := getattr(font_manager, "_get_font", None):  # it keeps the fonts' files open
+            cached.cache_clear()
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:

@@ -19,6 +19,7 @@ from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
+from .process import untouched
 from .settings import check_settings, device_of, find_family, fitted, lasting, loader_arguments, split_options, views_of
 
 Freeze = int | Sequence[int | str]
@@ -26,6 +27,7 @@ IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project
 OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 
+@untouched(alone=True)
 def plan(
     model: str | Path = "yolo11n.pt",
     *,
@@ -75,6 +77,7 @@ def plan(
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
+@untouched(alone=True)
 def forecast(
     model: str | Path = "yolo11n.pt",
     *,
@@ -130,6 +133,7 @@ def forecast(
     return made.at(rehearsed.settings["batch"])
 
 
+@untouched(alone=True)
 def fit(
     memory: str | float,
     *,
