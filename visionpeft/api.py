@@ -38,7 +38,7 @@ from .planning import Freeze, fit
 from .process import untouched
 from .registry import FAMILIES, METHODS
 from .run import Run
-from .settings import check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
+from .settings import check_names, check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
 from .trackers import Trackers
 
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
@@ -126,13 +126,14 @@ def train(
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
     Returns:
-        The run, with plan, metrics before and after, memory, time, the delta and the merged file. Of calls in several threads
-        one trains at a time; what else draws random numbers meanwhile changes its results.
+        The run, with plan, metrics before and after, memory, time, the delta and the merged file. Of calls in several
+        threads one trains at a time; what else draws random numbers meanwhile changes its results.
 
     Raises:
         VisionpeftError: Something given is not usable; the sentence says what, and what to do.
     """
     given = {k: v for k, v in locals().items() if k not in ("options", *_PLACES)}
+    check_names(data=data, model=model, project=project, name=name, resume=None if isinstance(resume, bool) else resume)
     if resume:
         saved = _resumed(resume, Path(project), name)
         free = ("data", "model", "options", *_PLACES)
@@ -424,6 +425,7 @@ def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapp
 
 def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None) -> tuple[Delta, Family, Base]:
     """Read a delta and its base, and check that they belong together."""
+    check_names(delta=delta, model=model)
     read = deltas.read(delta)
     family: Family = FAMILIES[read.plan.family]()
     said = read.header["base"]
@@ -458,6 +460,7 @@ def merge(
     Raises:
         ConfigError: The method cannot be merged.
     """
+    check_names(out=out)
     adapted = _adapted(delta, model, model_args)
     merged = attaching.merge(copy.deepcopy(adapted.model))
     return adapted.family.save_merged(merged, adapted.delta.header, Path(out))
@@ -478,6 +481,7 @@ def val(
     **options: Any,
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
+    check_names(data=data)
     adapted = _adapted(delta, model, model_args)
     checked = adapted.family.read_data(scenes.find(data), adapted.base)
     return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted), **options})
@@ -537,6 +541,7 @@ def forgetting(
     Raises:
         VisionpeftError: As for `load`; or the data has classes that the base does not know.
     """
+    check_names(data=data)
     adapted = _adapted(delta, model, model_args)
     family, base, made = adapted.family, adapted.base, adapted.delta.plan
     checked = family.read_data(scenes.find(data), base)
@@ -600,9 +605,10 @@ def export(
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
+    check_names(out=out)
+    adapted = _adapted(delta, model, model_args)
     if out is None:
         out = Path("model" if isinstance(delta, Adapted) else delta).with_suffix(suffixes[format])
-    adapted = _adapted(delta, model, model_args)
     if format == "peft":
         if options:
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
@@ -637,6 +643,7 @@ def import_peft(
     Raises:
         DeltaError: The folder is incomplete or damaged, computes something that has no like here, or is for another base.
     """
+    check_names(folder=folder, out=out, model=model, data=data)
     adapter = hfpeft.read(folder)
     said = adapter.header
     if model is None and not said:
@@ -671,6 +678,7 @@ def import_peft(
 
 def inspect(delta: str | Path) -> dict[str, Any]:
     """Return what a delta file says of itself, after checking it against its checksum."""
+    check_names(delta=delta)
     return deltas.read(delta).header
 
 

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from . import __version__, api, planning, recipes, tables
 from .benchmark.commands import benchmark
 from .data.commands import app as data_app
-from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
+from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
 from .report import write as write_report
@@ -492,7 +492,7 @@ def methods(name: str | None = None, *, markdown: bool = False) -> None:
 @app.command(group=_KNOW)
 def families() -> None:
     """List the families of models."""
-    rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
+    rows = [(n, tables.summary(c)) for n, c in FAMILIES.items()]
     print(tables.text("", ("family", "models"), rows))
 
 
@@ -517,17 +517,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: exit code 0; 1 for a mismatch; 2 for a mistake, said in one sentence; 130 after Ctrl-C."""
     if not (log := logging.getLogger("visionpeft")).handlers:
         log.addHandler(handler := logging.StreamHandler())
-        handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
+        handler.setFormatter(_Printable("visionpeft: %(message)s"))
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
+
+
+class _Printable(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def _guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except (VisionpeftError, CycloptsError) as error:
-        sentence = " ".join(str(error).split())
-        print(f"visionpeft: {sentence}", file=sys.stderr)
+        print(f"visionpeft: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 1 if isinstance(error, MismatchError) else 130 if isinstance(error, Interrupted) else 2
     except KeyboardInterrupt:
         print("visionpeft: interrupted", file=sys.stderr)

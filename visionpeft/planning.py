@@ -20,7 +20,17 @@ from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
 from .process import untouched
-from .settings import check_settings, device_of, find_family, fitted, lasting, loader_arguments, split_options, views_of
+from .settings import (
+    check_names,
+    check_settings,
+    device_of,
+    find_family,
+    fitted,
+    lasting,
+    loader_arguments,
+    split_options,
+    views_of,
+)
 
 Freeze = int | Sequence[int | str]
 IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok".split()  # for memory
@@ -61,6 +71,7 @@ def plan(
         VisionpeftError: As for `train`.
     """
     seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch), ("seed", seed)) if v is not None}
+    check_names(model=model, data=data)
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
     if seen and not tuning.looks:
@@ -203,6 +214,7 @@ class _Rehearsed:
     """What forecasts of one model have in common."""
 
     def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
+        check_names(model=given["model"], data=given["data"])
         self.given = given
         self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(given["model"]))
