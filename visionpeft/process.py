@@ -88,7 +88,8 @@ def _generators() -> Iterator[None]:
 def _settings() -> Iterator[None]:
     environment, trusted = dict(os.environ), set(torch.serialization.get_safe_globals())
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, cudnn = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    cudnn = torch.backends.cudnn
     fixed, tried = cudnn.deterministic, cudnn.benchmark
     try:
         with warnings.catch_warnings():

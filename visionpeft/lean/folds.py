@@ -15,7 +15,7 @@ from ..twins import plain
 Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NO_HOOKS = {**{name: {} for name in _HOOKS}, "_compiled_call_impl": None}
+_NO_HOOKS: dict[str, Any] = {**{name: {} for name in _HOOKS}, "_compiled_call_impl": None}
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
@@ -71,7 +71,7 @@ class _Tracer(fx.Tracer):
 
     def record(self, module: nn.Module, training: bool) -> list[fx.Node]:
         """Return the calls of children in a module's forward. What that stores goes into a copy, `root`."""
-        copies: dict[nn.Module | None, nn.Module | None] = {None: None}
+        copies: dict[Any, Any] = {None: None}  # for children that are left out
         for path, own in module.named_modules():
             copies[own] = copied = object.__new__(type(own))
             vars(copied).update(vars(own), **_NO_HOOKS)
@@ -80,7 +80,7 @@ class _Tracer(fx.Tracer):
         for own, copied in copies.items():
             if own is not None:
                 vars(copied)["_modules"] = {name: copies[child] for name, child in own._modules.items()}
-        self.root: Any = copies[module]
+        self.root = copies[module]
         self.root.training = training
         self.graph, self.tensor_attrs = fx.Graph(), {}
         forward, arguments = self.create_args_for_root(type(module).forward, True)
