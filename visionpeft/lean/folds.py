@@ -15,7 +15,6 @@ from ..twins import plain
 Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NO_HOOKS: dict[str, Any] = {**{name: {} for name in _HOOKS}, "_compiled_call_impl": None}
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
@@ -74,7 +73,7 @@ class _Tracer(fx.Tracer):
         copies: dict[Any, Any] = {None: None}  # for children that are left out
         for path, own in module.named_modules():
             copies[own] = copied = object.__new__(type(own))
-            vars(copied).update(vars(own), **_NO_HOOKS)
+            vars(copied).update(vars(own), _compiled_call_impl=None, **{name: {} for name in _HOOKS})
             if path:
                 vars(copied)["forward"] = partial(self._call, path)
         for own, copied in copies.items():
