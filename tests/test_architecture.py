@@ -27,6 +27,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "trackers": 2,
     "scenes": 2,
     "plan": 2,
+    "process": 3,
     "methods": 3,
     "attach": 3,
     "data": 4,

@@ -469,6 +469,33 @@ def test_an_earlier_runs_files_are_not_taken_for_this_ones(
     assert not (tmp_path / "one" / "merged.pt").exists() and (tmp_path / "one" / "delta.safetensors").exists()
 
 
+class Given:
+    """What nobody can use, of a size that nobody reads."""
+
+    def __repr__(self) -> str:
+        return "layer\n" * 10_000
+
+
+WRONG = "data model method freeze bn head epochs imgsz batch lr0 lr_scale optimizer workers seed amp delta_dtype cache"
+WRONG += " prefix_dtype lean trackers project name resume memory model_args r"
+
+
+@pytest.mark.parametrize("name", WRONG.split())
+def test_a_value_of_the_wrong_type(name: str, boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
+    small = {"model": checkpoint, "imgsz": 64, "batch": 4, "device": "cpu", "quiet": True, "project": tmp_path / "runs"}
+    for value in (Given(), {"a": 1}):
+        with pytest.raises(visionpeft.VisionpeftError, match=name) as said:
+            visionpeft.train(**{"data": boxes, **small, name: value})
+        assert len(str(said.value)) < 700 and "\n" not in str(said.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_delta_of_the_wrong_type(boxes: Path) -> None:
+    for verb in (visionpeft.load, visionpeft.inspect, visionpeft.verify, visionpeft.export, visionpeft.import_peft):
+        with pytest.raises(visionpeft.VisionpeftError, match="is of the type Given, which cannot be used"):
+            verb(Given())  # type: ignore[operator]
+
+
 def test_methods_share_no_name_with_other_arguments() -> None:
     """A setting that both a method and Ultralytics (or train) have would be taken by the wrong one."""
     import dataclasses

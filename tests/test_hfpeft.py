@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -509,6 +511,25 @@ def code(folder: Path) -> str:
     """The lines of a folder's README."""
     [lines] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     return lines
+
+
+def test_names_stay_text_in_the_readme(run: visionpeft.Run, tmp_path) -> None:
+    evil = "x\n```python\nimport os\n```\n<script>\x1b\u202e"
+    loaded = visionpeft.load(run.delta)
+    base = dataclasses.replace(loaded.base, source=evil)
+    header = {**loaded.delta.header, "names": {"0": evil, "1": "b"}}
+    header["base"] = {**header["base"], "model": evil, "model_args": {"a=1); import os; (b": evil}}
+    opening = loaded.family.opening(base, header)
+    delta = dataclasses.replace(loaded.delta, header=header)
+    folder = hfpeft.write(loaded.model, delta, loaded.base, opening, tmp_path / "evil")
+    card = (folder / "README.md").read_text()
+    assert [line for line in card.splitlines() if "```" in line] == ["```python", "```"]
+    assert "\nimport os" not in card and "<script>" not in card.replace(repr(evil), "").replace("\\<", "")
+    assert not {"\x1b", "\u202e"} & set(card)
+    calls = [node for node in ast.walk(ast.parse(code(folder))) if isinstance(node, ast.Call)]
+    assert ["timm.create_model", "model.reset_classifier", "PeftModel.from_pretrained"] == [
+        ast.unparse(c.func) for c in calls
+    ]
 
 
 def test_the_verbs(run: visionpeft.Run, tmp_path, monkeypatch, capsys) -> None:

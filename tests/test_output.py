@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import pty
 import re
@@ -12,12 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import make_squares
+from PIL import Image
 
 import visionpeft
 from visionpeft import cli, pictures, scenes, tables
+from visionpeft.data import sheet
+from visionpeft.errors import ConfigError
+from visionpeft.families.yolo_pictures import labelled
 from visionpeft.progress import Progress
+from visionpeft.run import _measured
 
 SMALL = "--epochs 2 --imgsz 64 --batch 4 --device cpu".split()
 
@@ -75,6 +82,7 @@ def test_a_bar_on_a_terminal(columns: int) -> None:
     """Epoch, batch, loss, memory and time left on one line; on a narrow terminal less, and never more than it holds."""
     code = """
 from visionpeft.progress import Progress
+from visionpeft.run import _measured
 import time
 with Progress(3, "mAP50") as bar:
     for epoch in range(3):
@@ -154,6 +162,64 @@ def test_curves_and_sheets(tmp_path: Path) -> None:
     curves = pictures.curves(history, {"top1": 0.1}, "top1", tmp_path / "c.png", "50 $ on a_b")
     assert curves.stat().st_size > 5000
     assert pictures.spread(list(range(10)), 4) == [0, 3, 6, 9] and pictures.spread([1, 2], 4) == [1, 2]
+
+
+HARMFUL = "a\x1b[31m\x9b\u202e\u2028\r\nb\0[/red]"
+SHOWN = r"a\x1b[31m\x9b\u202e\u2028\r\nb\x00[/red]"
+
+
+def test_names_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What a name from a file says to a terminal, or to rich, is shown as it is written."""
+    assert SHOWN in (table := tables.text(HARMFUL, [HARMFUL], [[HARMFUL]], width=120)) and table.count("\n") == 4
+    assert str(ConfigError("\x1b[2J\u2028")) == r"\x1b[2J\u2028"
+    for arguments in (["inspect", "\x1b[31m"], ["\x1b[31m"], ["verify", str(tmp_path), "--\x1b[31m", "1"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        said = capsys.readouterr()
+        assert r"\x1b[31m" in said.err and "\x1b" not in said.out + said.err
+    record = logging.LogRecord("visionpeft", logging.WARNING, "", 0, "%s is left out", (HARMFUL,), None)
+    assert cli._Printable("%(message)s").format(record) == f"{SHOWN} is left out"
+
+
+def test_names_are_drawn_as_they_are_written(tmp_path: Path) -> None:
+    """Pillow refuses to measure two lines, and draws one over the other."""
+    image = Image.new("RGB", (64, 64))
+    image.save(tmp_path / "a.png")
+    tile, row = sheet.Tile(tmp_path / "a.png", "val", (), 0), "0 .5 .5 .5 .5"
+    drawn = {
+        name: (
+            pictures.guessed([image], [name])[0],
+            np.asarray(Image.open(sheet.draw_sheet(tmp_path / "sheet.png", [tile], {0: name}))),
+            np.asarray(Image.open(pictures.sheet({name: [np.asarray(image)]}, tmp_path / "one.png", name))),
+            labelled(str(tmp_path / "a.png"), [row], "detect", {0: name, 1: "b"}, {}),
+        )
+        for name in (HARMFUL, SHOWN)
+    }
+    assert all(np.array_equal(a, b) for a, b in zip(drawn[HARMFUL], drawn[SHOWN], strict=True))
+
+
+def test_a_cpu_has_one_peak() -> None:
+    """It is what is saved for backward, which the table has; a GPU's is another line."""
+    common = {"saved_bytes": 4_000, "live_bytes": 9_000}
+    assert "peak memory" not in dict(_measured({**common, "peak_bytes": 4_000, "peak_measure": "bytes saved"}))
+    assert "20.0 kB" in dict(_measured({**common, "peak_bytes": 20_000, "peak_measure": "CUDA's"}))["peak memory"]
+
+
+def test_without_docstrings() -> None:
+    """They are text to be shown, which python -OO throws away."""
+    code = """
+from visionpeft import cli
+for line in (["methods"], ["methods", "lora"], ["methods", "--markdown"], ["families"]):
+    assert not cli._guarded(lambda: cli.app(line, exit_on_error=False))
+"""
+    environment = {**os.environ, "COLUMNS": "100"}
+    plain, without = (
+        subprocess.run(
+            [sys.executable, *how, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for how in ((), ("-OO",))
+    )
+    assert plain == without and "https://arxiv.org" in plain and "rank of the update" in plain
 
 
 def test_neither_data_nor_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

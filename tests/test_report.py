@@ -25,6 +25,7 @@ from visionpeft.report.rows import front
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 FIGURES = 9  # of a section that has everything
 HOSTILE = "</script><script>document.title='hit'</script>"
+STEERS = "\x1b\x9b\u2028\u202e"
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,10 @@ def test_names_stay_text(tmp_path: Path) -> None:
     out = make_results(tmp_path / "r", ["yolov8n"], ["road_signs"], seeds=[0], classes=[*OLD, HOSTILE, "a|b`c"])
     for file in (out / "cells").iterdir():
         cell = json.loads(file.read_text())
-        cell["names"]["data"] = cell["command"] = f"{HOSTILE}|x"
+        cell["names"]["data"] = cell["command"] = f"{HOSTILE}|x{STEERS}"
+        cell["states"]["bn"] = HOSTILE
+        if cell["names"]["method"] != "full":
+            cell["names"]["method"] += f"{HOSTILE}|{STEERS}"
         cell["pictures"]["after"][0] = f'"><img src=x onerror="{HOSTILE}'  # no picture
         file.write_text(json.dumps(cell))
     about = json.loads((out / "benchmark.json").read_text())
@@ -217,6 +221,9 @@ def test_names_stay_text(tmp_path: Path) -> None:
     assert said.text.count(HOSTILE) > 4 and HOSTILE not in html
     assert not [a for tag, a in said.tags if tag == "img" and not str(a["src"]).startswith("data:")]
     markdown = (tmp_path / "t.md").read_text()
+    [specs] = re.findall(r'id="specs">(.*?)</script>', html, re.DOTALL)
+    drawn = json.dumps(json.loads(specs), ensure_ascii=False)  # where U+2028 is, no figure is drawn
+    assert "\\u2028" in drawn and not any(sign in drawn + said.text + markdown for sign in STEERS)
     assert "<script>" not in markdown.replace("\\<", "")
     assert all(line.count(" | ") == 17 for line in markdown.splitlines() if line.startswith("| "))
 
@@ -437,7 +444,7 @@ def test_theme_and_print(visit: Any, page: Path) -> None:
 
 
 def test_a_hostile_name_does_nothing(visit: Any, tmp_path: Path) -> None:
-    methods = {"full": METHODS["full"], HOSTILE: METHODS["lora"]}
+    methods = {"full": METHODS["full"], HOSTILE: METHODS["lora"], STEERS: METHODS["norm"]}
     out = make_results(tmp_path / "r", ["yolov8n"], ["road_signs"], methods, [0], [*OLD, HOSTILE])
     tab = visit(report.write(out)[0])
     assert tab.title() == "synthetic: fine-tuning compared"

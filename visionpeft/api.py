@@ -36,9 +36,10 @@ from .lean.prefix import put_on
 from .methods.base import Method
 from .plan import Evidence, Plan, make_plan
 from .planning import Freeze, fit
+from .process import untouched
 from .registry import FAMILIES, METHODS
 from .run import Run
-from .settings import check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
+from .settings import check_names, check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
 from .stopping import Stop
 from .trackers import Trackers
 
@@ -46,6 +47,7 @@ _PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's argum
 
 
 # -------------------------------------------------------------------------------------------------------------- training
+@untouched(alone=True)
 def train(
     data: str | Path | None = None,
     *,
@@ -128,12 +130,14 @@ def train(
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
     Returns:
-        The run, with plan, metrics before and after, memory, time, the delta and the merged file.
+        The run, with plan, metrics before and after, memory, time, the delta and the merged file. Of calls in several
+        threads one trains at a time; what else draws random numbers meanwhile changes its results.
 
     Raises:
         VisionpeftError: Something given is not usable; the sentence says what, and what to do.
     """
     given = {k: v for k, v in locals().items() if k not in ("options", *_PLACES)}
+    check_names(data=data, model=model, project=project, name=name, resume=None if isinstance(resume, bool) else resume)
     if resume:
         free = ("data", "model", "options", *_PLACES)
         defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
@@ -427,6 +431,7 @@ class Adapted:
         return attaching.mergeable(self.model)
 
 
+@untouched()
 def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapping[str, Any] | None = None) -> Adapted:
     """Put a delta on its base.
 
@@ -444,6 +449,7 @@ def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapp
 
 def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None) -> tuple[Delta, Family, Base]:
     """Read a delta and its base, and check that they belong together."""
+    check_names(delta=delta, model=model)
     read = deltas.read(delta)
     family: Family = FAMILIES[read.plan.family]()
     said = read.header["base"]
@@ -465,6 +471,7 @@ def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
     return deltas.apply(fitted, delta, base.state).eval()
 
 
+@untouched()
 def merge(
     delta: str | Path | Adapted,
     out: str | Path,
@@ -477,6 +484,7 @@ def merge(
     Raises:
         ConfigError: The method cannot be merged.
     """
+    check_names(out=out)
     adapted = _adapted(delta, model, model_args)
     merged = attaching.merge(copy.deepcopy(adapted.model))
     return adapted.family.save_merged(merged, adapted.delta.header, Path(out))
@@ -487,6 +495,7 @@ def detach(adapted: Adapted) -> nn.Module:
     return copy.deepcopy(adapted.base.model)
 
 
+@untouched()
 def val(
     delta: str | Path | Adapted,
     data: str | Path,
@@ -496,6 +505,7 @@ def val(
     **options: Any,
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
+    check_names(data=data)
     adapted = _adapted(delta, model, model_args)
     checked = adapted.family.read_data(scenes.find(data), adapted.base, options.get("split", "val"), train=False)
     return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted), **options})
@@ -531,6 +541,7 @@ class Forgetting:
         return tables.text(f"{self.metric} on {self.data}", ("class", "before", "after", "change"), shown, right=(1, 2, 3))
 
 
+@untouched()
 def forgetting(
     delta: str | Path | Adapted,
     data: str | Path,
@@ -554,6 +565,7 @@ def forgetting(
     Raises:
         VisionpeftError: As for `load`; or the data has classes that the base does not know.
     """
+    check_names(data=data)
     adapted = _adapted(delta, model, model_args)
     family, base, made = adapted.family, adapted.base, adapted.delta.plan
     checked = family.read_data(scenes.find(data), base, options.get("split", "val"), train=False)
@@ -578,6 +590,7 @@ def forgetting(
     )
 
 
+@untouched()
 def predict(
     delta: str | Path | Adapted,
     source: Any,
@@ -591,6 +604,7 @@ def predict(
     return adapted.family.predict(adapted.model, source, **{**_use(adapted), **options})
 
 
+@untouched()
 def export(
     delta: str | Path | Adapted,
     format: str = "onnx",
@@ -615,9 +629,10 @@ def export(
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
+    check_names(out=out)
+    adapted = _adapted(delta, model, model_args)
     if out is None:
         out = Path("model" if isinstance(delta, Adapted) else delta).with_suffix(suffixes[format])
-    adapted = _adapted(delta, model, model_args)
     if format == "peft":
         if options:
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
@@ -627,6 +642,7 @@ def export(
     return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**imgsz, **options})
 
 
+@untouched()
 def import_peft(
     folder: str | Path,
     out: str | Path | None = None,
@@ -651,6 +667,7 @@ def import_peft(
     Raises:
         DeltaError: The folder is incomplete or damaged, computes something that has no like here, or is for another base.
     """
+    check_names(folder=folder, out=out, model=model, data=data)
     adapter = hfpeft.read(folder)
     said = adapter.header
     if model is None and not said:
@@ -685,9 +702,11 @@ def import_peft(
 
 def inspect(delta: str | Path) -> dict[str, Any]:
     """Return what a delta file says of itself, after checking it against its checksum."""
+    check_names(delta=delta)
     return deltas.read(delta).header
 
 
+@untouched()
 def verify(delta: str | Path, model: str | Path | None = None, *, model_args: Mapping[str, Any] | None = None) -> None:
     """Check a delta against a base without building anything; raises a DeltaError that says what is wrong."""
     _checked(delta, model, model_args)

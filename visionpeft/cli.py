@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from . import __version__, api, planning, recipes, tables
 from .benchmark.commands import benchmark
 from .data.commands import app as data_app
-from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError
+from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
 from .report import write as write_report
@@ -497,7 +497,7 @@ def methods(name: str | None = None, *, markdown: bool = False) -> None:
 @app.command(group=_KNOW)
 def families() -> None:
     """List the families of models."""
-    rows = [(n, (c.__doc__ or "").splitlines()[0]) for n, c in FAMILIES.items()]
+    rows = [(n, tables.summary(c)) for n, c in FAMILIES.items()]
     print(tables.text("", ("family", "models"), rows))
 
 
@@ -523,9 +523,14 @@ def main(arguments: list[str] | None = None) -> None:
     a signal stopped a run that can be resumed."""
     if not (log := logging.getLogger("visionpeft")).handlers:
         log.addHandler(handler := logging.StreamHandler())
-        handler.setFormatter(logging.Formatter("visionpeft: %(message)s"))
+        handler.setFormatter(_Printable("visionpeft: %(message)s"))
     code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
     sys.exit(code)
+
+
+class _Printable(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def _guarded(run: Callable[[], Any]) -> int:
@@ -535,7 +540,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         sentence = " ".join(str(error).split())
         if isinstance(error, Interrupted) and error.folder:
             sentence = f"{error.said}; go on with: visionpeft train --resume {shlex.quote(str(error.folder))}"
-        print(f"visionpeft: {sentence}", file=sys.stderr)
+        print(f"visionpeft: {printable(sentence)}", file=sys.stderr)
         return error.code if isinstance(error, Interrupted) else 1 if isinstance(error, MismatchError) else 2
     except KeyboardInterrupt:
         print("visionpeft: interrupted", file=sys.stderr)

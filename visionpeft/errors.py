@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
+
+_MOST = 600  # letters of a sentence: what was given may be a whole module
+# control characters, line separators, what turns the order of letters, halves of characters
+_HARMFUL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """Return a name from a file on one line, with nothing in it that steers a terminal: such signs are written as \\x1b."""
+    return _HARMFUL.sub(lambda sign: ascii(sign[0])[1:-1], str(text))
 
 
 class VisionpeftError(ValueError):
     """A mistake that one sentence explains. The command line prints it and exits with code 2."""
+
+    def __init__(self, sentence: object):
+        said = printable(re.sub(r"\s*\n\s*", " ", str(sentence)))
+        super().__init__(said if len(said) <= _MOST else f"{said[: _MOST // 2]} … {said[-_MOST // 2 :]}")
 
 
 class ConfigError(VisionpeftError):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from . import files
+from .errors import printable
 
 Item = TypeVar("Item")
 Picture = np.ndarray  # (H, W, 3), uint8, RGB
@@ -49,7 +50,7 @@ def guessed(
 def _captioned(image: Image.Image, text: str, colour: str, side: int) -> Picture:
     tile = Image.new("RGB", (side, side + 28), _PAPER)
     tile.paste(_fitted(image, side), (0, 0))
-    ImageDraw.Draw(tile).text((6, side + 5), text, fill=colour, font=ImageFont.load_default(15))
+    ImageDraw.Draw(tile).text((6, side + 5), printable(text), fill=colour, font=ImageFont.load_default(15))
     return np.asarray(tile)
 
 
@@ -69,9 +70,9 @@ def sheet(columns: Mapping[str, Sequence[Picture]], out: Path, title: str = "", 
     width, height = gap + (side + gap) * len(columns), top + head + sum(heights) + gap * rows
     page = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((gap, 8), title, fill=_INK, font=ImageFont.load_default(18))
+    draw.text((gap, 8), printable(title), fill=_INK, font=ImageFont.load_default(18))
     for x, (name, pictures) in zip(range(gap, width, side + gap), tiles.items(), strict=False):
-        draw.text((x, top + 3), name, fill=_INK, font=ImageFont.load_default(16))
+        draw.text((x, top + 3), printable(name), fill=_INK, font=ImageFont.load_default(16))
         y = top + head
         for tile, tall in zip(pictures, heights, strict=False):
             page.paste(tile, (x, y))
@@ -91,7 +92,8 @@ def curves(
         out: The file, e.g. a .png.
         title: Above both.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.3 s, only where something is drawn
+    from matplotlib import font_manager  # 0.3 s, only where something is drawn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -103,7 +105,7 @@ def curves(
     panels = {"loss": losses, "metric": metrics}
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, parse_math=False)
+    figure.suptitle(printable(title), fontsize=12, parse_math=False)
     axes = figure.subplots(1, 2)
     epochs = [r["epoch"] for r in history]
     for ax, (label, names) in zip(axes, panels.items(), strict=True):
@@ -127,7 +129,11 @@ def curves(
             ax.legend(frameon=False, fontsize=9)
     if panels["metric"]:
         axes[1].set_ylim(0, 1)
-    return files.replace(out, lambda temporary: figure.savefig(temporary, dpi=110))
+    try:
+        return files.replace(out, lambda temporary: figure.savefig(temporary, dpi=110))
+    finally:
+        if cached := getattr(font_manager, "_get_font", None):  # it keeps the fonts' files open
+            cached.cache_clear()
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:

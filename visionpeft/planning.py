@@ -19,13 +19,25 @@ from .families.launch import check_shares, devices
 from .forecast import Case, Forecast
 from .methods.base import Method
 from .plan import Plan, make_plan
-from .settings import check_settings, device_of, find_family, fitted, lasting, loader_arguments, split_options, views_of
+from .process import untouched
+from .settings import (
+    check_names,
+    check_settings,
+    device_of,
+    find_family,
+    fitted,
+    lasting,
+    loader_arguments,
+    split_options,
+    views_of,
+)
 
 Freeze = int | Sequence[int | str]
 IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok".split()  # for memory
 OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 
+@untouched(alone=True)
 def plan(
     model: str | Path = "yolo11n.pt",
     *,
@@ -59,6 +71,7 @@ def plan(
         VisionpeftError: As for `train`.
     """
     seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch), ("seed", seed)) if v is not None}
+    check_names(model=model, data=data)
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
     if seen and not tuning.looks:
@@ -75,6 +88,7 @@ def plan(
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
+@untouched(alone=True)
 def forecast(
     model: str | Path = "yolo11n.pt",
     *,
@@ -130,6 +144,7 @@ def forecast(
     return made.at(rehearsed.settings["batch"])
 
 
+@untouched(alone=True)
 def fit(
     memory: str | float,
     *,
@@ -199,6 +214,7 @@ class _Rehearsed:
     """What forecasts of one model have in common."""
 
     def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
+        check_names(model=given["model"], data=given["data"])
         self.given = given
         self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(given["model"]))

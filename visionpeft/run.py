@@ -76,8 +76,9 @@ def _measured(measured: dict[str, Any]) -> list[tuple[str, str]]:
         ("  by stage", _largest(measured.get("saved_by_stage"))),
         ("lived at most in a step", tables.size(live) if (live := measured.get("live_bytes")) else ""),
         ("held throughout", ", ".join(state)),
-        ("peak memory", f"{tables.size(measured.get('peak_bytes'))} ({measured.get('peak_measure')})"),
     ]
+    if measured.get("peak_bytes") != measured.get("saved_bytes"):  # on a CPU there is no other peak than what stands above
+        facts.append(("peak memory", f"{tables.size(measured.get('peak_bytes'))} ({measured.get('peak_measure')})"))
     return [(name, said) for name, said in facts if said]
 
 

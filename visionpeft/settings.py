@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ def find_family(source: str) -> Family:
     raise ModelError(
         f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}"
     )
+
+
+def check_names(**given: Any) -> None:
+    """Refuse what can be no name and no path: a model, a list of files.
+
+    Raises:
+        ConfigError: One is of another type.
+    """
+    for name, value in given.items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise ConfigError(f"{name} is of the type {type(value).__name__}, which cannot be used; give a name or a path")
 
 
 def split_options(

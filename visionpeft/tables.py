@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import io
 import re
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from .errors import printable
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -41,7 +44,10 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         f"body {plan.trained_body:,} ({_share(plan.trained_body, plan.body)} of {plan.body:,}), head {plan.trained_head:,}",
     )
     return "\n".join(
-        (text(title, names, rows, width=width, right=_indices(names, "parameters", "trained", "edits", "added")), *lines)
+        (
+            text(title, names, rows, width=width, right=_indices(names, "parameters", "trained", "edits", "added")),
+            *map(printable, lines),
+        )
     )
 
 
@@ -60,12 +66,13 @@ def text(
     table = Table(box=box.SIMPLE, pad_edge=False)
     numbers = set(right)
     for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
-    console = Console(file=io.StringIO(), width=width or columns(), color_system=None, force_jupyter=False)
+        table.add_row(*map(printable, row))
+    plain: dict[str, Any] = {"color_system": None, "force_jupyter": False, "markup": False, "emoji": False}
+    console = Console(file=io.StringIO(), width=width or columns(), **plain)
     if title:
-        console.print(title)
+        console.print(printable(title))
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")  # type: ignore[attr-defined]
 
@@ -77,7 +84,27 @@ def columns() -> int:
 
 def first_line(cls: type) -> str:
     """Return the first line of the module that a class is from: a method's formula, authors and URL."""
-    return (inspect.getdoc(inspect.getmodule(cls)) or "").splitlines()[0]
+    return _first_line(inspect.getmodule(cls))
+
+
+def summary(cls: type) -> str:
+    """Return the first line of a class's own docstring."""
+    return _first_line(cls)
+
+
+def _first_line(thing: Any) -> str:
+    """Return the first line of a docstring, from the source, for ``python -OO`` drops it; "" where there is none."""
+    try:
+        tree = ast.parse(inspect.getsource(thing))
+    except (OSError, TypeError):
+        return ""
+    where: Any = tree if inspect.ismodule(thing) else tree.body[0]
+    return (ast.get_docstring(where) or "").partition("\n")[0]
+
+
+def escaped(text: object) -> str:
+    """Return text on one line, in which nothing is markup of Markdown."""
+    return printable(" ".join(re.sub(r"([\\`*_<>\[\]|&])", r"\\\1", str(text)).split()))
 
 
 def methods_markdown(methods: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from ..errors import printable
 from .compare import table
 from .results import read
 from .sweep import run
@@ -72,6 +73,6 @@ def benchmark(
     print(table(cells))
     failed = read(out, "failed")
     for one in failed:
-        said = " · ".join(one["names"].values())
-        print(f"visionpeft: {said} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})", file=sys.stderr)
+        said = f"{' · '.join(one['names'].values())} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})"
+        print(f"visionpeft: {printable(said)}", file=sys.stderr)
     return 1 if failed else 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..families.evidence import ImageEvidence, unpack
-from ..tables import size
+from ..tables import escaped, size
 from .grid import hash_of
 
 RESAMPLES = 500
@@ -122,24 +122,25 @@ def table(cells: Iterable[Mapping[str, Any]], against: str = "full", resamples: 
     rows = compare(cells, against, resamples)
     for data, model in dict.fromkeys((r.names["data"], r.names["model"]) for r in rows):
         own = [r for r in rows if (r.names["data"], r.names["model"]) == (data, model)]
-        parts.append(f"**{data}, {model}**\n\n{markdown(own, against)}")
+        parts.append(f"**{escaped(data)}, {escaped(model)}**\n\n{markdown(own, against)}")
     return "\n\n".join(parts)
 
 
 def markdown(rows: Sequence[Row], against: str = "full") -> str:
     """Return rows of one model and data set as a table in Markdown."""
     retained = any(r.retained_after is not None for r in rows)
-    head = ["method", rows[0].score, "95 %", f"less {against}", "95 %", "body", "head", "saved", "peak", "s/step", "delta"]
+    score, less = escaped(rows[0].score), f"less {escaped(against)}"
+    head = ["method", score, "95 %", less, "95 %", "body", "head", "saved", "peak", "s/step", "delta"]
     head += ["old classes, before", "after"] if retained else []
     head += ["epochs", "seeds", "bn", "head", "lean"]
     lines = [head, ["---"] * len(head)]
     for r in rows:
-        line = [r.method, f"{r.score_mean:.3f}", _range(r.low, r.high, _plain), _signed(r.difference)]
+        line = [escaped(r.method), f"{r.score_mean:.3f}", _range(r.low, r.high, _plain), _signed(r.difference)]
         line += [_range(r.difference_low, r.difference_high, _signed)]
         line += [f"{r.trained_body:,}", f"{r.trained_head:,}", size(r.saved_bytes), size(r.peak)]
         line += ["–" if r.step_seconds is None else f"{r.step_seconds:.3f}", size(r.delta_bytes.get("file"))]
         line += [_plain(r.retained_before), _plain(r.retained_after)] if retained else []
-        line += ["/".join(map(str, dict.fromkeys(r.epochs.values()))), str(r.seeds), r.bn, r.head, r.lean]
+        line += ["/".join(map(str, dict.fromkeys(r.epochs.values()))), str(r.seeds), *map(escaped, (r.bn, r.head, r.lean))]
         lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import files, recipes
-from ..errors import ConfigError, DiskFull, Interrupted
+from ..errors import ConfigError, DiskFull, Interrupted, printable
 from . import cell as cells
 from .grid import Cell, Grid, make_grid
 from .results import FORMAT, load, read
@@ -277,7 +277,7 @@ class _Board:
             result = f"{content['score']} {content['run']['after'][content['score']]:.4f}"
         width = len(str(self._total))
         took = "there already" if seconds is None else f"{seconds:.0f} s"
-        return "   ".join((f"{self._done:>{width}}/{self._total}", str(cell), result, took))
+        return printable("   ".join((f"{self._done:>{width}}/{self._total}", str(cell), result, took)))
 
 
 def _note(grid: Grid, out: Path) -> None:

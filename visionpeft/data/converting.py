@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 
 from .. import tables
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, printable
 from .formats.base import FORMATS, Entry, Request, Source
 from .layout import SPLITS
 from .naming import order_classes
-from .report import Tally, listed, printable, watched
+from .report import Tally, listed, watched
 from .writing import Writer
 
 _MARK = "# Made by visionpeft data convert"  # what may be replaced

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from .. import tables
+from ..errors import printable
 
 T = TypeVar("T")
 
@@ -36,11 +37,6 @@ def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     """Return items, with a bar of progress on a terminal's stderr while they are taken."""
     console = Console(stderr=True)
     return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
-
-
-def printable(text: str) -> str:
-    """Return a file's name as text that can be printed even where it is no UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

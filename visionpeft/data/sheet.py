@@ -12,9 +12,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import files
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from .pictures import upright
-from .report import printable
 from .rows import Row
 
 _COLUMNS, _ROWS, _TILE, _CAPTION, _LINE = 4, 4, 360, 18, 20
@@ -68,6 +67,7 @@ def draw_sheet(path: str | Path, tiles: Sequence[Tile], names: Mapping[int, str]
         raise ConfigError(f"sheet={path} is no image file; end it in one of {', '.join(_FORMATS)}")
     if not tiles:
         raise ConfigError("there is no readable image to draw on a contact sheet; see the report without it")
+    names = {cls: printable(name) for cls, name in names.items()}
     font = ImageFont.load_default(13)
     count = -(-len(tiles) // _COLUMNS)
     legend = _legend(sorted({c for t in tiles for c in t.classes}), names, font)

@@ -80,7 +80,7 @@ def refuse_without_stages(plan: Plan, views: int, dtype: str | None) -> None:
     Raises:
         ConfigError: It does, or `dtype` is not known.
     """
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in tuple(DTYPES):
         raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
     if not plan.untouched:
         given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"

@@ -396,7 +396,8 @@ def _merged_copy(model: nn.Module) -> Any:
 
 
 def _written(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    """Return arguments as Python, whatever they are called."""
+    return ", ".join(f"{k}={v!r}" if k.isidentifier() else f"**{ {k: v}!r}" for k, v in arguments.items())
 
 
 def _use(options: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:

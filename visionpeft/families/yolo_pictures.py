@@ -13,6 +13,7 @@ from ultralytics.engine.results import Results
 from ultralytics.utils.ops import xywh2xyxy, xyxyxyxy2xywhr
 from ultralytics.utils.patches import imread
 
+from ..errors import printable
 from ..pictures import SIDE, Picture
 
 
@@ -39,7 +40,11 @@ def predicted(result: Any) -> Picture:
     if result.keypoints is not None:
         given["keypoints"] = result.keypoints.data.clone().cpu()
         given["keypoints"][..., :2] *= scale
-    return _plotted(Results(image, result.path, result.names, **given))
+    return _plotted(Results(image, result.path, _printable(result.names), **given))
+
+
+def _printable(names: Mapping[int, str]) -> dict[int, str]:
+    return {cls: printable(name) for cls, name in names.items()}
 
 
 def _plotted(result: Results, **options: Any) -> Picture:
@@ -87,4 +92,4 @@ def labelled(file: str, rows: Sequence[str], task: str, names: Mapping[int, str]
     given: dict[str, Any] = {} if task == "obb" else {"boxes": torch.tensor(boxes).reshape(-1, 6)}
     if part and more:
         given[part] = torch.from_numpy(np.array(more, np.uint8 if task == "segment" else np.float32))
-    return _plotted(Results(image, file, dict(names), **given), conf=False)
+    return _plotted(Results(image, file, _printable(names), **given), conf=False)

@@ -24,6 +24,7 @@ from ..families.base import Base, observe
 from ..methods.base import PeftLayer, restore_method
 from ..plan import Edit, Plan
 from ..registry import METHODS
+from ..tables import escaped
 from .folder import CARD, CONFIG, LISTS, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -212,7 +213,7 @@ def _whole(tensor: Tensor) -> Tensor:
 def _card(delta: Delta, parts: Parts, opening: str) -> str:
     """Return the README of the folder: what it is, and the exact lines that use it."""
     header = delta.header
-    name, count = header["base"]["model"], len(header["names"])
+    name, count = escaped(header["base"]["model"]), len(header["names"])
     saved = len(parts.whole) - len(parts.merged)
     notes = [f"- {len(parts.layers)} layers have an adapter."]
     if saved:
@@ -222,7 +223,7 @@ def _card(delta: Delta, parts: Parts, opening: str) -> str:
     if parts.merged:
         notes.append(
             f"- {len(parts.merged)} layers have their update merged and are saved as a whole, for HF peft would compute "
-            f"something else on them, or cannot tell them from others: {', '.join(parts.merged)}."
+            f"something else on them, or cannot tell them from others: {', '.join(map(escaped, parts.merged))}."
         )
     return f"""---
 library_name: peft
@@ -240,6 +241,6 @@ model = PeftModel.from_pretrained(model, ".")  # or the path of this folder; in 
 ```
 
 {chr(10).join(notes)}
-- Base: {name}; sha256 of its tensors {header["base"]["sha256"]}.
-- Classes: {", ".join(header["names"][k] for k in sorted(header["names"], key=int))}.
+- Base: {name}; sha256 of its tensors {escaped(header["base"]["sha256"])}.
+- Classes: {", ".join(escaped(header["names"][k]) for k in sorted(header["names"], key=int))}.
 """

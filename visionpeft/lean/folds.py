@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
@@ -14,6 +14,7 @@ from ..twins import plain
 
 Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
@@ -62,8 +63,31 @@ def _held(module: nn.Module, kind: type, path: str = "") -> Iterator[tuple[str, 
 
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return True
+    """Records what a forward does with the module's children, which are black boxes.
+
+    `trace` of fx would patch `nn.Module` meanwhile, for all threads; here a copy's children record their own calls.
+    """
+
+    def record(self, module: nn.Module, training: bool) -> list[fx.Node]:
+        """Return the calls of children in a module's forward. What that stores goes into a copy, `root`."""
+        copies: dict[Any, Any] = {None: None}  # for children that are left out
+        for path, own in module.named_modules():
+            copies[own] = copied = object.__new__(type(own))
+            vars(copied).update(vars(own), _compiled_call_impl=None, **{name: {} for name in _HOOKS})
+            if path:
+                vars(copied)["forward"] = partial(self._call, path)
+        for own, copied in copies.items():
+            if own is not None:
+                vars(copied)["_modules"] = {name: copies[child] for name, child in own._modules.items()}
+        self.root = copies[module]
+        self.root.training = training
+        self.graph, self.tensor_attrs = fx.Graph(), {}
+        forward, arguments = self.create_args_for_root(type(module).forward, True)
+        self.create_node("output", "output", (self.create_arg(forward(*arguments)),), {})
+        return [node for node in self.graph.nodes if node.op == "call_module"]
+
+    def _call(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_module", path, args, kwargs)
 
 
 def _pairs(module: nn.Module) -> tuple[set[str], dict[str, str]]:
@@ -71,10 +95,8 @@ def _pairs(module: nn.Module) -> tuple[set[str], dict[str, str]]:
     called: set[str] = set()
     both: list[set[tuple[str, str]]] = []
     for training in (True, False):
-        copied = copy.copy(module)  # a forward may store something in its module
-        copied.training = training
-        calls = [n for n in _Tracer().trace(copied).nodes if n.op == "call_module"]
-        if any(isinstance(value, fx.Proxy) for value in vars(copied).values()):
+        calls = (tracer := _Tracer()).record(module, training)
+        if any(isinstance(value, fx.Proxy) for value in vars(tracer.root).values()):
             raise ValueError("what it stores may be read elsewhere")
         called |= {str(n.target) for n in calls}
         times = Counter(n.target for n in calls)

@@ -8,6 +8,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
@@ -192,6 +193,10 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
         return dataclasses.replace(method, **{k: _typed(type(method), k, v) for k, v in options.items()})
     if method is None:
         method = "full" if freeze else "lora"
+    if not isinstance(method, str):
+        raise ConfigError(
+            f"method is of the type {type(method).__name__}; give a name, or a configuration as LoraConfig(r=16)"
+        )
     names = [n.strip() for n in str(method).split("+")]
     classes = [METHODS[name] for name in names]
     takers: dict[str, list] = {}
@@ -277,8 +282,9 @@ def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method) and base is not Method:
-            found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
-            comments.update(dict(found))
+            with suppress(OSError):  # where no source is, there are no comments
+                found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
+                comments.update(dict(found))
     made = cls()
     return [(f.name, str(f.type), getattr(made, f.name), comments.get(f.name, "")) for f in dataclasses.fields(cls)]
 

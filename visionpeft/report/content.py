@@ -11,7 +11,7 @@ from typing import Any
 
 from ..benchmark import Row, compare, read
 from ..benchmark.grid import hash_of
-from ..errors import ConfigError
+from ..errors import ConfigError, printable
 from .answer import Answer, answer
 from .notes import notes
 from .rows import Memory, by_seed, memory_of, share
@@ -101,15 +101,15 @@ def gather(folders: Sequence[str | Path]) -> Report:
         ConfigError: A folder is missing or empty, a file in it is truncated or of something else, or the folders have
             different references.
     """
-    cells = {cell["hash"]: cell for folder in folders for cell in read(folder)}
-    failed = {hash_of(cell["cell"]): cell for folder in folders for cell in read(folder, "failed")}
+    cells = {cell["hash"]: _printable(cell) for folder in folders for cell in read(folder)}
+    failed = {hash_of(cell["cell"]): _printable(cell) for folder in folders for cell in read(folder, "failed")}
     failed = {key: cell for key, cell in failed.items() if key not in cells}  # in another folder it is done
     if not cells:
         why = f" ({len(failed)} failed)" if failed else ""
         raise ConfigError(
             f"there is no finished cell in {', '.join(map(str, folders))}{why}; run `visionpeft benchmark` first"
         )
-    abouts = [_about(Path(folder)) for folder in folders]
+    abouts = [_printable(_about(Path(folder))) for folder in folders]
     references = sorted({str((about.get("defaults") or {}).get("against") or AGAINST) for about in abouts})
     if len(references) > 1:
         raise ConfigError(f"these results are compared with {' and '.join(references)}; give folders with one reference")
@@ -130,6 +130,15 @@ def gather(folders: Sequence[str | Path]) -> Report:
         notes=notes(rows, against),
         folders=[str(folder) for folder in folders],
     )
+
+
+def _printable(content: Any) -> Any:
+    """Return what a file holds, all text in it printable."""
+    if isinstance(content, str):
+        return printable(content)
+    if isinstance(content, Mapping):
+        return {printable(k): _printable(v) for k, v in content.items()}
+    return [_printable(v) for v in content] if isinstance(content, list) else content
 
 
 def _section(key: str, rows: list[Row], against: str) -> Section:
