@@ -98,7 +98,7 @@ class Timm(Family):
 
     # ---------------------------------------------------------------------------------------------------------- the data
     def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
-        return read_folders(source, split, train)
+        return read_folders(source, split, train=train)
 
     # --------------------------------------------------------------------------------------------------------- the model
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
