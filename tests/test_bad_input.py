@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_boxes, make_squares
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -302,6 +303,17 @@ def test_a_class_without_images_to_measure_on(tmp_path: Path, caplog) -> None:
         (data / "val" / "green").mkdir(exist_ok=True)
     shutil.rmtree(data / "train")
     assert FAMILIES["timm"]().read_data(str(data), train=False).names == {0: "blue", 1: "red"}
+
+
+def test_a_classifier_says_what_it_leaves_out(tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_squares(tmp_path / "data")
+    Image.new("RGB", (32, 32)).save(tmp_path / "data/val/red/0.png", "GIF")  # Pillow reads it, Ultralytics does not
+    family = FAMILIES["yolo"]()
+    base = family.load("yolo11n-cls.yaml")
+    read = family.read_data("data", base)
+    family.judge(family.fit(base, read.names, "rebuild"), read, imgsz=32, device="cpu", workers=0)
+    assert caplog.messages == ["1 of 6 val images cannot be used and are left out: data/val/red/0.png"]
 
 
 def test_a_list_of_images(data: Path, checkpoint: Path, capsys) -> None:

@@ -481,8 +481,11 @@ def test_an_image_in_two_folders(tmp_path: Path) -> None:
     (tmp_path / "training/label_2").mkdir()
     for i in range(2):
         row = "Car 0.00 0 1.55 24 16 72 48 1.6 1.6 3.7 -0.6 1.7 46.7 -1.5"
-        (tmp_path / f"training/label_2/00000{i}.txt").write_text(row)
-    assert sum(convert(tmp_path / "training", tmp_path / "out").images.values()) == 2
+        (tmp_path / f"training/label_2/00000{i}.txt").write_text(row, encoding="utf-8-sig")
+    (tmp_path / "training/label_2/000002.txt").write_bytes(f"F\xfcchse{row[3:]}".encode("cp1252"))
+    made = convert(tmp_path / "training", tmp_path / "out")
+    assert sum(made.images.values()) == 2 and made.names[0] == "Car"
+    assert {k: n for k, (n, _) in made.left.items()} == {"annotation file that is not UTF-8": 1}
     with pytest.raises(VisionpeftError, match="give them with --images"):
         convert(tmp_path / "training", tmp_path / "other", images=tmp_path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -464,13 +465,16 @@ def warn_of_lost(data: Data, part: str, dataset: Any, share: float = 1.0) -> Non
         dataset: Ultralytics' own, made of that part.
         share: Of the images that it was made of: the first; above 1, their number.
     """
-    files = [Path(f) for f in getattr(dataset, "im_files", None) or [sample[0] for sample in dataset.samples]]
-    given = [Path(f[0] if data.task == "classify" else f) for f in data.facts[part]]
-    if share != 1.0 and data.task == "classify":  # spread over all
+    if data.task != "classify":
+        files, given = dataset.im_files, data.facts[part]
+        given = given[: share if isinstance(share, int) else max(1, round(len(given) * share))]
+    elif share == 1.0:  # a share of them would be spread over all
+        files, given = [sample[0] for sample in dataset.samples], [file for file, _ in data.facts[part]]
+    else:
         return
-    given = given[: share if isinstance(share, int) else max(1, round(len(given) * share))]
-    if lost := sorted(set(given) - set(files)):
-        named = ", ".join(map(str, lost[:5]))
+    used = set(map(os.path.realpath, files))
+    if lost := [f for f in dict.fromkeys(given) if os.path.realpath(f) not in used]:
+        named = ", ".join(lost[:5])
         log.warning(f"{len(lost)} of {len(given)} {part} images cannot be used and are left out: {named}")
 
 

@@ -181,6 +181,15 @@ def image_folders(root: Path, start: Path) -> Iterator[Path]:
                 yield child
 
 
+def lines_of(file: Path, left: Tally) -> list[str] | None:
+    """Return the lines of a text of annotations, or None where it is not UTF-8: class names would be garbled."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        left.add("annotation file that is not UTF-8", file.name)
+        return None
+
+
 def listed_splits(root: Path) -> dict[str, str]:
     """Return the split of each stem that root/ImageSets lists; "" for those of trainval only."""
     folders = [root / "ImageSets" / "Main", root / "ImageSets", root / "Main"]

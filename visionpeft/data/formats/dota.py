@@ -14,7 +14,20 @@ import numpy as np
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, always, image_folders, split_of
+from .base import (
+    FORMATS,
+    NOT_FOUND,
+    Entry,
+    Format,
+    Images,
+    Request,
+    Source,
+    Thing,
+    always,
+    image_folders,
+    lines_of,
+    split_of,
+)
 
 _HEADER = ("imagesource", "gsd", "acquisition")
 
@@ -36,7 +49,9 @@ class Dota(Format):
             images = Images([request.images] if request.images else image_folders(root, folder))
             part = split_of(folder.name) or split_of(folder.parent.name)
             for file in sorted(folder.glob("*.txt")):
-                things = list(_things(file, request.difficult, left))
+                if (lines := lines_of(file, left)) is None:
+                    continue
+                things = list(_things(file, lines, request.difficult, left))
                 found = images.stemmed(file.stem, folder.parent.name)
                 if found is None:
                     left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
@@ -56,8 +71,8 @@ def _folders(root: Path) -> list[Path]:
     return [f for f in found if f.is_dir() and any(f.glob("*.txt"))]
 
 
-def _things(file: Path, difficult: bool, left: Tally) -> Iterable[Thing]:
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+def _things(file: Path, lines: list[str], difficult: bool, left: Tally) -> Iterable[Thing]:
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].lower().startswith(_HEADER):
             continue

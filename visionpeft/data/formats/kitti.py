@@ -12,7 +12,20 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..report import Tally
-from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, always, image_folders, listed_splits
+from .base import (
+    FORMATS,
+    NOT_FOUND,
+    Entry,
+    Format,
+    Images,
+    Request,
+    Source,
+    Thing,
+    always,
+    image_folders,
+    lines_of,
+    listed_splits,
+)
 
 _CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # the devkit's order
 _FIELDS = 15
@@ -40,7 +53,9 @@ class Kitti(Format):
             if splits and file.stem not in splits:
                 left.add("image that ImageSets does not list", file.name)
                 continue
-            things = list(_things(file, left))
+            if (lines := lines_of(file, left)) is None:
+                continue
+            things = list(_things(file, lines, left))
             found = images.stemmed(file.stem, folder.name.replace("label", "image"))
             if found is None:
                 left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
@@ -65,8 +80,8 @@ def _labels(root: Path) -> Path | None:
     return root if len(words) in (_FIELDS, _FIELDS + 1) else None
 
 
-def _things(file: Path, left: Tally) -> Iterable[Thing]:
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+def _things(file: Path, lines: list[str], left: Tally) -> Iterable[Thing]:
+    for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
