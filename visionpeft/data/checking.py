@@ -6,6 +6,7 @@ What Ultralytics would leave out or read wrongly without a word that one sees is
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -122,7 +123,7 @@ def _count_rows(
     layout: Layout, pictures: Mapping[Path, Picture], task: str | None, imgsz: int, notes: Tally
 ) -> tuple[dict[str, Split], str, Tiles]:
     files = {f: label_of(f) for f in pictures}
-    read = {label: read_lines(label) for label in files.values() if label.is_file()}
+    read = {label: read_lines(label) for label in files.values() if os.path.isfile(label)}
     for label, count in Counter(files.values()).items():
         if count > 1 and label in read:
             owners = ", ".join(f.name for f in files if files[f] == label)

@@ -140,12 +140,23 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        values = yaml.safe_load(content.decode("utf-16" if wide else "utf-8-sig", errors="replace"))
+        text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
+        values, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
+    if twice:
+        raise DataError(f"{path} says '{twice}' twice, of which only the last would count; leave one out")
     if strange := _not_utf8(values, wide):
         raise DataError(f"{path} has letters that are not UTF-8 in '{strange}'; save the file as UTF-8")
     return {k: None if v == "None" else v for k, v in values.items()} if isinstance(values, dict) else {}
+
+
+def _twice(node: Any) -> str:
+    """Return what a YAML, or the mapping of its names, says twice, or ""."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    keys = [str(key.value) for key, _ in pairs]
+    inner = next((value for key, value in pairs if key.value == "names"), None)
+    return next((key for key in keys if keys.count(key) > 1), "") or (_twice(inner) if inner else "")
 
 
 def _not_utf8(values: Any, wide: bool) -> str:
@@ -210,18 +221,19 @@ def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
 
 
 def listed(file: Path) -> list[str]:
-    """Return the images that a text file lists, by Ultralytics' rules: ./ is its folder, and a line that does not end as an
-    image does is no entry, such as a comment.
+    """Return the images that a text file lists, by Ultralytics' rules: ./ is its folder, and a comment, or a line that does
+    not end as an image does, is no entry. Blanks around a name count.
 
     Raises:
         DataError: It is no text in UTF-8.
     """
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = file.read_text(encoding="utf-8-sig").strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is no list of images in UTF-8 ({type(error).__name__}); write one image a line") from error
-    found = [line for line in lines if line.rpartition(".")[-1].lower() in SUFFIXES]
-    return [str(file.parent / line[2:]) if line.startswith("./") else line for line in found]
+    found = [x for x in lines if x.strip().rpartition(".")[-1].lower() in SUFFIXES]
+    found = [x for x in found if not x.startswith("#") or os.path.isfile(x)]
+    return [f"{file.parent}{os.sep}{x[2:]}" if x.startswith("./") else x for x in found]
 
 
 def _images(root: Path, given: Any, part: str, source: str) -> tuple[list[Path], list[Path]]:

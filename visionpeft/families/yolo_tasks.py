@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def rows_of(label: Path, pose: int = 0) -> list[str]:
         DataError: It is no text in UTF-8.
     """
     try:
-        text = label.read_text(encoding="utf-8-sig") if label.is_file() else ""
+        text = label.read_text(encoding="utf-8-sig") if os.path.isfile(label) else ""
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the labels {label} cannot be read as UTF-8 ({type(error).__name__}); save the file anew"
