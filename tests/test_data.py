@@ -797,6 +797,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list], str]] = {
     "check: another code page": (lambda d: ["check", _yaml(d, b"train: .\nnames: [F\xfcchse]")], "not UTF-8 in 'F.chse'"),
     "check: nc at odds": (lambda d: ["check", _yaml(d, "train: .\nnames: [a]\nnc: 2", True)], "nc: 2, but names 1 class"),
     "check: nc that is none": (lambda d: ["check", _yaml(d, "train: .\nnc: 1.5", True)], "nc: 1.5, which is no number"),
+    "check: names twice": (lambda d: ["check", _yaml(d, "train: .\nnames: {0: a, 0: b}", True)], "says '0' twice"),
     "check: no path": (lambda d: ["check", _yaml(d, 'path: "a\\0b"\ntrain: .')], "cannot be a place"),
     "check: a list that is none": (lambda d: ["check", _yaml(d, "train: 0.png", True)], "no list of images in UTF-8"),
     "check: no images": (lambda d: ["check", _yaml(d, "train: .\nnames: [a]")], "has no train images"),

@@ -57,7 +57,7 @@ from .base import (
     read_statistics,
     read_stride,
 )
-from .images import FOLDERS, draw, held_back, read_folders, split_folders
+from .images import FOLDERS, draw, few, held_back, read_folders, split_folders
 from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
@@ -209,8 +209,9 @@ class Yolo(Family):
                 refuse_unfit(found)
             boxes = 0
             for image, label in zip(found, img2label_paths(list(found)), strict=True):
-                if not Path(image).is_file():
-                    raise DataError(f"{source} lists the {part} image {image}, which is not there; correct the list")
+                if not os.path.isfile(image):
+                    named = f"{image[:200]!r}"  # with the blanks around it
+                    raise DataError(f"{source} lists the {part} image {named}, which is not there; correct the list")
                 rows = rows_of(Path(label), facts["pose"])
                 owners.setdefault(label, set()).update([image] if rows else [])
                 boxes += len(rows)
@@ -224,8 +225,8 @@ class Yolo(Family):
             facts["train" if train and part == "train" else "val"] = found
         if shared := [label for label, own in owners.items() if len(own) > 1]:
             log.warning(
-                f"{len(shared)} label files of {source} belong to more than one image, so all but one train on another's "
-                f"boxes, e.g. {shared[0]}; rename the images"
+                f"more than one image of {source} has the labels {few(shared)}, so all but one train on another's boxes; "
+                "rename the images"
             )
         if len(set(data["names"].values())) < data["nc"]:
             log.warning(f"{source} has classes of the same name, which scores cannot tell apart: {brief(data['names'])}")
@@ -369,7 +370,12 @@ class Yolo(Family):
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
                 stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
-        warn_of_lost(data, "val", validator.dataloader.dataset, get_split_fraction(args.get("fraction", 1.0), "val"))
+        warn_of_lost(
+            data,
+            "val",
+            validator.dataloader.dataset,
+            get_split_fraction(args.get("fraction", 1.0), args.get("split", "val")),
+        )
         return Judged({name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator))
 
     def hold_back(self, data: Data, folder: Path, share: float) -> str:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -137,12 +138,10 @@ class Tuned:
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         with readable(self.job.data.source):
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
-        dataset = loader.dataset
-        if mode == "train":
+        if mode == "train":  # what is lost of val is said where it is judged
+            warn_of_lost(self.job.data, mode, loader.dataset, get_split_fraction(self.args.fraction, mode))
             loader = self._stored(loader) if self.job.store else loader
             loader.__class__ = ReplayableLoader
-        if mode == "train":  # what is lost of val is said where it is judged
-            warn_of_lost(self.job.data, mode, dataset, get_split_fraction(self.args.fraction, mode))
         return loader
 
     def _stored(self: Any, loader: Any) -> Any:
@@ -507,5 +506,5 @@ def readable(source: str) -> Iterator[None]:
 
 
 def brief(error: object) -> str:
-    text = " ".join(str(error).replace("❌", "").split())
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).replace("❌", "").split())  # no colours
     return text if len(text) < 400 else f"{text[:400]}…"
