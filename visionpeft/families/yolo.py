@@ -370,12 +370,8 @@ class Yolo(Family):
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
                 stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
-        warn_of_lost(
-            data,
-            "val",
-            validator.dataloader.dataset,
-            get_split_fraction(args.get("fraction", 1.0), args.get("split", "val")),
-        )
+        share = get_split_fraction(args.get("fraction", 1.0), args.get("split", "val"))
+        warn_of_lost(data, "val", validator.dataloader.dataset, share)
         return Judged({name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator))
 
     def hold_back(self, data: Data, folder: Path, share: float) -> str:
