@@ -471,12 +471,12 @@ def spoil(pattern: str, content: bytes = b"no image") -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda root: (root / "val").rename(root / "other"), "has no folder val or valid or validation or test"),
+        (lambda root: (root / "val").rename(root / "other"), "has no folder val or validation or valid or test"),
         (lambda root: (root / "train").rename(root / "other"), "has no folder train"),
         (remove("val"), "has no images .it has no class folders"),
         (remove("val/red", "val/blue"), "has no images .its class folders hold none"),
         (remove("train/red"), "train/red holds no images"),
-        (lambda root: (root / "val" / "red").rename(root / "val" / "green"), "has red in train, but not in val"),
+        (lambda root: (root / "val" / "red").rename(root / "val" / "green"), "has green in val, but not in train"),
         (lambda root: make_squares(root / "val" / "third"), "has third in val, but not in train"),
         (spoil("val/*/*.png"), "none of the 6 images in .*val can be read"),
         (spoil("**/*.png"), "can be read"),
