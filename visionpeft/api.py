@@ -139,14 +139,14 @@ def train(
     given = {k: v for k, v in locals().items() if k not in ("options", *_PLACES)}
     check_names(data=data, model=model, project=project, name=name, resume=None if isinstance(resume, bool) else resume)
     if resume:
-        free = ("data", "model", "options", *_PLACES)
-        defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
-        if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
-            raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-        newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # the run may be older than these
-        new = {k: v for k, v in defaults.items() if k in newer}
         with stopping.heeded() as stop, ExitStack() as held:
             saved = held.enter_context(run_folder.resumed(resume, Path(project), name))
+            free = ("data", "model", "options", *_PLACES)
+            defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
+            if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
+                raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
+            newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # than the run may be
+            new = {k: v for k, v in defaults.items() if k in newer}
             return _train(**{**new, **saved}, quiet=quiet, stop=stop, held=held)
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}

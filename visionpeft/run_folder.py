@@ -82,9 +82,13 @@ def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
     """Refuse to go on with a run on a base, data or a plan that it did not begin with; `then` and `now` are of `origin`.
 
     Raises:
-        TrainingError: One of them is another.
+        TrainingError: One of them is another, or `then` does not say.
     """
-    was, given = json.loads(then), json.loads(now)
+    given = json.loads(now)
+    try:
+        was = {part: json.loads(then)[part] for part in _CHANGED}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"the checkpoint of {folder} does not say what the run is made of; start anew") from error
     if changed := next((said for part, said in _CHANGED.items() if was[part] != given[part]), None):
         said = changed.format(model=model, data=data)
         raise TrainingError(f"{folder} cannot be resumed: {said}; put back what was there, or start anew")
