@@ -493,16 +493,16 @@ WRONG += " prefix_dtype lean trackers project name resume memory model_args r"
 
 
 @pytest.mark.parametrize("name", WRONG.split())
-def test_a_value_of_the_wrong_type(name: str, boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
-    small = {"model": checkpoint, "imgsz": 64, "batch": 4, "device": "cpu", "quiet": True, "project": tmp_path / "runs"}
-    for value in (Given(), {"a": 1}):
+def test_a_value_of_the_wrong_type(name: str, loops: dict, tmp_path: Path) -> None:
+    data, given, *_ = loops["timm"]
+    for value in (Given(), [1, None]):
         with pytest.raises(visionpeft.VisionpeftError, match=name) as said:
-            visionpeft.train(**{"data": boxes, **small, name: value})
+            visionpeft.train(**{"data": data, **given, "method": "lora", "project": tmp_path / "runs", name: value})
         assert len(str(said.value)) < 700 and "\n" not in str(said.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_delta_of_the_wrong_type(boxes: Path) -> None:
+def test_a_delta_of_the_wrong_type() -> None:
     for verb in (visionpeft.load, visionpeft.inspect, visionpeft.verify, visionpeft.export, visionpeft.import_peft):
         with pytest.raises(visionpeft.VisionpeftError, match="is of the type Given, which cannot be used"):
             verb(Given())  # type: ignore[operator]

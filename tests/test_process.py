@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import random
@@ -155,6 +156,20 @@ def test_lean_is_applied_in_threads() -> None:
         stop.set()
         other.join()
     assert not errors
+
+
+def test_threads_wait_until_all_methods_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (package := tmp_path / "slow_methods").mkdir()
+    (package / "__init__.py").write_text(
+        "from visionpeft.registry import Registry\nALL = Registry('slow_methods', 'method')\n"
+    )
+    (package / "one.py").write_text(
+        "import time\ntime.sleep(0.2)\nfrom slow_methods import ALL\n@ALL.register('one')\nclass One: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = importlib.import_module("slow_methods").ALL
+    with ThreadPoolExecutor(4) as pool:
+        assert {cls.__name__ for cls in pool.map(registry.__getitem__, ["one"] * 4)} == {"One"}
 
 
 def test_all_that_may_change_is_put_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ class Registry(Mapping[str, Any]):
     def __init__(self, package: str, kind: str):
         self.package, self.kind = package, kind
         self._classes: dict[str, Any] = {}
-        self._scanned = False
+        self._scanned, self._lock = False, threading.RLock()
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a class decorator that files the class under `name` and sets its ``name``."""
@@ -34,11 +35,12 @@ class Registry(Mapping[str, Any]):
         return add
 
     def _scan(self) -> dict[str, Any]:
-        if not self._scanned:
-            self._scanned = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+        with self._lock:  # another thread must not look before all are there
+            if not self._scanned:
+                self._scanned = True
+                package = importlib.import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.package}.{module.name}")
         return self._classes
 
     def __getitem__(self, name: str) -> Any:

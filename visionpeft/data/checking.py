@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..process import untouched
 from .layout import TASKS, Layout, class_of, composed, is_image, label_of, read_layout
 from .pictures import Picture, copies, look_all
 from .report import Finding, Report, Split, Tally
@@ -49,6 +50,7 @@ KINDS = {  # kind: (is a problem, title, advice)
 }
 
 
+@untouched()
 def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet: str | Path | None = None) -> Report:
     """Check a data set for what spoils training or measuring.
 

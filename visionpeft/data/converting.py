@@ -20,6 +20,7 @@ import yaml
 
 from .. import tables
 from ..errors import ConfigError, DataError, printable
+from ..process import untouched
 from .formats.base import FORMATS, Entry, Request, Source
 from .layout import SPLITS
 from .naming import order_classes
@@ -67,6 +68,7 @@ class Conversion:
         return "\n\n".join([*parts, f"data: {printable(self.data)}"])
 
 
+@untouched()
 def convert(
     source: str | Path,
     out: str | Path,
