@@ -1,4 +1,4 @@
-"""No step mixes devices: it runs on tensors without content that say they lie on a GPU, under CUDA's autocast, without one."""
+"""No step mixes devices: without a GPU, it runs there on tensors without content, under CUDA's autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NETS
-from test_lean import BLOCKS, LEVELS, WAYS, loss_of, randomised, tuned
+from test_lean import BLOCKS, loss_of, randomised, tuned
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
@@ -58,7 +58,7 @@ def sent(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 
 def backward(loss: Tensor) -> None:
-    """Do what ``loss.backward()`` does, whose engine needs the GPU: call the graph's nodes, each behind those that read it."""
+    """Do what ``loss.backward()`` does, whose engine needs the GPU: call the graph's nodes, each after those that read it."""
     root = loss.grad_fn
     readers: dict[Any, int] = {root: 0}
     ahead = [root]
@@ -98,7 +98,9 @@ def _call(node: Any, given: dict[int, Tensor]) -> tuple:
     gradients = [given.get(i) for i in range(len(node._input_metadata))]
     if hasattr(node, "saved_tensors"):  # a Function's, which autograd gives zeros for none
         kinds = enumerate(node._input_metadata)
-        gradients = [torch.zeros(k.shape, dtype=k.dtype, device=GPU) if gradients[i] is None else gradients[i] for i, k in kinds]
+        gradients = [
+            torch.zeros(k.shape, dtype=k.dtype, device=GPU) if gradients[i] is None else gradients[i] for i, k in kinds
+        ]
         found = node.apply(*gradients)
         found = found if isinstance(found, tuple) else (found,)
         wanted = (g for g, needed in zip(found, node.needs_input_grad, strict=True) if needed)
