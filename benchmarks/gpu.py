@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --out RESULTS --device cpu --small         # does it run? The numbers mean nothing
 
 FOLDER holds yolov8n.pt and aerial_airport/data.yaml. Nothing is downloaded. Each line of a table stands alone: where one
-fails, that is printed, its traceback is in the JSON, and the rest goes on; the exit code is then 1. The JSON is written after
-every line, so that a run that is cut leaves what it had. What does not fit into `--minutes` is left out, and named.
+fails, that is printed, its traceback is in the JSON, and the rest goes on; the exit code is then 1. The JSON is written
+after every line, so that a run that is cut leaves what it had. What does not fit into `--minutes` is left out, and named.
 
 tests      those marked "cuda": gradients, precisions, methods and runs, on the device
 lean       the README's table at a batch of 16 in half precision, and larger nets, beside peft, Ultralytics and PyTorch

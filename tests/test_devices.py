@@ -58,7 +58,7 @@ def sent(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
 
 
 def backward(loss: Tensor) -> None:
-    """Do what ``loss.backward()`` does, whose engine needs the GPU: call the graph's nodes, each after those that read it."""
+    """Do what ``loss.backward()`` does, whose engine needs the GPU: call the graph's nodes, each after its readers."""
     root = loss.grad_fn
     readers: dict[Any, int] = {root: 0}
     ahead = [root]
