@@ -47,7 +47,7 @@ from visionpeft.forecast import trace
 HERE = Path(__file__).resolve()
 MB = 1e6
 BATCH, PIXELS = 16, {"timm": 224, "yolo": 640}
-TRIED = (
+TRIED = "bottleneck or (test_methods and lora-resnet18) or (test_runs and timm and gradual) or tells_times"  # if small
     "c2f or conv-bn-relu6 or (test_methods and lora-resnet18) or (test_runs and timm and gradual) or tells_times"  # small
 )
 FORECASTS = (  # net, plan, lean
