@@ -48,8 +48,6 @@ HERE = Path(__file__).resolve()
 MB = 1e6
 BATCH, PIXELS = 16, {"timm": 224, "yolo": 640}
 TRIED = "bottleneck or (test_methods and lora-resnet18) or (test_runs and timm and gradual) or tells_times"  # if small
-    "c2f or conv-bn-relu6 or (test_methods and lora-resnet18) or (test_runs and timm and gradual) or tells_times"  # small
-)
 FORECASTS = (  # net, plan, lean
     ("yolo11n.yaml", "full", "off"),
     ("yolo11n.yaml", "lora", "memory"),
