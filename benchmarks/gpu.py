@@ -47,6 +47,7 @@ from visionpeft.forecast import trace
 HERE = Path(__file__).resolve()
 MB = 1e6
 BATCH, PIXELS = 16, {"timm": 224, "yolo": 640}
+TESTS = 0.5  # the most of the time that they may take
 TRIED = "bottleneck or (test_methods and lora-resnet18) or (test_runs and timm and gradual) or tells_times"  # if small
 FORECASTS = (  # net, plan, lean
     ("yolo11n.yaml", "full", "off"),
@@ -152,18 +153,22 @@ def _kind(net: str) -> str:
 def tests(results: Results, small: bool) -> tuple[dict[str, Any], str]:
     """Run what is marked "cuda", on this device."""
     folder = HERE.parents[1] / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "cuda", "--tb=short", "-p", "no:cacheprovider"]
     command += [str(folder / name) for name in ("test_cuda.py", "test_measure.py")]
     command += ["-k", TRIED] if small else ["-n", "8"] if importlib.util.find_spec("xdist") else []
     log = results.file.parent / "tests.log"
     with open(log, "w") as file:
         environment = {**os.environ, "VISIONPEFT_TEST_DEVICE": results.device.type}
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=max(results.left, 1))
+        running = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            code: int | str = running.wait(results.left * TESTS)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            code = "not done in time"
     lines = log.read_text().splitlines()
-    broken = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode:
-        print(*broken, sep="\n", flush=True)
-        raise RuntimeError(f"{lines[-1]}; see {log}")
+    if code:
+        print(*[line for line in lines if line.startswith("FAILED") or " FAILED " in line or "ERROR " in line], sep="\n")
+        raise RuntimeError(f"{code}: {lines[-1:]}; see {log}")
     return {"said": lines[-1]}, lines[-1].strip("= ")
 
 
@@ -301,7 +306,7 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--part", default="check", choices=("check", "train"))
-    parser.add_argument("--minutes", type=float, help="after which nothing more is begun: 5, of training 5.5")
+    parser.add_argument("--minutes", type=float, help="after which nothing more is begun; 4, of training 5.5")
     parser.add_argument("--epochs", type=int, default=40, help="of training")
     parser.add_argument("--small", action="store_true", help="a few lines at tiny sizes: does it run?")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -316,7 +321,7 @@ def main() -> int:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
-    minutes = args.minutes or (60 if args.small else 5.5 if args.part == "train" else 5)
+    minutes = args.minutes or (60 if args.small else 5.5 if args.part == "train" else 4)
     results = Results(args.out / f"gpu-{args.part}.json", minutes, device)
     print(results.found["machine"], flush=True)
     if args.part == "train":
