@@ -136,8 +136,8 @@ def test_blocks(kind: str) -> None:
 
 
 CASES = [
-    ("yolo11n", "lora"), ("yolo26n", "full"), ("vit_tiny", "dora"), ("vit_tiny", "prompt"), ("swin", "mona"),
-    ("resnet18", "lora+norm"), ("convnext_atto", "side"),
+    ("yolo11n", "lora"), pytest.param("yolo26n", "full", marks=pytest.mark.slow), ("vit_tiny", "dora"),
+    ("vit_tiny", "prompt"), ("swin", "mona"), ("resnet18", "lora+norm"), ("convnext_atto", "side"),
 ]  # fmt: skip
 
 
