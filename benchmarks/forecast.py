@@ -24,11 +24,12 @@ from typing import Any
 os.environ.setdefault("YOLO_OFFLINE", "True")
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from visionpeft import lean as leanly
 from visionpeft.attach import attach, settle, train_mode
-from visionpeft.families.base import Step
+from visionpeft.families.base import Rehearsal, Step
 from visionpeft.forecast import Case, trace
 from visionpeft.methods.base import make_method
 from visionpeft.plan import make_plan
@@ -41,26 +42,33 @@ PLANS = ("full", "full, freeze 10", "head", "lora", "bitfit")
 TOP = 0.05  # the error aimed at
 
 
-def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int) -> Case:
-    """Return what a row forecasts. Of timm's nets, whose stages are coarser, "freeze 10" is half of them."""
+def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, gpu: bool = False) -> Case:
+    """Return what a row forecasts: in single precision, on a GPU in half. Of timm's nets, whose stages are coarser,
+    "freeze 10" is half of them."""
     family = find_family(net)
     base = family.design(net, **({"num_classes": 10} if net.startswith("timm/") else {}))
     fitted = family.fit(base, base.names, "keep")
     anatomy = family.anatomy(fitted, net)
     method, _, depth = plan.partition(", freeze ")
     frozen = 0 if not depth else int(depth) if family.name == "yolo" else len(anatomy.stages) // 2
-    step = Step(1, imgsz, "AdamW", False, objects, area)
-    return Case(family, base, fitted, make_plan(make_method(method), anatomy, frozen), step, lean, gpu=False)
+    step = Step(1, imgsz, "AdamW", gpu, objects, area)
+    return Case(family, base, fitted, make_plan(make_method(method), anatomy, frozen), step, lean, gpu)
+
+
+def rehearsed(of: Case, step: Step, device: torch.device) -> tuple[nn.Module, Rehearsal]:
+    """Return a row's model ready to train, and how it does."""
+    model = copy.deepcopy(of.fitted)
+    settle(attach(model, of.plan), of.plan)
+    train_mode(model.train(), of.plan).to(device)
+    rehearsal = of.family.rehearse(model, of.base, step)
+    if of.lean != "off":
+        leanly.apply(model, of.lean)
+    return model, rehearsal
 
 
 def measured(of: Case, step: Step, validation: bool) -> int:
     """Return the peak of what two real steps, or a validation step, take."""
-    model = copy.deepcopy(of.fitted)
-    settle(attach(model, of.plan), of.plan)
-    train_mode(model.train(), of.plan)
-    rehearsal = of.family.rehearse(model, of.base, step)
-    if of.lean != "off":
-        leanly.apply(model, of.lean)
+    model, rehearsal = rehearsed(of, step, torch.device("cpu"))
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + rehearsal.average
 
     def go() -> None:

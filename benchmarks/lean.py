@@ -221,7 +221,9 @@ def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
         batch = detection_batch(row, model, device)
 
         def loss(model: Any = model, batch: dict[str, Tensor] = batch) -> Tensor:
-            return model({**batch, "img": torch.stack(list(stored)).to(device)})[0].sum()
+            vectors = torch.stack(list(stored)).to(device)
+            with precision(row, device):
+                return model({**batch, "img": vectors})[0].sum()
 
         found[level] = Side(lean.apply(model, level), loss, list(batch.values()))
     return found

@@ -47,6 +47,16 @@ def test_the_newest_is_written_last(tmp_path: Path) -> None:
     assert written == [0, 1, 2] and saved["epoch"] == 2 and saved["more"][0]["weights"].tolist() == [2.0] * 3
 
 
+def test_random_states_of_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be resumed on a machine with fewer."""
+    put_back: list[Any] = []
+    states = {**checkpoints.random_states(), "cuda": ["one", "two"]}
+    for name, made in (("is_available", lambda: True), ("device_count", lambda: 1), ("set_rng_state_all", put_back.extend)):
+        monkeypatch.setattr(torch.cuda, name, made)
+    checkpoints.set_random_states(states)
+    assert put_back == ["one"]
+
+
 def test_training_goes_on_while_it_writes() -> None:
     with checkpoints.Writer() as writer:
         began = time.monotonic()

@@ -17,13 +17,14 @@ from conftest import ctrl_c, make_boxes, make_squares
 import visionpeft as vp
 from visionpeft import delta as deltas
 from visionpeft import planning
+from visionpeft.budget import _largest
 from visionpeft.cli import main
 from visionpeft.errors import ConfigError, Interrupted
 from visionpeft.families.base import Step
 from visionpeft.families.yolo import Yolo
-from visionpeft.forecast import Case, Forecast, parse_memory, trace
+from visionpeft.forecast import Case, Forecast, Trace, parse_memory, trace
 from visionpeft.methods.base import make_method
-from visionpeft.plan import make_plan
+from visionpeft.plan import Plan, make_plan
 from visionpeft.settings import find_family
 
 YOLO = {"model": "yolo11n.yaml", "imgsz": 64, "batch": 2, "objects": 2, "device": "cpu"}
@@ -208,6 +209,19 @@ def test_fit() -> None:
     again = planning.forecast("yolo11n.yaml", objects=5, **first.settings)
     assert again.total == first.forecast.total  # what is printed takes what is said
     assert json.loads(json.dumps(found.to_dict()))["choices"][0]["method"] == first.settings["method"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "budget", "fixed", "batch"),
+    [(1, 260, False, 16), (1, 259, False, 14), (1, 129, False, 2), (1, 119, False, 1), (1, 109, False, None),
+     (1, 259, True, None), (2, 175, False, 12), (2, 115, False, 2)],
+)  # fmt: skip
+def test_the_largest_batch_that_fits(devices: int, budget: int, fixed: bool, batch: int | None) -> None:
+    plan = Plan("none", "net", "full", {}, 0, "frozen", (), (), {}, (), (), ())
+    one = Forecast(plan, "off", 1, 64, False, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
+    made = Trace(one, [(100, 10)], (0, 0), [(0, 0)], 0.0, 0.0, 0, devices)
+    found = _largest(made, budget, 16, fixed)
+    assert (found and found.batch) == batch
 
 
 def test_fit_keeps_what_is_given() -> None:

@@ -287,6 +287,7 @@ def test_storages_are_held_once() -> None:
     assert held([x, y], None, 3, beside=[x]) == KB
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_tells_times_and_peaks() -> None:
     device = torch.device("cuda")

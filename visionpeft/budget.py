@@ -193,14 +193,11 @@ _DEPTH = 0.5  # what freezing all of the body costs of a method's worth, from be
 
 
 def _largest(trace: Trace, budget: int, batch: int, fixed: bool) -> Forecast | None:
-    """Return the forecast of the largest batch that fits, halving from the one wanted; None where none does."""
-    while True:
-        forecast = trace.at(batch)
-        if forecast.total <= budget:
-            return forecast
-        if fixed or batch < 2 * trace.devices:
-            return None
-        batch = batch // (2 * trace.devices) * trace.devices
+    """Return the forecast of the largest batch that fits, None where none does: the one wanted, or fewer images, of each
+    device one or an even number (which mixup wants)."""
+    own = trace.devices
+    fewer = [] if fixed else [n for n in range(batch - 1, 0, -1) if n % (2 * own) == 0 or n == own]
+    return next((made for n in (batch, *fewer) if (made := trace.at(n)).total <= budget), None)
 
 
 def _multiple(size: float) -> int:

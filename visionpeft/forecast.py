@@ -175,9 +175,11 @@ class Answers(TorchDispatchMode):
         if func is _aten._unique2.default:  # with places, of things that are all different; else of labels, by image
             places = len(args) > 2 and args[2]
             count = args[0].numel() if places else self.batch
-            return args[0].new_empty(count), torch.empty(count * places, dtype=torch.long), args[0].new_empty(count).long()
+            whole = {"dtype": torch.long, "device": args[0].device}
+            return args[0].new_empty(count), torch.empty(count * places, **whole), torch.empty(count, **whole)
         if func is _aten.bincount.default:
-            return torch.empty((kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0), dtype=torch.long)
+            length = (kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0)
+            return torch.empty(length, dtype=torch.long, device=args[0].device)
         if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default):
             indices: list[Any] = []
             for index in args[1]:
@@ -187,7 +189,7 @@ class Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _places(self, mask: Tensor) -> Tensor:
-        return torch.empty(self.true(mask.shape), mask.dim(), dtype=torch.long)
+        return torch.empty(self.true(mask.shape), mask.dim(), dtype=torch.long, device=mask.device)
 
 
 class Ledger(PeakBytes):

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -64,6 +63,8 @@ def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) ->
         VisionpeftError: The one that a process raised.
         TrainingError: One failed otherwise; what it said is on stderr.
     """
+    import cloudpickle  # for several processes alone
+
     names = devices(device)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "call.pkl"
@@ -132,6 +133,8 @@ def failure(folder: Path) -> VisionpeftError:
 
 
 if __name__ == "__main__":
+    import cloudpickle
+
     function, given, place = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
     with suppress(SystemExit), told(place):
         function(*given)

@@ -131,11 +131,11 @@ def _contiguous(x: Tensor) -> Tensor:
 def _useful(args: tuple, kwargs: dict) -> bool:
     """Say whether a forward is one that autograd records for backward and that may run under a mode."""
     return (
-        torch.is_grad_enabled()
+        not torch.compiler.is_compiling()  # first: dynamo cannot trace what follows
+        and torch.is_grad_enabled()
         and any(isinstance(x, Tensor) and not x.is_meta for x in (*args, *kwargs.values()))
         and not running()
         and not checkpointing()
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0

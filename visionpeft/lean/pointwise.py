@@ -108,8 +108,8 @@ def pack(act: Activation, x: Tensor) -> Tensor:
         return torch.from_numpy(numpy.packbits(act.mask(x.detach().numpy()), bitorder="little"))
     bits = act.mask(x).reshape(-1).view(torch.uint8)
     bits = functional.pad(bits, (0, -x.numel() % 8)) if x.numel() % 8 else bits
-    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=x.device)
-    return (bits.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    places = torch.arange(8, dtype=torch.uint8, device=x.device)  # made there: a copy from the host would wait for the GPU
+    return (bits.view(-1, 8) << places).sum(1, dtype=torch.uint8)
 
 
 def gate(act: Activation, packed: Tensor, g: Tensor) -> Tensor:
