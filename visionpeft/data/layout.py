@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..files import read_yaml
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
@@ -140,7 +141,7 @@ def read_values(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        values = yaml.safe_load(content.decode("utf-16" if wide else "utf-8-sig", errors="replace"))
+        values = read_yaml(content.decode("utf-16" if wide else "utf-8-sig", errors="replace"))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if strange := _not_utf8(values, wide):
