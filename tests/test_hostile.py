@@ -205,7 +205,7 @@ def test_images_are_fetched_only_where_the_user_says_so(run: visionpeft.Run, tmp
     shutil.move(data.parent / "images" / "val", tmp_path / "val")
     for code in (f"bash {CANARY}.sh", "http://127.0.0.1:9/evil.zip", CODE):
         data.write_text(f"{asked}test: images/test\ndownload: {json.dumps(code)}\n")
-        with pytest.raises(DataError, match="val images .*'download:' is code or an address .*--allow-download"):
+        with pytest.raises(DataError, match="val images .*'download:' is code or an address.*--allow-download"):
             Yolo().read_data(str(data))
     for verb in (["train", "--model"], ["plan", "--model"], ["val"], ["forgetting"]):
         file = [run.arguments["model"], "--data", data] if "--model" in verb else [run.delta, data]
