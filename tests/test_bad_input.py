@@ -122,7 +122,7 @@ ARGUMENTS = {
     "unknown model": (["--model", "yolo11q"], "yolo11q is not here|no family knows"),
     "unknown architecture": (["--model", "resnt18"], "Did you mean"),
     "not a checkpoint": (["--model", "TEXT.pt"], "not a checkpoint that Ultralytics can read"),
-    "missing checkpoint": (["--model", "nowhere/x.pt"], "not here and could not be downloaded"),
+    "missing checkpoint": (["--model", "nowhere/x.pt"], "is not here, nor one of Ultralytics'"),
     "unknown method": (["--method", "loar"], "no method 'loar'; there are: adapter.*Did you mean 'lora'"),
     "unknown setting": (["--rr", "4"], "'rr' is no setting.*Did you mean 'r'"),
     "another method's setting": (["--method", "head", "--r", "4"], "'r' is no setting.*method 'head' has no settings"),
@@ -338,7 +338,7 @@ def test_a_delta_cannot_send_its_user_to_an_address(delta: Path, tmp_path: Path,
         evil = {**read.header, "base": {**read.header["base"], "model": address}}
         deltas.write(tmp_path / "evil.safetensors", deltas.Delta(read.plan, read.tensors, evil))
         code, said = run(capsys, "verify", tmp_path / "evil.safetensors")
-        assert code == 2 and "names an address" in said
+        assert code == 2 and f"names the model {address}, which is not here" in said
     torch.save({"model": Payload(tmp_path / "owned")}, tmp_path / "evil.pt")
     code, said = run(capsys, "verify", delta, "--model", tmp_path / "evil.pt")
     assert code == 2 and "not a checkpoint" in said and not (tmp_path / "owned").exists()

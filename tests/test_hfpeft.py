@@ -590,7 +590,7 @@ def test_the_verbs_refuse(run: visionpeft.Run, tmp_path, capsys) -> None:
         visionpeft.export(run.delta, "peft", tmp_path / "file", exist_ok=True)
 
     ours = shutil.copytree(out, tmp_path / "ours")
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # not the weights of the base again
     save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), other := tmp_path / "other.safetensors")
     tensors = load_file(out / "adapter_model.safetensors")
     save_file(tensors, out / "adapter_model.safetensors")  # as peft does, without what we say of it

@@ -26,9 +26,9 @@ from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, stopping,
 from . import delta as deltas
 from . import trackers as tracking
 from .delta import Delta
-from .errors import ConfigError, DeltaError, Interrupted, nearest
+from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
 from .families.apart import set_apart
-from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
+from .families.base import LARGEST_IMAGE, Base, Data, Family, Job, out_of_memory, stage_modules
 from .families.gradients import with_evidence
 from .families.images import still_readable
 from .families.launch import devices
@@ -43,7 +43,8 @@ from .settings import check_names, check_settings, device_of, find_family, lasti
 from .stopping import Stop
 from .trackers import Trackers
 
-_PLACES = ("resume", "project", "name", "exist_ok", "quiet")  # of train's arguments, those that are no part of what a run is
+# of train's arguments, those that are no part of what a run is
+_PLACES = ("resume", "project", "name", "exist_ok", "quiet", "allow_download")
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -80,6 +81,7 @@ def train(
     save_every: float = 10.0,
     memory: str | float | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> Run:
     """Adapt a pretrained model to your images.
@@ -127,6 +129,8 @@ def train(
         memory: "6GB": those of method, freeze, lean, batch and imgsz that are left at their defaults are the best that fits,
             see `fit`.
         model_args: Further arguments for the family's model loader (timm's ``create_model``).
+        allow_download: Let Ultralytics fetch images that are not here as ``download:`` in the data YAML says, which can be
+            code; look at it first.
         **options: Fields of the method (``r=16``) and further arguments of the family (for YOLO all of Ultralytics').
 
     Returns:
@@ -147,7 +151,7 @@ def train(
                 raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
             newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # than the run may be
             new = {k: v for k, v in defaults.items() if k in newer}
-            return _train(**{**new, **saved}, quiet=quiet, stop=stop, held=held)
+            return _train(**{**new, **saved}, quiet=quiet, allow_download=allow_download, stop=stop, held=held)
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
         options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
@@ -164,8 +168,8 @@ def train(
             "YOUR.yaml --model yolo11n.pt\n"
         )
     if memory is not None:
-        given |= _fitting(given, options, quiet)
-    place: dict[str, Any] = {"project": Path(project), "name": name, "exist_ok": exist_ok}
+        given |= _fitting(given, {**options, "allow_download": allow_download}, quiet)
+    place: dict[str, Any] = {"project": Path(project), "name": name, "exist_ok": exist_ok, "allow_download": allow_download}
     with stopping.heeded() as stop, ExitStack() as held:
         return _train(**place, quiet=quiet, **given, options=options, stop=stop, held=held)
 
@@ -213,6 +217,7 @@ def _train(
     name: str | None = None,
     exist_ok: bool = False,
     quiet: bool = False,
+    allow_download: bool = False,
     **given: Any,
 ) -> Run:
     began = time.perf_counter()
@@ -225,7 +230,8 @@ def _train(
     own = introspection.signature(train).parameters
     tuning, extra = split_options(family, given["method"], given["freeze"], options, own, configured)
     views, extra = views_of(family, given["cache"], extra)
-    base = family.load(source, **given["model_args"])
+    settled = _named_again(family, source, given["model_args"], resumed) if resumed else {}
+    base = family.load(source, **{**given["model_args"], **settled})
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
     given["device"] = device_of(given["device"])
     check_settings(settings, given)
@@ -234,7 +240,7 @@ def _train(
         raise ConfigError(
             f"{source} has no base for a delta, and {tuning.name} cannot be merged; give a checkpoint, or train in full"
         )
-    data = family.read_data(scenes.find(given["data"]), base)
+    data = family.read_data(scenes.find(given["data"]), base, allow_download=allow_download)
     base, made_so = family.suited(base, data)
     given["model_args"] |= made_so
     held.enter_context(still_readable(data))
@@ -452,17 +458,21 @@ def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None
     check_names(delta=delta, model=model)
     read = deltas.read(delta)
     family: Family = FAMILIES[read.plan.family]()
-    said = read.header["base"]
-    base = family.load(str(model or _named_base(said, delta)), **{**said["model_args"], **(model_args or {})})
+    base = _named_base(family, read.header["base"], delta, model, loader_arguments(model_args))
     deltas.verify(read, base.state)
     return read, family, base
 
 
-def _named_base(said: Mapping[str, Any], file: str | Path) -> str:
-    """Return the base that a file names, if it is here or of a library's own: an address could hold anything."""
-    if "://" in f"{said['model']}{said['model_args']}":
-        raise DeltaError(f"{file} names an address as its base ({said['model']}); give a base you trust with model=...")
-    return said["model"]
+def _named_base(
+    family: Family, said: Mapping[str, Any], file: str | Path, model: str | Path | None, own: Mapping[str, Any]
+) -> Base:
+    """Load the base that a file names, with what the user gives instead: a file alone can fetch nothing, and run nothing."""
+    named = {k: v for k, v in said["model_args"].items() if k not in own}
+    try:
+        settled = family.check_named(None if model else said["model"], named, own)
+    except ModelError as error:
+        raise DeltaError(f"{file} names {error}; give a base that you trust with model=... or model_args=...") from error
+    return family.load(str(model or said["model"]), **{**named, **own, **settled})
 
 
 def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
@@ -502,13 +512,15 @@ def val(
     *,
     model: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> dict[str, float]:
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     check_names(data=data)
     adapted = _adapted(delta, model, model_args)
-    checked = adapted.family.read_data(scenes.find(data), adapted.base, options.get("split", "val"), train=False)
-    return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted), **options})
+    place, split = scenes.find(data), options.get("split", "val")
+    checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
+    return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted, options), **options})
 
 
 @dataclass(frozen=True)
@@ -548,6 +560,7 @@ def forgetting(
     *,
     model: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> Forgetting:
     """Measure what an adapted model forgot: the adapted body with the base's own head, on the base's old classes.
@@ -560,6 +573,7 @@ def forgetting(
         data: Labelled images of the base's classes, under the base's own names.
         model: The base; by default the one the delta names.
         model_args: As for `load`.
+        allow_download: As for `train`.
         **options: The family's, for the evaluation (imgsz, batch, device); by default training's image size and batch.
 
     Raises:
@@ -568,8 +582,9 @@ def forgetting(
     check_names(data=data)
     adapted = _adapted(delta, model, model_args)
     family, base, made = adapted.family, adapted.base, adapted.delta.plan
-    checked = family.read_data(scenes.find(data), base, options.get("split", "val"), train=False)
-    use = {**_val_use(adapted), **options}
+    place, split = scenes.find(data), options.get("split", "val")
+    checked = family.read_data(place, base, split, train=False, allow_download=allow_download)
+    use = {**_val_use(adapted, options), **options}
     before = family.judge(base.model, checked, **use)
     own = attaching.attach(family.fit(base, base.names, "keep", **checked.outputs), made, start=False)
     heads = tuple(f"{h}." for h in made.heads)
@@ -601,7 +616,7 @@ def predict(
 ) -> Any:
     """Run an adapted model on images; returns the library's own results."""
     adapted = _adapted(delta, model, model_args)
-    return adapted.family.predict(adapted.model, source, **{**_use(adapted), **options})
+    return adapted.family.predict(adapted.model, source, **{**_use(adapted, options), **options})
 
 
 @untouched()
@@ -638,8 +653,7 @@ def export(
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
         opening = adapted.family.opening(adapted.base, adapted.delta.header)
         return hfpeft.write(adapted.model, adapted.delta, adapted.base, opening, out, exist_ok)
-    imgsz = {"imgsz": adapted.delta.header["input"]["imgsz"]}
-    return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**imgsz, **options})
+    return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**_use(adapted, options), **options})
 
 
 @untouched()
@@ -650,6 +664,7 @@ def import_peft(
     model: str | Path | None = None,
     data: str | Path | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
 ) -> Path:
     """Make a delta of an adapter that HF peft has saved, or that `export` has written for it.
 
@@ -659,6 +674,7 @@ def import_peft(
         model: The base that the adapter was trained on, as for `train`. A folder of `export` names it itself.
         data: As for `train`; says what the classes are called where they are not the base's. Without it they get numbers.
         model_args: As for `load`.
+        allow_download: As for `train`.
 
     Returns:
         The delta file. Where the folder is of `export`, it is known that the base is the right one, otherwise only that all
@@ -672,13 +688,14 @@ def import_peft(
     said = adapter.header
     if model is None and not said:
         raise ConfigError(f"{folder} does not name the base that it was trained on; give it with model=...")
-    source = lasting(model or _named_base(said["base"], folder))
-    given = {**(said["base"]["model_args"] if said else {}), **loader_arguments(model_args)}
+    named = said["base"] if said else {"model": None, "model_args": {}}
+    source, own = lasting(model or named["model"]), loader_arguments(model_args)
+    given = {**named["model_args"], **own}
     family = find_family(source)
-    base = family.load(source, **given)
+    base = _named_base(family, {**named, "model": source}, folder, model and source, own)
     if not base.pretrained:
         raise ConfigError(f"{source} has random weights, which no adapter was trained on; give a checkpoint")
-    checked = family.read_data(scenes.find(data), base) if data else None
+    checked = family.read_data(scenes.find(data), base, allow_download=allow_download) if data else None
     settings = family.defaults_for(base)
     unknown = {
         "family": family.name,
@@ -723,6 +740,14 @@ def list_families() -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
+def _named_again(family: Family, source: str, named: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Check what the train.json of a run, which may be anybody's, names as its model; see `Family.check_named`."""
+    try:
+        return family.check_named(source, named, {}, scratch=True)
+    except ModelError as error:
+        raise TrainingError(f"{folder / 'train.json'} names {error}; put it where it was, or start anew") from error
+
+
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(arguments, default=str))
     return {
@@ -754,14 +779,21 @@ def _names(header: Mapping[str, Any]) -> dict[int, str]:
     return {int(k): v for k, v in header["names"].items()}
 
 
-def _use(adapted: Adapted) -> dict[str, Any]:
-    args = adapted.delta.header["train_args"]
-    return {"imgsz": args["imgsz"]}
+def _use(adapted: Adapted, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if "imgsz" in given else {"imgsz": _usual(adapted, "imgsz", LARGEST_IMAGE)}
 
 
-def _val_use(adapted: Adapted) -> dict[str, Any]:
-    batch = max(adapted.delta.header["train_args"]["batch"], 1)  # images are padded to the largest of their batch
-    return {**_use(adapted), "batch": batch}
+def _val_use(adapted: Adapted, given: Mapping[str, Any]) -> dict[str, Any]:
+    batch = {} if "batch" in given else {"batch": max(_usual(adapted, "batch", 4096), 1)}  # images are padded to the largest
+    return {**_use(adapted, given), **batch}
+
+
+def _usual(adapted: Adapted, name: str, most: int) -> Any:
+    """Return an argument that a delta was trained with, unless using it would fill any memory."""
+    value = adapted.delta.header["train_args"][name]
+    if not value <= most:
+        raise DeltaError(f"the delta says {name}={value}, and more than {most} is used only if you give {name}=...")
+    return value
 
 
 def _adapted(delta: str | Path | Adapted, model: Any, model_args: Mapping[str, Any] | None) -> Adapted:

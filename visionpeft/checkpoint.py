@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import files
+from . import files, pickles
 from .errors import DiskFull, TrainingError
 
 
@@ -120,9 +120,13 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise TrainingError(f"there is nothing to resume at {path}; a run can be resumed once its first epoch is over")
+    if why := pickles.objection(path):
+        raise TrainingError(f"the checkpoint {path} cannot be read ({why}); start the run anew")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words are the advice to unpickle it all the same
+        raise TrainingError(f"the checkpoint {path} holds more than tensors and plain values; start the run anew") from error
+    except (RuntimeError, EOFError) as error:
         raise TrainingError(f"the checkpoint {path} cannot be read ({error}); start the run anew") from error
 
 

@@ -16,6 +16,7 @@ from . import __version__, api, planning, recipes, tables
 from .benchmark.commands import benchmark
 from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
+from .files import read_yaml
 from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
 from .report import write as write_report
@@ -84,6 +85,7 @@ def train(
     prefix_dtype: Annotated[str | None, _HOW] = None,
     lean: Annotated[str | None, _HOW] = None,
     model_args: Annotated[str | None, _ON] = None,
+    allow_download: Annotated[bool, _ON] = False,
     delta_dtype: Annotated[str | None, _RUN] = None,
     trackers: Annotated[str | None, _RUN] = None,
     project: Annotated[str | None, _RUN] = None,
@@ -146,6 +148,8 @@ def train(
         memory: keep the least for backward; auto: what costs no time (exact, both); off.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.
+    allow_download
+        Let Ultralytics fetch images as the data YAML's download: says, which can be code; look at it first.
     delta_dtype
         fp16 or fp32: how the delta stores trained weights.
     trackers
@@ -200,6 +204,7 @@ def plan(
     lean: str | None = None,
     device: str | None = None,
     model_args: str | None = None,
+    allow_download: bool = False,
     json_: bool = False,
     **options: Options,
 ) -> None:
@@ -231,13 +236,15 @@ def plan(
         For --memory: cpu, else a GPU is meant.
     model_args
         As for train.
+    allow_download
+        As for train.
     json_
         Print JSON.
     """
     named = {"model": model, "data": data, "method": method, "freeze": freeze, "bn": bn, "head": head}
     more = {"imgsz": imgsz, "batch": batch, "lean": lean, "device": device}
     options |= {k: v for k, v in more.items() if v is not None}
-    given = _values({**named, **options, "model_args": model_args})
+    given = _values({**named, **options, "model_args": model_args, "allow_download": allow_download})
     if not memory:
         if alone := [k for k in ("lean", "device") if k in options]:
             raise ConfigError(f"{alone[0]} is no part of a plan; add --memory to forecast what it takes")
@@ -262,6 +269,7 @@ def fit(
     lean: str | None = None,
     device: str | None = None,
     model_args: str | None = None,
+    allow_download: bool = False,
     json_: bool = False,
     **options: Options,
 ) -> None:
@@ -291,11 +299,13 @@ def fit(
         cpu: the memory is the machine's.
     model_args
         As for train.
+    allow_download
+        As for train.
     json_
         Print JSON.
     """
     named = {"model": model, "data": data, "method": method, "freeze": freeze, "imgsz": imgsz, "batch": batch}
-    named |= {"lean": lean, "device": device, "model_args": model_args}
+    named |= {"lean": lean, "device": device, "model_args": model_args, "allow_download": allow_download}
     found = planning.fit(gpu, **_values({**named, **options}))
     print(json.dumps(found.to_dict(), indent=2) if json_ else found)
 
@@ -319,7 +329,15 @@ def merge(delta: str, out: str, *, model: str | None = None, model_args: str | N
 
 
 @app.command(group=_USE)
-def val(delta: str, *, data: str, model: str | None = None, model_args: str | None = None, **options: Options) -> None:
+def val(
+    delta: str,
+    *,
+    data: str,
+    model: str | None = None,
+    model_args: str | None = None,
+    allow_download: bool = False,
+    **options: Options,
+) -> None:
     """Measure an adapted model; prints JSON.
 
     Parameters
@@ -332,8 +350,11 @@ def val(delta: str, *, data: str, model: str | None = None, model_args: str | No
         The base; by default the one the delta names.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
+    allow_download
+        As for train.
     """
-    print(json.dumps(api.val(delta, data, **_base(model, model_args), **_values(options)), indent=2))
+    given = {**_base(model, model_args), "allow_download": allow_download}
+    print(json.dumps(api.val(delta, data, **given, **_values(options)), indent=2))
 
 
 @app.command(group=_USE)
@@ -343,6 +364,7 @@ def forgetting(
     *,
     model: str | None = None,
     model_args: str | None = None,
+    allow_download: bool = False,
     json_: bool = False,
     **options: Options,
 ) -> None:
@@ -358,10 +380,13 @@ def forgetting(
         The base; by default the one the delta names.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names.
+    allow_download
+        As for train.
     json_
         Print JSON.
     """
-    found = api.forgetting(delta, data, **_base(model, model_args), **_values(options))
+    given = {**_base(model, model_args), "allow_download": allow_download}
+    found = api.forgetting(delta, data, **given, **_values(options))
     print(json.dumps(found.to_dict(), indent=2) if json_ else found)
 
 
@@ -423,6 +448,7 @@ def import_(
     out: str | None = None,
     data: str | None = None,
     model_args: str | None = None,
+    allow_download: bool = False,
 ) -> None:
     """Make a delta of an adapter that HF peft has saved, or that `export --format peft` has written.
 
@@ -438,8 +464,10 @@ def import_(
         As for train; says what the classes are called where they are not the base's.
     model_args
         Arguments of timm's create_model, as {checkpoint_path: FILE}.
+    allow_download
+        As for train.
     """
-    print(api.import_peft(folder, out, data=data, **_base(model, model_args)))
+    print(api.import_peft(folder, out, data=data, allow_download=allow_download, **_base(model, model_args)))
 
 
 @app.command(group=_CHECK)
@@ -575,7 +603,7 @@ def _value(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     try:
-        return recipes.number(yaml.safe_load(given))
+        return recipes.number(read_yaml(given))
     except yaml.YAMLError:
         return given
 

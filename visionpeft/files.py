@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside their place, synced, then renamed."""
+"""Files that are either whole or absent: written beside their place, synced, then renamed. And YAML, read with care."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from .errors import ConfigError, DiskFull, VisionpeftError
 
 _LEAST = 1 << 20  # bytes; with less, a disk is full
 _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # what `replace` calls a file while it writes it
+_MOST, _DEEPEST = 1_000_000, 50  # values in a YAML file, and lists in lists
 
 
 def write(path: str | Path, content: bytes | str) -> Path:
@@ -127,6 +130,39 @@ def clear(folder: str | Path) -> None:
     for file in Path(folder).glob(".*"):
         if _TEMPORARY.fullmatch(file.name) and file.is_file():
             file.unlink()
+
+
+def read_yaml(text: str) -> Any:
+    """Return the plain values that a YAML text holds.
+
+    Raises:
+        YAMLError: It is no YAML, or names what is no plain value, or nests or repeats values beyond measure: a few aliases
+            of aliases stand for more values than any memory holds.
+    """
+    sizes: dict[str, int] = {}  # of what an alias can stand for
+    within = [("", 0)]  # the lists and mappings around the current value: their names, and what they hold so far
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # the former where it was built
+        name, size = getattr(event, "anchor", None) or "", 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append((name, 1))
+            if len(within) > _DEEPEST:
+                raise yaml.YAMLError(f"it nests more than {_DEEPEST} lists or mappings")
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            size, name = sizes.get(name, _MOST), ""  # what is not known yet holds itself
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, size = within.pop()
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        if name:
+            sizes[name] = size
+        within[-1] = within[-1][0], within[-1][1] + size
+        if within[-1][1] > _MOST:
+            raise yaml.YAMLError("its aliases stand for too many values; write them out")
+    try:
+        return yaml.safe_load(text)
+    except ValueError as error:  # a number of thousands of digits, a date that there is not
+        raise yaml.YAMLError(str(error)) from error
 
 
 def full(error: Exception, folder: str | Path) -> bool:

@@ -50,6 +50,7 @@ def plan(
     batch: int | None = None,
     seed: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> Plan:
     """Say what `train` would train and add, without training.
@@ -65,6 +66,7 @@ def plan(
         batch: The same.
         seed: The same: a new head is drawn by it.
         model_args: As for `train`.
+        allow_download: As for `train`.
         **options: Fields of the method.
 
     Raises:
@@ -82,7 +84,7 @@ def plan(
     check_settings(settings, {"seed": settings["seed"]})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])  # as `train` draws the head
-        _, own, checked = fitted(family, base, data, head)
+        _, own, checked = fitted(family, base, data, head, allow_download)
     anatomy = family.anatomy(own, str(model))
     anatomy = with_evidence(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
@@ -108,6 +110,7 @@ def forecast(
     lean: str = "auto",
     objects: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> Forecast:
     """Say how much memory `train` would take at its peak, in seconds, without weights, GPU or the memory itself.
@@ -130,6 +133,7 @@ def forecast(
         lean: As for `train`.
         objects: Labelled objects in the fullest image, where there are no data to count them in; by default 40.
         model_args: As for `train`.
+        allow_download: As for `train`.
         **options: Fields of the method, and further arguments of the family.
 
     Returns:
@@ -163,6 +167,7 @@ def fit(
     lean: str | None = None,
     objects: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **options: Any,
 ) -> Fit:
     """Say how to train a model in a GPU's memory: methods, freezing, lean, batch and image sizes that fit, best first.
@@ -186,6 +191,7 @@ def fit(
         lean: As for `train`.
         objects: As for `forecast`.
         model_args: As for `train`.
+        allow_download: As for `train`.
         **options: Fields of the method, and further arguments of the family.
 
     Raises:
@@ -239,7 +245,8 @@ class _Rehearsed:
             self.fitted, data = self.base.model, None
             if given["data"]:  # else it is the base's own head
                 torch.manual_seed(idle.get("seed", 0))  # as `train` draws the head
-                self.base, self.fitted, data = fitted(family, self.base, given["data"], given["head"])
+                allowed = given["allow_download"]
+                self.base, self.fitted, data = fitted(family, self.base, given["data"], given["head"], allowed)
         look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
         seen = family.anatomy(self.fitted, str(given["model"]))
         self.anatomy = with_evidence(seen, self.tuning, family, self.fitted, data, **look)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .errors import ConfigError, nearest
+from .files import read_yaml
 
 
 def read(given: str | Path, kind: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read(given: str | Path, kind: str) -> dict[str, Any]:
             f"there is no config '{given}'; give a YAML file, or one of {', '.join(own)}.{nearest(str(given), own)}"
         )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_yaml(path.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):

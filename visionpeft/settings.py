@@ -69,6 +69,10 @@ def split_options(
         ConfigError: There is no such option.
     """
     if configured is not None:
+        if strange := set(options) - set(family.arguments()):
+            raise ConfigError(
+                f"'{min(strange)}' is no argument of the {family.name} family; the run's train.json was altered"
+            )
         return restore_method(method, configured), dict(options)
     plain = make_method(method, {}, freeze)
     parts = getattr(plain, "methods", (plain,))
@@ -154,11 +158,13 @@ def lasting(source: str | Path) -> str:
     return str(path.resolve()) if path.parent != Path(".") and path.is_file() else str(source)
 
 
-def fitted(family: Family, base: Base, data: Any, head: str | None) -> tuple[Base, nn.Module, Data | None]:
+def fitted(
+    family: Family, base: Base, data: Any, head: str | None, allow_download: bool = False
+) -> tuple[Base, nn.Module, Data | None]:
     """Return the base, made for the data's images, and with its head made for the data, or its own where there are none."""
     names, outputs, checked = base.names, {}, None
     if data:
-        checked = family.read_data(scenes.find(data), base)
+        checked = family.read_data(scenes.find(data), base, allow_download=allow_download)
         names, outputs = checked.names, checked.outputs
         base, _ = family.suited(base, checked)
     return base, family.fit(base, names, head or family.defaults_for(base)["head"], **outputs), checked

@@ -61,7 +61,8 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
     each = _epoch_seconds(run, images)
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # the run is complete, and this the largest of its files
-    adapted = api.load(run.delta) if run.delta else None
+    own = {k: arguments[k] for k in ("model", "model_args") if k in arguments}
+    adapted = api.load(run.delta, **own) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
     use = _use(run, family)
     judged = family.judge(model, data, **use, workers=run.arguments["workers"])
@@ -167,7 +168,8 @@ def _opened(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
     """Return what `train` is to work on."""
     family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    return family, base, family.read_data(scenes.find(arguments["data"]), base)
+    allowed = arguments.get("allow_download", False)
+    return family, base, family.read_data(scenes.find(arguments["data"]), base, allow_download=allowed)
 
 
 def _end_with_the_starter() -> None:

@@ -194,11 +194,11 @@ class _Places:
             self._bases[key] = family, family.load(source, **given), digest.hexdigest()
         return self._bases[key]
 
-    def data(self, source: str, family: Family, base: Base, old: bool = False) -> str:
+    def data(self, source: str, family: Family, base: Base, allow_download: bool, old: bool = False) -> str:
         """Return the fingerprint of a data set; with `old`, check that the base knows its classes."""
         key = (source, base.source, old)
         if key not in self._data:
-            read = family.read_data(scenes.find(under(self.root, source)), base)
+            read = family.read_data(scenes.find(under(self.root, source)), base, allow_download=allow_download)
             if old:
                 family.check_classes(base.names, read)
             self._data[key] = read.fingerprint
@@ -226,20 +226,21 @@ def _cell(
     model, data, method, freeze, seed, retain = (given.pop(k) for k in (*AXES, "retain"))
     model_args = given.pop("model_args", None) or {}
     family, base, weights = places.base(model, model_args)
+    allowed = bool(given.get("allow_download", False))
     _check(family, method, freeze, {**given, **{k: values[0] for k, values in search.items()}})
     spec = {
         "model": model,
         "model_args": model_args,
         "weights_sha256": weights,
         "data": data,
-        "data_sha256": places.data(data, family, base),
+        "data_sha256": places.data(data, family, base, allowed),
         "method": method,
         "freeze": freeze,
         "seed": seed,
         "options": given,
         "own": sorted(k for k in own if k in given),
         "retain": retain,
-        "retain_sha256": places.data(retain, family, base, old=True) if retain else "",
+        "retain_sha256": places.data(retain, family, base, allowed, old=True) if retain else "",
         "equal": equal,
         "search": dict(search),
         "search_seed": first if search else None,

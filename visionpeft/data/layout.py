@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..files import read_yaml
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
@@ -141,7 +142,7 @@ def read_values(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-        values, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
+        values, twice = read_yaml(text), _twice(yaml.compose(text, yaml.SafeLoader))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if twice:

@@ -29,6 +29,8 @@ from ..twins import plain
 from .evidence import ImageEvidence
 from .views import Rounds, Store
 
+LARGEST_IMAGE = 4096  # pixels; a file that says more is not believed, for it would fill the memory
+
 
 # -------------------------------------------------------------------------------------------------- what passes between
 @dataclass(frozen=True)
@@ -256,6 +258,25 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def check_named(
+        self, source: str | None, named: Mapping[str, Any], own: Mapping[str, Any], scratch: bool = False
+    ) -> dict[str, Any]:
+        """Check what a file from elsewhere names as a model: it must be here already, and can run nothing.
+
+        Args:
+            source: The model; None where the user names one.
+            named: Arguments of `load` that the file names.
+            own: Those that the user gives, which go before.
+            scratch: Whether the model may be one without weights.
+
+        Returns:
+            The arguments with which `load` fetches nothing.
+
+        Raises:
+            ModelError: It is not here, or no such thing; the text says what.
+        """
+
+    @abstractmethod
     def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
         """Return how many labelled objects the fullest image of a run of these settings holds, augmentation included, and
         what share of an image one of them covers, on average."""
@@ -269,7 +290,9 @@ class Family(ABC):
         """Return a training step of a model that a plan is attached to, on made-up data."""
 
     @abstractmethod
-    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
+    def read_data(
+        self, source: str, base: Base | None = None, split: str = "val", train: bool = True, allow_download: bool = False
+    ) -> Data:
         """Look a data set up and check it.
 
         Args:
@@ -277,6 +300,7 @@ class Family(ABC):
             base: The model that it is for.
             split: What is measured on, called "val" in `Data.facts`.
             train: Whether its training part is needed; to measure a model, it is not.
+            allow_download: Let the library fetch the images as the data say; that can run code of theirs.
 
         Raises:
             DataError: It is missing, empty or contradicts itself.

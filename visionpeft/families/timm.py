@@ -26,6 +26,7 @@ from .. import files
 from ..attach import attached, merge, mergeable
 from ..data.layout import composed
 from ..errors import ConfigError, DataError, ModelError, nearest
+from ..pickles import objection
 from ..pictures import Picture, spread
 from ..plan import Anatomy
 from ..registry import FAMILIES
@@ -34,6 +35,7 @@ from .base import Base, Data, Family, Job, Judged, Leading, Rehearsal, Step, obs
 from .evidence import Answers
 from .images import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
 from .timm_anatomy import classifiers, input_size, leading, read_anatomy
+from .timm_sources import check_named
 from .views import Rounds
 
 LOGGER = logging.getLogger("visionpeft")
@@ -96,8 +98,15 @@ class Timm(Family):
             return self.load(source, **options)
         return self.load(source, **{**options, "checkpoint_path": None, "pretrained": False})
 
+    def check_named(
+        self, source: str | None, named: Mapping[str, Any], own: Mapping[str, Any], scratch: bool = False
+    ) -> dict[str, Any]:
+        return check_named(source and source.removeprefix("timm/"), named, own, scratch)
+
     # ---------------------------------------------------------------------------------------------------------- the data
-    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
+    def read_data(
+        self, source: str, base: Base | None = None, split: str = "val", train: bool = True, allow_download: bool = False
+    ) -> Data:
         return read_folders(source, split, train=train)
 
     # --------------------------------------------------------------------------------------------------------- the model
@@ -255,6 +264,8 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"there is no checkpoint {path}; give the path of a file that timm can read") from error
     except Exception as error:  # timm raises RuntimeError, TypeError, KeyError, AssertionError, SafetensorError, ...
         text = " ".join(str(error).split())
+        if "weights_only" in text:  # the advice to unpickle it all the same
+            text = "the checkpoint holds more than tensors and plain values"
         given = f" with {dict(options)}" if options else ""
         raise ModelError(f"timm cannot make {name}{given}: {text[:200] + '…' if len(text) > 200 else text}") from error
 
@@ -269,7 +280,9 @@ def _sized(model: Any, options: Mapping[str, Any]) -> Any:
 
 def _from_file(name: str, path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that load a checkpoint with as many classes as it has."""
-    state = load_state_dict(path)
+    if not path.endswith(".safetensors") and Path(path).is_file() and (why := objection(path)):
+        raise ModelError(f"the checkpoint {path} cannot be read: {why}")
+    state = load_state_dict(path, weights_only=True)  # in timm's own words, its default: not of all versions
     overlay = dict(options.get("pretrained_cfg_overlay") or {})
     cfg = timm.get_pretrained_cfg(name)
     classifier = getattr(cfg, "classifier", None) or ""

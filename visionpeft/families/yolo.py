@@ -22,12 +22,13 @@ import ultralytics
 import yaml
 from torch import Tensor, nn
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
-from ultralytics.data.utils import check_det_dataset, get_split_fraction, img2label_paths
+from ultralytics.data.utils import get_split_fraction, img2label_paths
 from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import guess_model_task, torch_safe_load, yaml_model_load
 from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
@@ -36,6 +37,8 @@ from ..attach import attached, merge, mergeable
 from ..data.layout import SUFFIXES, composed, read_names, read_values
 from ..data.pictures import look, refuse_unfit
 from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
+from ..files import read_yaml
+from ..pickles import objection
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
 from ..registry import FAMILIES
@@ -43,6 +46,7 @@ from ..scenes import find
 from ..twins import plain
 from . import yolo_rehearsal
 from .base import (
+    LARGEST_IMAGE,
     Base,
     Data,
     Family,
@@ -62,6 +66,7 @@ from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
+from .yolo_sources import check_described, check_download, check_named, checkpoint, known, read_set
 from .yolo_tasks import TASKS, Task, build, fit, outputs_of, pose_length, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
 from .yolo_voice import aside, quiet
@@ -83,6 +88,7 @@ _REFUSED = {
     "SemanticSegmentationModel": "semantic segmentation",
     "DepthModel": "depth",
 }
+_UNREADABLE = (RuntimeError, TypeError, EOFError, LookupError, AttributeError, ImportError, ValueError, yaml.YAMLError)
 _INSTEAD = "give a YOLOv8, YOLO11 or YOLO26 model that detects, segments, classifies, or finds poses or oriented boxes"
 _OTHERS = {"rtdetr": "RT-DETR", "-world": "YOLO-World", "yoloe": "YOLOE", "-sem": "semantic segmentation", "-depth": "depth"}
 
@@ -157,10 +163,9 @@ class Yolo(Family):
         try:
             if pretrained:
                 # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
-                with aside():
-                    content, _ = torch_safe_load(find(source if source.endswith(".pt") else f"{source}.pt"), safe_only=True)
+                content = _content(checkpoint(source))
                 model = _network(content, source)
-                model.args = content.get("train_args") or {}
+                model.args = dict(content.get("train_args") or {})
             else:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # random weights, but always the same
@@ -171,21 +176,37 @@ class Yolo(Family):
             raise ModelError(
                 f"the model {source} is not here and could not be downloaded; give the path of a .pt file ({brief(error)})"
             ) from error
-        except (RuntimeError, TypeError, EOFError, KeyError, AttributeError, ModuleNotFoundError, ValueError) as error:
+        except _UNREADABLE as error:
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
         task = _supported(model, source)
+        if pretrained:
+            check_described(model)
         model = model.float().eval()
-        imgsz = getattr(model, "args", {}).get("imgsz") or task.imgsz
+        imgsz = getattr(model, "args", {}).get("imgsz")
+        imgsz = imgsz if isinstance(imgsz, int) and 0 < imgsz <= LARGEST_IMAGE else task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
         base = Base(source, model, task.name, dict(model.names), facts, pretrained)
         return _reading(base, options["channels"], "model_args") if options else base
 
+    def check_named(
+        self, source: str | None, named: Mapping[str, Any], own: Mapping[str, Any], scratch: bool = False
+    ) -> dict[str, Any]:
+        if named not in ({}, {"channels": 1}, {"channels": 3}):
+            raise ModelError(
+                f"the arguments {str(dict(named))[:60]}, but of a YOLO model only its channels can be said, 1 or 3"
+            )
+        if source is not None:
+            check_named(source, scratch)
+        return {}
+
     def design(self, source: str, **options: Any) -> Base:
         design = Path(source).with_suffix(".yaml").name
-        return self.load(source if Path(find(source)).is_file() or not _known(design) else design, **options)
+        return self.load(source if Path(find(source)).is_file() or not known(design) else design, **options)
 
     # ---------------------------------------------------------------------------------------------------------- the data
-    def read_data(self, source: str, base: Base | None = None, split: str = "val", train: bool = True) -> Data:
+    def read_data(
+        self, source: str, base: Base | None = None, split: str = "val", train: bool = True, allow_download: bool = False
+    ) -> Data:
         task = TASKS[base.task if base else "detect"]
         if task.name == "classify":
             # with train, too: without it, Ultralytics would split the rest anew
@@ -194,12 +215,7 @@ class Yolo(Family):
             raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
         if Path(source).is_file():
             read_names(Path(source))  # a clear word on what is wrong with them
-        try:
-            with aside():
-                fetch = os.environ.get("YOLO_OFFLINE") is None
-                data = check_det_dataset(str(source), autodownload=fetch, split="" if train else split)
-        except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
-            raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
+        data = read_set(str(source), "" if train else split, allow_download)
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
         facts: dict[str, Any] = {"channels": data["channels"], "pose": pose_length(task, data, source)}
         owners: dict[str, set[str]] = {}
@@ -343,7 +359,9 @@ class Yolo(Family):
 
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
-        trainer = type(f"Tuned{cls.__name__}", (Tuned, cls), {"job": job})(overrides=_overrides(job))
+        # to a class that calls itself a trainer, Ultralytics adds every tracker that is installed; ours are asked for
+        name = f"Tuned{cls.__name__.removesuffix('Trainer')}"
+        trainer = type(name, (Tuned, cls), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -365,6 +383,7 @@ class Yolo(Family):
         shapes = [list(x or ()) for x in (data.outputs.get("kpt_shape"), getattr(model, "kpt_shape", None))]
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
+        check_download(data.source, options.get("split", "val"))
         args: dict[str, Any] = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
@@ -409,6 +428,7 @@ class Yolo(Family):
         model = _for_inference(model)
         model.args = {**DEFAULT_CFG_DICT, "task": model.task}
         args = {"batch": 1, **options, "mode": "export", "format": format}
+        check_download(str(args.get("data")), args.get("split", "val"))
 
         def write(temporary: Path) -> None:
             with tempfile.TemporaryDirectory() as folder, usable(args), quiet():
@@ -437,8 +457,7 @@ class Yolo(Family):
         return "\n".join(lines)
 
     def open_merged(self, path: Path) -> nn.Module:
-        content, _ = torch_safe_load(str(path), safe_only=True)
-        return content["model"].float().eval()
+        return _content(str(path))["model"].float().eval()
 
     def save_merged(self, model: Any, header: Mapping[str, Any], out: Path) -> Path:
         model = copy.deepcopy(model).cpu()
@@ -567,16 +586,25 @@ def _own_folders(data: Data, split: str) -> Data:
     return data
 
 
-def _known(design: str) -> bool:
-    """Say whether Ultralytics has a network of this name."""
-    try:
-        return bool(yaml_model_load(design))
-    except FileNotFoundError:
-        return False
+def _content(file: str) -> dict[str, Any]:
+    """Return what a checkpoint holds, through Ultralytics' allow-list instead of unpickling.
+
+    Raises:
+        ModelError: It would run something.
+    """
+    if not Path(file).is_file():  # fetched now, so that it can be looked through
+        with aside():
+            file = attempt_download_asset(file)
+    if why := objection(file, plain=False):
+        raise ModelError(f"{file} is not a checkpoint that Ultralytics can read ({why})")
+    with aside():
+        return torch_safe_load(file, safe_only=True)[0]
 
 
 def _from_yaml(source: str) -> nn.Module:
     """Return a network with random weights."""
+    if Path(source).is_file():
+        read_yaml(Path(source).read_text(encoding="utf-8", errors="ignore"))  # that nothing in it takes for ever
     design = yaml_model_load(source)
     if (name := guess_model_task(design)) not in TASKS:
         raise ModelError(f"{source} describes a {name} model, which is not supported; {_INSTEAD}")

@@ -18,6 +18,7 @@ from ultralytics.utils.torch_utils import intersect_dicts
 from ..errors import DataError, ModelError
 from ..twins import plain
 from .evidence import Answers, Detections, ImageEvidence
+from .yolo_sources import check_design
 from .yolo_validator import sparing
 from .yolo_voice import quiet
 
@@ -142,7 +143,11 @@ def build(
         names: Of the classes; None: as many as the design says.
         channels: Of the images.
         **outputs: What the head must be made for beside the classes: for keypoints ``kpt_shape``.
+
+    Raises:
+        ModelError: The design holds more than layers and plain numbers.
     """
+    check_design(design)
     own: dict[str, Any] = copy.deepcopy(dict(design))
     own["nc"] = own["nc"] if names is None else len(names)  # said in the design, for Ultralytics reports what overrides it
     own |= {k: v for k, v in outputs.items() if k == "kpt_shape"}

@@ -38,6 +38,7 @@ from .base import Data, Job, keep_best
 from .images import leave_out, still_readable
 from .launch import failure, started, told
 from .views import Views
+from .yolo_sources import check_download
 from .yolo_tasks import TASKS, Task, fit
 from .yolo_voice import quiet
 
@@ -80,12 +81,9 @@ class Tuned:
                 except subprocess.CalledProcessError:
                     raise failure(self.job.folder) from None
 
-    def run_callbacks(self: Any, event: str) -> None:
-        loggers = {"tensorboard": "tensorboard", "wandb": "wb", "mlflow": "mlflow"}
-        silent = {f"ultralytics.utils.callbacks.{loggers[n]}" for n in self.job.trackers.names if n in loggers}
-        callbacks = self.callbacks.get(event, [])  # Ultralytics' settings choose some; ours would log a second run
-        self.callbacks[event] = [c for c in callbacks if getattr(c, "__module__", "") not in silent]
-        super().run_callbacks(event)  # type: ignore[misc]
+    def get_dataset(self: Any) -> Any:
+        check_download(str(self.args.data), self.args.split)
+        return super().get_dataset()  # type: ignore[misc]
 
     def check_resume(self: Any, overrides: Any) -> None:
         # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
@@ -323,7 +321,7 @@ class Tuned:
 
 HOOKS = (
     "get_model build_optimizer _build_train_pipeline resume_training _model_train optimizer_step preprocess_batch "
-    "_handle_nan_recovery save_model final_eval check_resume get_dataloader"
+    "_handle_nan_recovery save_model final_eval check_resume get_dataset get_dataloader"
 ).split()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..delta import KEY
 from ..errors import DeltaError
+from .patterns import matches
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
@@ -48,7 +49,7 @@ class Adapter:
             found[field] = _meant(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
         for field, pattern in PATTERNS.items():
             values = self.config.get(pattern) or {}
-            key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module)), None)
+            key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module, k)), None)
             if field in found and key is not None:
                 found[field] = values[key]
             kind: Any = int if field == "r" else (int, float)
@@ -91,7 +92,7 @@ def meant_too(saved: str, names: Iterable[str]) -> list[str]:
 
 def excludes(saved: str, target: str) -> bool:
     """Say whether peft puts no adapter on a target because of a name in `modules_to_save`."""
-    return _matches(rf"(^|.*\.){saved}($|\..*)", target)
+    return _matches(rf"(^|.*\.){saved}($|\..*)", target, saved)
 
 
 def pattern_of(module: str) -> str:
@@ -181,15 +182,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _meant(wanted: Sequence[str] | str, name: str) -> bool:
     """Say whether `target_modules` or the like means a module."""
     if isinstance(wanted, str):
-        return _matches(f"(?:{wanted})$", name)
+        return _matches(f"(?:{wanted})$", name, wanted)
     return f".{name}".endswith(tuple(f".{w}" for w in wanted))
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, given: str) -> bool:
     try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise DeltaError(f"{CONFIG} has '{pattern}', which is no regular expression ({error}); get the file again") from None
+        return matches(pattern, name, given)
+    except ValueError as error:
+        shown = given if len(given) < 80 else f"{given[:80]}…"
+        raise DeltaError(
+            f"{CONFIG} has '{shown}', which is no regular expression that is read here ({error}); write out the names"
+        ) from None
 
 
 def as_json(config: Mapping[str, Any]) -> str:
