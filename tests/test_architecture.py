@@ -17,6 +17,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "files": 1,
     "stopping": 1,
     "registry": 1,
+    "schema": 1,
     "twins": 1,
     "measure": 1,
     "tables": 1,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files
+from . import checkpoint, files, schema
 from . import delta as deltas
 from . import trackers as tracking
 from .errors import ConfigError, TrainingError
@@ -84,8 +84,11 @@ def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
     Raises:
         TrainingError: One of them is another.
     """
-    was, given = json.loads(then), json.loads(now)
-    if changed := next((said for part, said in _CHANGED.items() if was[part] != given[part]), None):
+    try:
+        was, given = schema.check(dict[str, Any], schema.parse(then)), json.loads(now)
+    except schema.Malformed as error:
+        raise TrainingError(f"{folder} cannot be resumed: of its checkpoint's origin, {error}; start anew") from error
+    if changed := next((said for part, said in _CHANGED.items() if was.get(part) != given[part]), None):
         said = changed.format(model=model, data=data)
         raise TrainingError(f"{folder} cannot be resumed: {said}; put back what was there, or start anew")
 
@@ -99,8 +102,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _arguments(folder: Path) -> dict[str, Any]:
     try:
-        given = json.loads((folder / "train.json").read_text())
-    except (OSError, ValueError) as error:
+        given = schema.check(dict[str, Any], schema.parse((folder / "train.json").read_bytes()))
+    except (OSError, schema.Malformed) as error:
         raise _unreadable(folder) from error
     saved = checkpoint.load(folder / "checkpoint.pt")
     if saved["done"] and _complete(folder):
@@ -124,7 +127,7 @@ def _origin_of_delta(folder: Path) -> str | None:
 def _complete(folder: Path) -> bool:
     """Say whether a run that has trained has drawn its pictures, too, which it does last."""
     try:
-        drawn = json.loads((folder / "run.json").read_text())["pictures"]
+        drawn = schema.parse((folder / "run.json").read_bytes())["pictures"]
         return bool(drawn) and all((folder / Path(file).name).is_file() for file in drawn.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

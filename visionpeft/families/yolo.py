@@ -35,6 +35,7 @@ from .. import files
 from ..attach import attached, merge, mergeable
 from ..data.layout import SUFFIXES, composed, read_names, read_values
 from ..data.pictures import look, refuse_unfit
+from ..delta import fits_half
 from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ..pictures import Picture, spread
 from ..plan import HEAD, Anatomy, Attention, Block, Stage
@@ -62,7 +63,7 @@ from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
-from .yolo_tasks import TASKS, Task, build, fit, outputs_of, pose_length, rows_of, task_of
+from .yolo_tasks import TASKS, Outputs, Task, build, check_content, fit, outputs_of, pose_length, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
 from .yolo_voice import aside, quiet
 
@@ -92,6 +93,7 @@ class Yolo(Family):
     """Models of Ultralytics: "yolo11n.pt", a path to a checkpoint, or a YAML (random weights: no base, no delta)."""
 
     suffix: ClassVar[str] = ".pt"
+    outputs: ClassVar[type] = Outputs
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 50,
         "imgsz": None,  # the task's own, see defaults_for
@@ -174,6 +176,7 @@ class Yolo(Family):
         except (RuntimeError, TypeError, EOFError, KeyError, AttributeError, ModuleNotFoundError, ValueError) as error:
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
         task = _supported(model, source)
+        check_content(model, source)
         model = model.float().eval()
         imgsz = getattr(model, "args", {}).get("imgsz") or task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
@@ -445,7 +448,8 @@ class Yolo(Family):
         args = {k: v for k, v in header["train_args"].items() if k in DEFAULT_CFG_DICT}
         model.args = {**DEFAULT_CFG_DICT, **args, "task": task, "mode": "train"}
         # Ultralytics trains in channels_last on a GPU, and says that released versions cannot fuse such weights
-        for parameter in model.half().to(memory_format=torch.contiguous_format).parameters():
+        model = model.to(dtype=torch.float16 if fits_half(model) else torch.float32)
+        for parameter in model.to(memory_format=torch.contiguous_format).parameters():
             parameter.requires_grad_(False)
         content = {
             "date": datetime.now(timezone.utc).isoformat(),
