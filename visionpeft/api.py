@@ -26,7 +26,7 @@ from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, schema, s
 from . import delta as deltas
 from . import trackers as tracking
 from .delta import Delta
-from .errors import ConfigError, DeltaError, Interrupted, nearest
+from .errors import ConfigError, DeltaError, Interrupted, TrainingError, nearest
 from .families.apart import set_apart
 from .families.base import Base, Data, Family, Job, out_of_memory, stage_modules
 from .families.gradients import with_evidence
