@@ -75,7 +75,8 @@ def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Itera
 def origin(header: Mapping[str, Any], plan: Plan) -> str:
     """Return what a run is made of, for its checkpoint: `unchanged` compares it. `header` is its delta's."""
     said = {"base": header["base"]["sha256"], "names": header["names"], "data": header["data"]["sha256"]}
-    return json.dumps({**said, "plan": plan.to_dict()}, sort_keys=True)
+    planned = {k: v for k, v in plan.to_dict().items() if k != "model"}  # a base is known by its tensors, wherever it lies
+    return json.dumps({**said, "plan": planned}, sort_keys=True)
 
 
 def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
