@@ -18,6 +18,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "stopping": 1,
     "pickles": 1,
     "registry": 1,
+    "schema": 1,
     "twins": 1,
     "measure": 1,
     "tables": 1,

@@ -23,13 +23,14 @@ import torch
 import yaml
 from conftest import make_squares, yolo
 from filelock import FileLock
+from golden_nets import FOLDER
 from safetensors.torch import save_file
 from ultralytics.utils.metrics import ap_per_class
 
 import visionpeft
 from visionpeft import benchmark, cli, files, recipes, scenes
 from visionpeft.benchmark import cell as cells
-from visionpeft.benchmark import grid, results, sweep
+from visionpeft.benchmark import grid, sweep
 from visionpeft.errors import ConfigError, DataError, DiskFull, OutOfMemory, TrainingError, VisionpeftError
 from visionpeft.families.evidence import Answers, Detections, unpack
 from visionpeft.families.loop import _Loop
@@ -539,9 +540,9 @@ def test_two_sweeps_on_one_folder(tiles: dict[str, Any], tmp_path: Path) -> None
 FOREIGN = {
     "truncated": ('{"format": 1, "ha', "0123456789abcdef.json is not a file of a benchmark's cells .*Unterminated"),
     "another's": ('{"a": 1}', "it has no cell"),
-    "no mapping": ("[]", "it has no keys"),
-    "altered": (json.dumps(dict.fromkeys(results._KEYS["cells"]) | {"format": 1, "cell": {}}), "altered or renamed"),
-    "newer": (json.dumps(dict.fromkeys(results._KEYS["cells"]) | {"format": 2}), "has format 2"),
+    "no mapping": ("[]", "it is .., but must be a mapping"),
+    "altered": (min((FOLDER / "results" / "cells").glob("*.json")).read_text(), "altered or renamed"),
+    "newer": ('{"format": 2}', "has format 2"),
 }
 
 

@@ -43,7 +43,7 @@ def test_the_newest_is_written_last(tmp_path: Path) -> None:
             content = checkpoints.snapshot({"epoch": epoch, "more": [{"weights": weights}]})
             writer.put(lambda c=content, s=seconds: save(c, s))
             weights += 1
-    saved = checkpoints.load(path)
+    saved = torch.load(path, weights_only=True)
     assert written == [0, 1, 2] and saved["epoch"] == 2 and saved["more"][0]["weights"].tolist() == [2.0] * 3
 
 
@@ -168,7 +168,7 @@ def test_an_optimizers_state_fits_either_kind(fused: bool, saved_fused: bool, tm
     content = checkpoints.snapshot({"weight": weight, "optimizer": whole.state_dict()})
     checkpoints.save(tmp_path / "checkpoint.pt", content)
     expected = steps(whole, weight, 3, 6)
-    saved = checkpoints.load(tmp_path / "checkpoint.pt")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     weight = nn.Parameter(saved["weight"])
     rest = torch.optim.AdamW([weight], lr=1e-1, fused=fused)
     checkpoints.restore_optimizer(rest, saved["optimizer"])

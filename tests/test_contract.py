@@ -24,7 +24,8 @@ UNFIT = {  # what a net lacks the parts for: no tokens, no attention
     "prompt": set(NETS) - {"vit_tiny"},
     "prefix": {n for n in NETS if n.startswith(("yolov8", "resnet", "convnext", "mobilenet"))},
 }
-HEADER = {"base": {"model": "random", "sha256": "", "model_args": {}}}
+USE = {"input": {"imgsz": 64}, "train_args": {"imgsz": 64}}
+HEADER = {"base": {"model": "random", "sha256": "", "model_args": {}}, "names": {}, "head": "keep", **USE}
 
 
 def predict(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -117,7 +118,8 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
 
     first, second = (tmp_path / f"{i}.safetensors" for i in (1, 2))
     deltas.write(first, deltas.collect(model, state, HEADER))
-    again = attach(net(name), deltas.read(first).plan, start=False)
+    deltas.check(deltas.read(first), again := net(name), state)
+    attach(again, deltas.read(first).plan, start=False)
     deltas.apply(again, deltas.read(first), state)
     deltas.write(second, deltas.collect(again, state, HEADER))
     assert first.read_bytes() == second.read_bytes()

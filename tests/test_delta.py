@@ -13,7 +13,9 @@ from visionpeft.attach import attach, detach
 from visionpeft.errors import MismatchError, ModelError
 from visionpeft.plan import Edit, Plan
 
-HEADER = {"base": {"model": "tiny", "sha256": "", "model_args": {}}, "names": {"0": "café"}}
+BASE = {"model": "tiny", "sha256": "", "model_args": {}}
+USE = {"input": {"imgsz": 8}, "train_args": {"imgsz": 8, "batch": 1}}
+HEADER = {"base": BASE, "names": {"0": "café"}, "head": "keep", **USE}
 
 
 @pytest.fixture

@@ -44,6 +44,8 @@ CONFIGS: dict[str, Callable[..., peft.PeftConfig]] = {
     "lokr": lambda **k: peft.LoKrConfig(r=2, alpha=3, decompose_both=True, decompose_factor=4, **k),
 }
 
+USE = {"input": {"imgsz": 64}, "train_args": {"imgsz": 64}}
+
 
 # ------------------------------------------------------------------------------------------------------------- the pieces
 def base_of(name: str, model: nn.Module) -> Base:
@@ -77,7 +79,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 def header_of(base: Base, names: dict[int, str], head: str) -> dict[str, Any]:
     said = {"model": base.source, "sha256": deltas.fingerprint(base.state), "model_args": {}}
     classes = {str(i): name for i, name in names.items()}
-    return {"base": said, "names": classes, "head": head, "outputs": {}, "input": {}, "train_args": {}}
+    return {"base": said, "names": classes, "head": head, "outputs": {}, **USE}
 
 
 @pytest.fixture

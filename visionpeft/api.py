@@ -16,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
 
 from . import attach as attaching
-from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, stopping, tables
+from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, schema, stopping, tables
 from . import delta as deltas
 from . import trackers as tracking
 from .delta import Delta
@@ -39,6 +39,7 @@ from .planning import Freeze, fit
 from .process import untouched
 from .registry import FAMILIES, METHODS
 from .run import Run
+from .schema import Malformed
 from .settings import check_names, check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
 from .stopping import Stop
 from .trackers import Trackers
@@ -151,6 +152,7 @@ def train(
                 raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
             newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # than the run may be
             new = {k: v for k, v in defaults.items() if k in newer}
+            _check_arguments(saved)
             return _train(**{**new, **saved}, quiet=quiet, allow_download=allow_download, stop=stop, held=held)
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
@@ -457,6 +459,8 @@ def _checked(delta: str | Path, model: Any, model_args: Mapping[str, Any] | None
     """Read a delta and its base, and check that they belong together."""
     check_names(delta=delta, model=model)
     read = deltas.read(delta)
+    if read.plan.family not in FAMILIES:
+        raise DeltaError(f"{delta} is for models of '{read.plan.family}'; there are {', '.join(FAMILIES)}")
     family: Family = FAMILIES[read.plan.family]()
     base = _named_base(family, read.header["base"], delta, model, loader_arguments(model_args))
     deltas.verify(read, base.state)
@@ -475,8 +479,16 @@ def _named_base(
     return family.load(str(model or said["model"]), **{**named, **own, **settled})
 
 
+def _fitted(family: Family, base: Base, delta: Delta) -> nn.Module:
+    """Return the base with a delta's head, the delta checked against it."""
+    outputs = family.read_outputs(delta.header.get("outputs", {}))
+    fitted = family.fit(base, _names(delta.header), delta.header["head"], **outputs)
+    deltas.check(delta, fitted, base.state)
+    return fitted
+
+
 def _rebuild(family: Family, base: Base, delta: Delta) -> nn.Module:
-    fitted = family.fit(base, _names(delta.header), delta.header["head"], **delta.header.get("outputs", {}))
+    fitted = _fitted(family, base, delta)
     attaching.attach(fitted, delta.plan, start=False)
     return deltas.apply(fitted, delta, base.state).eval()
 
@@ -725,8 +737,9 @@ def inspect(delta: str | Path) -> dict[str, Any]:
 
 @untouched()
 def verify(delta: str | Path, model: str | Path | None = None, *, model_args: Mapping[str, Any] | None = None) -> None:
-    """Check a delta against a base without building anything; raises a DeltaError that says what is wrong."""
-    _checked(delta, model, model_args)
+    """Check a delta against a base, and its tensors against its plan; raises a DeltaError that says what is wrong."""
+    read, family, base = _checked(delta, model, model_args)
+    _fitted(family, base, read)
 
 
 def list_methods() -> list[str]:
@@ -746,6 +759,24 @@ def _named_again(family: Family, source: str, named: Mapping[str, Any], folder: 
         return family.check_named(source, named, {}, scratch=True)
     except ModelError as error:
         raise TrainingError(f"{folder / 'train.json'} names {error}; put it where it was, or start anew") from error
+
+
+def _check_arguments(values: Mapping[str, Any]) -> None:
+    """Refuse what ``train.json`` holds where it is none of a run: its arguments, and what it found before it trained.
+
+    Raises:
+        TrainingError: It is not that.
+    """
+    kinds = {**get_type_hints(train), **{k: Mapping[str, Any] for k in ("options", "method_settings", "before")}}
+    kinds |= {"before_apart": Mapping[str, Any] | None, "evidence": Evidence | None}
+    kinds |= dict.fromkeys(needed := ("model", "data", "method"), str)
+    try:
+        if missing := next((k for k in (*needed, "method_settings", "options", "seed") if k not in values), None):
+            raise Malformed(f"it has no {missing}")
+        for name in kinds.keys() & values.keys():
+            schema.check(kinds[name], values[name], name)
+    except Malformed as error:
+        raise TrainingError(f"{values['resumed']} cannot be resumed: of its train.json, {error}; start anew") from error
 
 
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:

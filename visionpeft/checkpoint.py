@@ -9,7 +9,9 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +19,43 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import files, pickles
-from .errors import DiskFull, TrainingError
+from . import files, pickles, schema
+from .errors import DiskFull, TrainingError, VisionpeftError
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer's ``state_dict``."""
+
+    state: Mapping[int, Mapping[str, Any]]
+    param_groups: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """What `random_states` returns."""
+
+    python: tuple[int, tuple[int, ...], Any]
+    numpy: tuple[str, Tensor, int, int, float]
+    torch: Tensor
+    cuda: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What every checkpoint holds; families add their own, and what a later visionpeft adds has a default here."""
+
+    epoch: int
+    done: bool
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    updates: int
+    optimizer: Optimizer
+    history: Sequence[Mapping[str, Any]]
+    measured: Mapping[str, Any]
+    random: RandomStates
+    origin: str | None = None
+    within: Mapping[str, Any] | None = None
 
 
 def save(path: Path, content: Mapping[str, Any]) -> Path:
@@ -123,11 +160,32 @@ def load(path: Path) -> dict[str, Any]:
     if why := pickles.objection(path):
         raise TrainingError(f"the checkpoint {path} cannot be read ({why}); start the run anew")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words are the advice to unpickle it all the same
-        raise TrainingError(f"the checkpoint {path} holds more than tensors and plain values; start the run anew") from error
-    except (RuntimeError, EOFError) as error:
-        raise TrainingError(f"the checkpoint {path} cannot be read ({error}); start the run anew") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        schema.check(Saved, content, newer=False)
+    except pickle.UnpicklingError as error:  # torch's own sentence advises to let the file run code
+        raise TrainingError(f"the checkpoint {path} holds more than tensors and values, and is not opened") from error
+    except Exception as error:  # whatever a damaged zip file, or what it holds, makes of torch
+        said = " ".join(str(error).split())[:200]
+        raise TrainingError(f"the checkpoint {path} cannot be read ({said}); start the run anew") from error
+    return content
+
+
+@contextmanager
+def restoring() -> Iterator[None]:
+    """Say in a sentence that what a checkpoint holds does not fit the run. Decorates what puts it back.
+
+    Raises:
+        TrainingError: It does not.
+    """
+    try:
+        yield
+    except (VisionpeftError, torch.OutOfMemoryError):  # which say better what is wrong
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"the checkpoint does not fit this run ({type(error).__name__}: {said}); start the run anew"
+        ) from error
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import schema
 from .errors import ConfigError, nearest
 from .registry import METHODS
 
@@ -253,13 +254,12 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Make the plan again from `to_dict`'s values (after JSON, too)."""
-        kept = dict(values)
-        freeze = kept["freeze"]
-        kept["freeze"] = freeze if isinstance(freeze, int) else tuple(freeze)
-        kept["edits"] = tuple(Edit(**e) for e in kept["edits"])
-        kept["rows"] = tuple(Row(**r) for r in kept["rows"])
-        return cls(**{**kept, "train": tuple(kept["train"]), "heads": tuple(kept["heads"]), "still": tuple(kept["still"])})
+        """Make the plan again from `to_dict`'s values (after JSON, too).
+
+        Raises:
+            Malformed: They are no plan's.
+        """
+        return schema.check(cls, values, "its plan")
 
     def __str__(self) -> str:
         from .tables import plan_table  # printing is not a plan's business, but a plan that prints is what users expect

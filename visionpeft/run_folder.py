@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, files
+from . import checkpoint, files, schema
 from . import delta as deltas
 from . import trackers as tracking
 from .errors import ConfigError, TrainingError
@@ -75,7 +75,8 @@ def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Itera
 def origin(header: Mapping[str, Any], plan: Plan) -> str:
     """Return what a run is made of, for its checkpoint: `unchanged` compares it. `header` is its delta's."""
     said = {"base": header["base"]["sha256"], "names": header["names"], "data": header["data"]["sha256"]}
-    return json.dumps({**said, "plan": plan.to_dict()}, sort_keys=True)
+    planned = {k: v for k, v in plan.to_dict().items() if k != "model"}  # a base is known by its tensors, wherever it lies
+    return json.dumps({**said, "plan": planned}, sort_keys=True)
 
 
 def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
@@ -86,8 +87,10 @@ def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
     """
     given = json.loads(now)
     try:
-        was = {part: json.loads(then)[part] for part in _CHANGED}
-    except (ValueError, KeyError, TypeError) as error:
+        was = schema.check(dict[str, Any], schema.parse(then))
+        if missing := next((part for part in _CHANGED if part not in was), None):
+            raise schema.Malformed(f"it has no {missing}")
+    except schema.Malformed as error:
         raise TrainingError(f"the checkpoint of {folder} does not say what the run is made of; start anew") from error
     if changed := next((said for part, said in _CHANGED.items() if was[part] != given[part]), None):
         said = changed.format(model=model, data=data)
@@ -103,8 +106,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _arguments(folder: Path) -> dict[str, Any]:
     try:
-        given = json.loads((folder / "train.json").read_text())
-    except (OSError, ValueError) as error:
+        given = schema.check(dict[str, Any], schema.parse((folder / "train.json").read_bytes()))
+    except (OSError, schema.Malformed) as error:
         raise _unreadable(folder) from error
     saved = checkpoint.load(folder / "checkpoint.pt")
     if saved["done"] and _complete(folder):
@@ -128,7 +131,7 @@ def _origin_of_delta(folder: Path) -> str | None:
 def _complete(folder: Path) -> bool:
     """Say whether a run that has trained has drawn its pictures, too, which it does last."""
     try:
-        drawn = json.loads((folder / "run.json").read_text())["pictures"]
+        drawn = schema.parse((folder / "run.json").read_bytes())["pictures"]
         return bool(drawn) and all((folder / Path(file).name).is_file() for file in drawn.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

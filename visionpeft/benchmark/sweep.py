@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import files, recipes
+from .. import files, recipes, schema
 from ..errors import ConfigError, DiskFull, Interrupted, printable
 from . import cell as cells
 from .grid import Cell, Grid, make_grid
@@ -284,8 +284,9 @@ def _note(grid: Grid, out: Path) -> None:
     """Write down what was asked for, beside what an earlier sweep of the folder was asked for."""
     file = out / "benchmark.json"
     try:
-        earlier = json.loads(file.read_text())["sweeps"] if file.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = schema.parse(file.read_bytes()) if file.is_file() else {"sweeps": {}}
+        earlier = schema.check(dict[str, dict[str, Any]], schema.check(dict[str, Any], found).get("sweeps"), "its sweeps")
+    except (OSError, schema.Malformed) as error:
         raise ConfigError(f"{file} is not a benchmark's; move it out of the folder ({error})") from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     said = {**grid.to_dict(), "created": earlier.get(grid.name, {}).get("created", now)}

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .. import delta as deltas
-from .. import lean, measure
+from .. import lean, measure, schema
 from ..attach import merge, settle, train_mode
 from ..checkpoint import Writer
-from ..errors import OutOfMemory, TrainingError
+from ..errors import DeltaError, ModelError, OutOfMemory, TrainingError
 from ..lean.prefix import Prefix, put_on
 from ..pictures import Picture
 from ..plan import HEAD, Anatomy, Layer, Param, Plan, Statistics
+from ..schema import Malformed
 from ..stopping import Stop
 from ..trackers import Trackers
 from ..twins import plain
@@ -43,6 +44,11 @@ class Base:
     names: dict[int, str]  # of its classes
     facts: dict[str, Any]  # what a delta must repeat to use it: input size, mean, extra arguments, ...
     pretrained: bool = True  # False: random weights, so there is no base and no delta
+
+    def __post_init__(self) -> None:
+        values = (*self.model.named_parameters(), *self.model.named_buffers())
+        if bad := next((name for name, v in values if v.is_floating_point() and torch.isnan(v).any()), None):
+            raise ModelError(f"{self.source} has values in {bad} that are no numbers (NaN); give another checkpoint")
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -202,6 +208,11 @@ class Rehearsal:
     loops: bool = False  # whether the loss goes through the images one by one
 
 
+@dataclass(frozen=True)
+class NoOutputs:
+    """What heads are made for beside the classes, where that is nothing."""
+
+
 class Family(ABC):
     """How to deal with one library's models. Registered under its name; found by `claims`."""
 
@@ -211,6 +222,7 @@ class Family(ABC):
     body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
     refused: ClassVar[Mapping[str, str]] = {}  # the library's arguments that train() does not take, with what to do instead
     evaluated: ClassVar[frozenset[str]] = frozenset()  # the further arguments by which a run's validation goes, too
+    outputs: ClassVar[type] = NoOutputs  # a dataclass: what a head may be made for beside the classes
     bn: ClassVar[str | None] = None  # whether the body's running statistics move by default; None: as the method says
 
     @abstractmethod
@@ -317,6 +329,18 @@ class Family(ABC):
     @abstractmethod
     def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         """Return a copy of the base whose head is made for `names`, and for a data set's `outputs`."""
+
+    def read_outputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a delta says that its head is made for beside the classes.
+
+        Raises:
+            DeltaError: No head of this family is made for that.
+        """
+        try:
+            schema.check(self.outputs, given, "its outputs")
+        except Malformed as error:
+            raise DeltaError(f"this delta cannot be used: {error}") from error
+        return dict(given)
 
     @abstractmethod
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:

@@ -351,6 +351,7 @@ class _Loop:
             }
         )
 
+    @checkpoint.restoring()
     def _resume(self) -> int:
         """Put everything back as it was saved; return the epoch to go on with."""
         saved = checkpoint.load(self.job.checkpoint)

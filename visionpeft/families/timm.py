@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,20 +17,22 @@ from huggingface_hub import constants as hub
 from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import get_session
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save as save_tensors
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from .. import files
+from .. import files, schema
 from ..attach import attached, merge, mergeable
 from ..data.layout import composed
+from ..delta import read_metadata
 from ..errors import ConfigError, DataError, ModelError, nearest
 from ..pickles import objection
 from ..pictures import Picture, spread
 from ..plan import Anatomy
 from ..registry import FAMILIES
+from ..schema import Malformed
 from . import loop
 from .base import Base, Data, Family, Job, Judged, Leading, Rehearsal, Step, observe
 from .evidence import Answers
@@ -41,6 +44,20 @@ from .views import Rounds
 LOGGER = logging.getLogger("visionpeft")
 KEY = "timm"  # the metadata of a merged file: what opens it again
 _SOURCES = {"checkpoint_path", "pretrained", "num_classes", "cache_dir"}  # arguments that say where a base comes from
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `save_merged` writes of a model beside its tensors."""
+
+    architecture: str
+    model_args: Mapping[str, Any]
+    names: Mapping[str, str]
+    input: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.names.keys() != {str(i) for i in range(len(self.names))}:
+            raise Malformed("its names are not those of classes numbered from 0 on")
 
 
 @FAMILIES.register("timm")
@@ -338,9 +355,14 @@ def _class_names(model: Any, options: Mapping[str, Any]) -> dict[int, str]:
 
 def _said(path: Path) -> dict[str, Any] | None:
     """Return what `save_merged` wrote about a file, or None."""
-    with safe_open(str(path), framework="pt") as file:
-        text = (file.metadata() or {}).get(KEY)
-    return json.loads(text) if text else None
+    try:
+        if not (text := read_metadata(path).get(KEY)):
+            return None
+        said = schema.parse(text)
+        schema.check(Merged, said, newer=False)
+    except (SafetensorError, Malformed) as error:
+        raise ModelError(f"what visionpeft wrote into {path} cannot be used ({error}); get the file again") from error
+    return said
 
 
 def _facts(model: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .. import schema
 from ..errors import ConfigError
 from ..lean.prefix import Prefix
 
@@ -100,8 +101,8 @@ def _header(file: Path) -> dict[str, Any] | None:
             return None
         opened.seek(length - tail - text)
         try:
-            header = json.loads(opened.read(text))
-        except ValueError:
+            header = schema.parse(opened.read(text))
+        except schema.Malformed:
             return None
     return header if isinstance(header, dict) and header.get("end") == length - tail - text else None
 

@@ -36,6 +36,7 @@ from .. import files
 from ..attach import attached, merge, mergeable
 from ..data.layout import SUFFIXES, composed, read_names, read_values
 from ..data.pictures import look, refuse_unfit
+from ..delta import fits_half
 from ..errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ..files import read_yaml
 from ..pickles import objection
@@ -67,7 +68,7 @@ from .views import Rounds
 from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
 from .yolo_sources import check_described, check_download, check_named, checkpoint, known, read_set
-from .yolo_tasks import TASKS, Task, build, fit, outputs_of, pose_length, rows_of, task_of
+from .yolo_tasks import TASKS, Outputs, Task, build, check_content, fit, outputs_of, pose_length, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
 from .yolo_voice import aside, quiet
 
@@ -98,6 +99,7 @@ class Yolo(Family):
     """Models of Ultralytics: "yolo11n.pt", a path to a checkpoint, or a YAML (random weights: no base, no delta)."""
 
     suffix: ClassVar[str] = ".pt"
+    outputs: ClassVar[type] = Outputs
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 50,
         "imgsz": None,  # the task's own, see defaults_for
@@ -179,6 +181,7 @@ class Yolo(Family):
         except _UNREADABLE as error:
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
         task = _supported(model, source)
+        check_content(model, source)
         if pretrained:
             check_described(model)
         model = model.float().eval()
@@ -466,7 +469,8 @@ class Yolo(Family):
         args = {k: v for k, v in header["train_args"].items() if k in DEFAULT_CFG_DICT}
         model.args = {**DEFAULT_CFG_DICT, **args, "task": task, "mode": "train"}
         # Ultralytics trains in channels_last on a GPU, and says that released versions cannot fuse such weights
-        for parameter in model.half().to(memory_format=torch.contiguous_format).parameters():
+        model = model.to(dtype=torch.float16 if fits_half(model) else torch.float32)
+        for parameter in model.to(memory_format=torch.contiguous_format).parameters():
             parameter.requires_grad_(False)
         content = {
             "date": datetime.now(timezone.utc).isoformat(),

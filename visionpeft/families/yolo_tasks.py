@@ -15,17 +15,39 @@ from ultralytics.models import yolo
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, PoseModel, SegmentationModel
 from ultralytics.utils.torch_utils import intersect_dicts
 
+from .. import schema
 from ..errors import DataError, ModelError
+from ..schema import Malformed
 from ..twins import plain
 from .evidence import Answers, Detections, ImageEvidence
 from .yolo_sources import check_design
 from .yolo_validator import sparing
 from .yolo_voice import quiet
 
+_KEYPOINTS = 1000  # at most
+
 
 def _polygon(count: int, points: Sequence[int] = ()) -> bool:
     """Say whether so many numbers are a class and at least three corners."""
     return count >= 7 and count % 2 == 1
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a head may be made for beside the classes."""
+
+    kpt_shape: tuple[int, int] = (0, 0)
+    kpt_names: Mapping[str, Any] | Sequence[Any] = ()
+    kpt_oks_sigmas: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        count, numbers = self.kpt_shape
+        if self.kpt_shape != (0, 0) and not (1 <= count <= _KEYPOINTS and numbers in (2, 3)):
+            raise Malformed(f"kpt_shape is {list(self.kpt_shape)}, but it is 1 to {_KEYPOINTS} keypoints of 2 or 3 numbers")
+        if self.kpt_oks_sigmas and not (len(self.kpt_oks_sigmas) == count and all(map(_positive, self.kpt_oks_sigmas))):
+            raise Malformed(f"kpt_oks_sigmas are not {count} numbers above 0, one for each keypoint")
+        if bad := next((k for k in self.kpt_names if isinstance(self.kpt_names, Mapping) and not k.isdecimal()), None):
+            raise Malformed(f"kpt_names are by the number of a class, but one is {bad!r}")
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,31 @@ def build(
     for name, value in outputs.items():
         setattr(model, name, {int(k): v for k, v in value.items()} if isinstance(value, Mapping) else value)
     return model
+
+
+def check_content(model: Any, source: str) -> None:
+    """Look at what a loaded network says of itself; class names in a list get their numbers.
+
+    Raises:
+        ModelError: It is not what Ultralytics keeps there.
+    """
+    try:
+        names, args, stride = (getattr(model, name, None) for name in ("names", "args", "stride"))
+        names = dict(enumerate(names)) if isinstance(names, list | tuple) else schema.check(dict[int, Any], names, "names")
+        if names.keys() != set(range(len(names))):
+            raise Malformed("its names are not those of classes numbered from 0 on")
+        model.names = {i: str(name) for i, name in names.items()}
+        schema.check(
+            int | Sequence[int] | None, schema.check(dict[str, Any], args or {}, "train_args").get("imgsz"), "imgsz"
+        )
+        design = schema.check(dict[str, Any], getattr(model, "yaml", None), "yaml")
+        if not all(design.get(part) and isinstance(design[part], list) for part in ("backbone", "head")):
+            raise Malformed("its yaml lists no layers as backbone and head")
+        schema.check(int, design.get("channels", 3), "yaml.channels")
+        if not (isinstance(stride, torch.Tensor) and stride.numel() and bool((stride >= 1).all() and (stride < 1e4).all())):
+            raise Malformed(f"its stride is {schema.shown(stride)}")
+    except Malformed as error:
+        raise ModelError(f"{source} is not a checkpoint that Ultralytics wrote ({error}); give another") from error
 
 
 def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs: Mapping[str, Any]) -> nn.Module:

@@ -177,6 +177,7 @@ class Tuned:
         if RANK in (-1, 0):
             self.job.trackers.open(self.start_epoch)
 
+    @checkpoint.restoring()
     def _go_on(self: Any, model: Any) -> None:
         """Put everything back as it was saved."""
         saved = checkpoint.load(self.job.checkpoint)
@@ -423,6 +424,7 @@ class ReplayableLoader(InfiniteDataLoader):
         self.replay, self.passed = 0 if anew else position["drawn"], passed
 
 
+@checkpoint.restoring()
 def _restore_random_states(trainer: Any) -> None:
     states, position = trainer._saved_states
     if RANK in (-1, 0):

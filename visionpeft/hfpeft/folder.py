@@ -9,18 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from ..delta import KEY
+from .. import schema
+from ..delta import KEY, Facts, read_metadata
 from ..errors import DeltaError
+from ..schema import Malformed
 from .patterns import matches
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model."  # of every tensor's name: peft wraps a model twice
 LISTS = ("feedforward_modules",)  # fields that list the layers for which they are true
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "alpha": "alpha_pattern"}  # fields that layers may differ in
+_KINDS: dict[str, Any] = {  # of those fields that are read
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), list[str] | str),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), dict[str, Any]),
+    **dict.fromkeys(("r", "decompose_factor"), int),
+    **dict.fromkeys(("lora_alpha", "alpha"), float),
+    **dict.fromkeys(("use_rslora", "use_dora", "decompose_both", "fan_in_fan_out"), bool),
+    "modules_to_save": list[str],
+    "init_lora_weights": bool | str,
+    "peft_version": str,
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,8 @@ class Adapter:
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module, k)), None)
             if field in found and key is not None:
                 found[field] = values[key]
-            kind: Any = int if field == "r" else (int, float)
-            if field in found and (isinstance(found[field], bool) or not isinstance(found[field], kind)):
-                whole = "whole " * (kind is int)
+            whole = "whole " * (field == "r")
+            if field in found and not (schema.finite(found[field]) and (not whole or isinstance(found[field], int))):
                 raise DeltaError(
                     f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no {whole}number; get the file again"
                 )
@@ -111,29 +123,20 @@ def read(folder: str | Path) -> Adapter:
     config = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
     try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY)
+        text = read_metadata(path).get(KEY)
         found = load_tensors(path.read_bytes())
-        header = json.loads(text) if text else {}
-    except (SafetensorError, ValueError) as error:
+        header = schema.parse(text) if text else {}
+    except (SafetensorError, Malformed) as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
-    if header and not _complete(header):
-        raise DeltaError(f"what visionpeft wrote into {path} of the delta is damaged; get the file again")
+    try:
+        _ = header and schema.check(Facts, header)
+    except Malformed as error:
+        raise DeltaError(f"what visionpeft wrote into {path} of the delta cannot be used: {error}") from error
+    if bad := next((k for k, v in found.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
+        raise DeltaError(f"{path} has values in {bad} that are no finite numbers; train anew, with a lower learning rate")
     if strange := next((k for k in sorted(found) if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
     return Adapter(config, {k.removeprefix(PREFIX): v for k, v in sorted(found.items())}, header)
-
-
-def _complete(header: Any) -> bool:
-    """Say whether what `write` wrote of the delta holds what reading needs."""
-    if not isinstance(header, dict) or not all(
-        isinstance(header.get(k), dict) for k in ("base", "names", "input", "train_args")
-    ):
-        return False
-    numbered = all(str(i) in header["names"] for i in range(len(header["names"])))
-    base = header["base"]
-    said = all(isinstance(base.get(k), str) for k in ("model", "sha256")) and isinstance(base.get("model_args"), dict)
-    return numbered and said and header.get("head") in ("keep", "rebuild")
 
 
 def _check_files(folder: Path) -> None:
@@ -154,28 +157,17 @@ def _check_files(folder: Path) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeltaError(f"{path} is no JSON ({error}); get the file again") from error
-    kinds: dict[str, tuple[type, ...]] = {
-        "target_modules": (list, str),
-        "modules_to_save": (list,),
-        "exclude_modules": (list, str),
-        "feedforward_modules": (list, str),
-        "rank_pattern": (dict,),
-        "alpha_pattern": (dict,),
-        "r": (int,),
-        "lora_alpha": (int, float),
-        "alpha": (int, float),
-        "decompose_factor": (int,),
-    }
+        config = schema.parse(path.read_bytes())
+    except Malformed as error:
+        raise DeltaError(f"{path} is no JSON that can be read ({error}); get the file again") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DeltaError(f"{path} says no peft_type, so it is no configuration of an adapter; give one that peft wrote")
-    for name, allowed in kinds.items():
-        value = config.get(name)
-        named = not isinstance(value, list) or all(isinstance(x, str) for x in value)
-        if value is not None and not (isinstance(value, allowed) and named):
-            raise DeltaError(f"{path} has {name}={value!r}, which is not what peft writes there; get the file again")
+    for name in _KINDS.keys() & config.keys():
+        try:
+            schema.check(_KINDS[name] | None, config[name])
+        except Malformed:
+            given = f"{name}={schema.shown(config[name])}"
+            raise DeltaError(f"{path} has {given}, which is not what peft writes there; get the file again") from None
     return config
 
 

@@ -190,6 +190,8 @@ def _edits(
             read = method.read_peft(layer, found)
         except KeyError as error:
             raise DeltaError(f"the folder has tensors of {module}, but no {error.args[0]}; get the folder again") from error
+        except ConfigError as error:
+            raise DeltaError(f"this adapter cannot be read: {error}") from error
         except IndexError as error:
             raise DeltaError(f"a tensor of {module} in the folder is no matrix; get the folder again") from error
         if read is None or module not in called:

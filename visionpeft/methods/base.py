@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from .. import schema
 from ..errors import ConfigError, nearest
 from ..plan import Anatomy, Edit, Layer, Param, Unfit
 from ..registry import METHODS
@@ -212,6 +213,10 @@ def restore_method(name: str, settings: Mapping[str, Any]) -> Method:
     """Return the method that `settings()` was called on, from its values (after JSON, too)."""
     names = name.split("+")
     each = {name: settings} if len(names) == 1 else settings
+    for n in names:
+        if not isinstance(own := each.get(n), Mapping):
+            raise ConfigError(f"the settings given are not those of method '{n}': {schema.shown(settings)}")
+        _refuse_unknown(own, {f.name: f for f in dataclasses.fields(METHODS[n])}, n)
     made = [METHODS[n](**{k: _typed(METHODS[n], k, v) for k, v in each[n].items()}) for n in names]
     return made[0] if len(made) == 1 else Combined(tuple(made))
 

@@ -221,9 +221,11 @@ class LowRank(Update):
     ):
         super().__init__()
         self.scaling, self.dropout, self.shape, self.init = scaling, dropout, tuple(shape), init
-        chosen = [[i for a, b in group for i in range(a, b)] for group in rows or ()]
-        self.rows = [len(group) for group in chosen] or [shape[0]]  # how many rows each B has
-        index = torch.tensor(sum(chosen, [])) if chosen else None  # where those rows stand in the weight
+        spans = [(a, b) for group in rows or () for a, b in group]
+        if strange := next(((a, b) for a, b in spans if not 0 <= a <= b <= shape[0]), None):
+            raise ValueError(f"rows {strange[0]} to {strange[1]} of a weight that has {shape[0]}")
+        self.rows = [sum(b - a for a, b in group) for group in rows or ()] or [shape[0]]  # how many rows each B has
+        index = torch.cat([torch.arange(a, b) for a, b in spans]) if spans else None  # where those rows stand in the weight
         self.register_buffer("index", index, persistent=False)
         self.index: Tensor | None
         down, up = torch.empty(len(self.rows) * r, math.prod(shape[1:])), torch.zeros(sum(self.rows), r)

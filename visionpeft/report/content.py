@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from .. import schema
 from ..benchmark import Row, compare, read
 from ..benchmark.grid import hash_of
 from ..errors import ConfigError, printable
+from ..schema import Malformed
 from .answer import Answer, answer
 from .notes import notes
 from .rows import Memory, by_seed, memory_of, share
@@ -181,10 +182,9 @@ def _about(folder: Path) -> dict[str, Any]:
     """Return what benchmark.json says of the sweeps; nothing, where there is none."""
     file = folder / "benchmark.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
+        content = schema.check(dict[str, Any], schema.parse(file.read_bytes())) if file.is_file() else {}
+        schema.check(Mapping[str, Any] | None, content.get("defaults"), "its defaults")
+    except (OSError, Malformed) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{file} cannot be read ({reason}); remove it, or run the benchmark again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} is not a benchmark's; remove it, or run the benchmark again")
     return content

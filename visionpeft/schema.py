@@ -1,0 +1,199 @@
+"""What may stand in a file that others wrote: JSON without surprises, and values of the types that a dataclass declares.
+
+Whoever reads a file says which one it is: what is wrong with its content comes as `Malformed`, to be put behind its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import nearest
+
+DEPTH = 100  # of lists and mappings in one another; ours go 8 deep
+_WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
+
+
+class Malformed(ValueError):
+    """What is wrong with the content of a file, without the file's name."""
+
+
+def parse(text: str | bytes) -> Any:
+    """Return the values of JSON text.
+
+    Raises:
+        Malformed: It is no JSON, names a key twice, or is nested too deeply.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise Malformed(f"it is nested more than {DEPTH} deep") from None
+    except Malformed:
+        raise
+    except ValueError as error:
+        raise Malformed(f"it is no JSON: {' '.join(str(error).split())}") from error
+    level, depth = [values], 0
+    while level := [v for x in level for v in _inside(x) if isinstance(v, dict | list)]:
+        if (depth := depth + 1) > DEPTH:
+            raise Malformed(f"it is nested more than {DEPTH} deep")
+    return values
+
+
+def check(kind: Any, value: Any, where: str = "it", newer: bool = True) -> Any:
+    """Return `value` as a type: mappings as the dataclasses that are declared, lists as tuples where those are.
+
+    Args:
+        kind: A dataclass, a class, or what annotations make of them (unions, Literal, Mapping, Sequence, tuple, Any). A
+            `float` must be finite, and may be a whole number; `numbers.Real` may be NaN.
+        value: After JSON, or after torch.load.
+        where: What the value is, in a sentence.
+        newer: Refuse fields that a dataclass does not have, for whoever wrote them knew more. Else they are left out.
+
+    Raises:
+        Malformed: It is something else.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or kind in (Sequence, Mapping) and _is(kind, value):
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _fields(kind, value, where, newer)
+    if origin in (Union, types.UnionType):
+        for one in inner:
+            if _is(one, value):
+                return check(one, value, where, newer)
+    elif origin in (Mapping, dict) or (kind is dict):
+        if isinstance(value, Mapping):
+            key_kind, value_kind = inner or (Any, Any)
+            for key in value:
+                check(key_kind, key, f"a key of {where}", newer)
+            return {k: check(value_kind, v, f"{where}.{k}" if len(str(k)) < 60 else where, newer) for k, v in value.items()}
+    elif origin is tuple and inner[-1:] != (...,):
+        if isinstance(value, list | tuple) and len(value) == len(inner):
+            return tuple(check(one, v, f"{where}[{i}]", newer) for i, (one, v) in enumerate(zip(inner, value, strict=True)))
+    elif origin in (tuple, list, Sequence):
+        if isinstance(value, list | tuple):
+            found = [check(inner[0], v, f"{where}[{i}]", newer) for i, v in enumerate(value)]
+            return tuple(found) if origin is tuple else found
+    elif _is(kind, value):
+        return value
+    raise Malformed(f"{where} is {shown(value)}, but must be {words(kind)}")
+
+
+def check_settings(cls: type, settings: Mapping[str, Any]) -> None:
+    """Check keyword arguments of a class against what its constructor, or an ancestor's, declares of them.
+
+    Raises:
+        Malformed: One is of another type. Of those that are not declared, numbers must be finite.
+    """
+    kinds: dict[str, Any] = {}
+    for ancestor in reversed(cls.__mro__):
+        if isinstance(made := vars(ancestor).get("__init__"), types.FunctionType):
+            kinds |= get_type_hints(made)
+    for name, value in settings.items():
+        check(kinds.get(name, Any), value, name)
+        _refuse_infinite(value, name)
+
+
+def _refuse_infinite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Malformed(f"{where} is {value}, but must be a finite number")
+    for one in value if isinstance(value, list | tuple) else value.values() if isinstance(value, Mapping) else ():
+        _refuse_infinite(one, where)
+
+
+def words(kind: Any) -> str:
+    """Say what a type is."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(words, inner)))
+    if origin in (Mapping, dict) or kind is dict or dataclasses.is_dataclass(kind):
+        return "a mapping of names"
+    if origin in (tuple, list, Sequence):
+        return f"a list of {len(inner)}" if origin is tuple and inner[-1:] != (...,) else "a list"
+    return _WORDS.get(kind, "a number" if kind.__name__ == "Real" else f"a {kind.__name__}")
+
+
+def finite(value: Any) -> bool:
+    """Say whether a value is a number, neither NaN nor infinite, nor too large to be one of 64 bits."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def writable(text: Any) -> bool:
+    """Say whether a value is text that every file can hold: surrogates have no UTF-8."""
+    return isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Say whether a value is of a kind, as far as its outermost type says it."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in get_args(kind))
+    if origin in (Union, types.UnionType):
+        return any(_is(one, value) for one in get_args(kind))
+    if origin in (Mapping, dict) or dataclasses.is_dataclass(kind):
+        return isinstance(value, Mapping)
+    if kind is Sequence:
+        return isinstance(value, list | tuple)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple)
+    if kind is float:
+        return finite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _fields(kind: Any, value: Any, where: str, newer: bool) -> Any:
+    if not isinstance(value, Mapping):
+        raise Malformed(f"{where} is {shown(value)}, but must be a mapping of names")
+    kinds, fields = _kinds(kind), {f.name: f for f in dataclasses.fields(kind)}
+    if newer and (strange := next((k for k in value if k not in fields), None)) is not None:
+        raise Malformed(unknown(where, strange, fields))
+    for name, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise Malformed(f"{where} has no {name}")
+    inside = {k: f"{where}.{k}" if where != "it" else k for k in fields}
+    return kind(**{k: check(kinds[k], value[k], inside[k], newer) for k in fields if k in value})
+
+
+def unknown(where: str, name: Any, known: Iterable[str]) -> str:
+    """Say that nothing here knows a field of a file whose format is known."""
+    hint = nearest(str(name), known)
+    return f"{where} has {shown(name)}, which was written by a newer visionpeft; upgrade visionpeft{hint and '.' + hint}"
+
+
+@cache
+def _kinds(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise Malformed(f"it names {shown(next(n for n in made if names.count(n) > 1))} twice")
+    return made
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def shown(value: Any) -> str:
+    """Return a value as text for a sentence."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: a whole number of more digits than Python writes
+        return f"a {type(value).__name__}"
+    return text if len(text) < 60 else f"{text[:57]}..."
