@@ -373,6 +373,17 @@ def test_export_gives_the_same_logits(which: str, format: str, request, tmp_path
     assert [f.name for f in tmp_path.iterdir()] == [out.name]
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict"])
+def test_checkpoints_of_training_loops_are_opened(key: str, tmp_path: Path) -> None:
+    """Lightning's names begin with that of the attribute that holds the net."""
+    net = timm.create_model("test_resnet", num_classes=3)
+    names = {"state_dict": "net.{}", "model_state_dict": "{}"}[key]
+    torch.save({key: {names.format(k): v for k, v in net.state_dict().items()}, "epoch": 3}, tmp_path / "loop.ckpt")
+    base = Timm().load("timm/test_resnet", checkpoint_path=str(tmp_path / "loop.ckpt"))
+    assert len(base.names) == 3 and "state_dict" not in base.model.pretrained_cfg
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in base.state.items())
+
+
 def test_classes_of_a_merged_file_keep_their_rows(lora: visionpeft.Run) -> None:
     family = Timm()
     base = family.load("timm/test_resnet", checkpoint_path=lora.merged)

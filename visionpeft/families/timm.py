@@ -271,10 +271,12 @@ def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
     arguments = {**options, "num_classes": options.get("num_classes")}
     try:
         if path is not None:
-            arguments = {**arguments, **_from_file(name, str(path), options), "pretrained": "img_size" in options}
+            arguments = {**arguments, "pretrained": False, **_from_file(name, str(path), options)}
         elif arguments.setdefault("pretrained", True):
             arguments = {**arguments, **_from_hub(name, options)}
-        return _sized(timm.create_model(name, **arguments), options)
+        model = _sized(timm.create_model(name, **arguments), options)
+        model.pretrained_cfg.pop("state_dict", None)  # what was loaded is in the model now
+        return model
     except ModelError:
         raise
     except FileNotFoundError as error:
@@ -299,17 +301,27 @@ def _from_file(name: str, path: str, options: Mapping[str, Any]) -> dict[str, An
     """Return the arguments that load a checkpoint with as many classes as it has."""
     if not path.endswith(".safetensors") and Path(path).is_file() and (why := objection(path)):
         raise ModelError(f"the checkpoint {path} cannot be read: {why}")
-    state = load_state_dict(path, weights_only=True)  # in timm's own words, its default: not of all versions
+    given = load_state_dict(path, weights_only=True)  # in timm's own words, its default: not of all versions
+    state = _unwrapped(given)
     overlay = dict(options.get("pretrained_cfg_overlay") or {})
     cfg = timm.get_pretrained_cfg(name)
     classifier = getattr(cfg, "classifier", None) or ""
     weight = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     count = options.get("num_classes", 0 if weight is None else len(weight))
-    if "img_size" not in options:
+    if "img_size" not in options and state is given:
         return {"num_classes": count}
-    # loaded as pretrained weights, position embeddings are resized to the new image size
-    overlay |= {"file": path, "num_classes": count}
-    return {"num_classes": count, "checkpoint_path": None, "pretrained_cfg_overlay": overlay}
+    # loaded as pretrained weights, position embeddings are resized to the new image size, and names may be the model's own
+    overlay |= {"file": path} if state is given else {"state_dict": state}
+    overlay["num_classes"] = count
+    return {"num_classes": count, "checkpoint_path": None, "pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a checkpoint's tensors by the names that the model itself has: training loops save them within a module of
+    theirs ("model.", as Lightning does), or under a key of their own."""
+    tensors = state.get("model_state_dict", state)
+    first, *others = {name.partition(".")[0] for name in tensors}
+    return tensors if others else {name.removeprefix(f"{first}."): value for name, value in tensors.items()}
 
 
 def _from_hub(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
