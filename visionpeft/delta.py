@@ -275,7 +275,7 @@ def fits_half(model: nn.Module) -> bool:
     for value in model.state_dict().values():
         if value.is_floating_point() and not torch.equal(torch.isfinite(value.half()), torch.isfinite(value)):
             return False
-    norms = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
+    norms: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "running_var", None), Tensor)]
     return all(((m.running_var.half() - m.running_var).abs() <= 1e-3 * (m.running_var + m.eps)).all() for m in norms)
 
 
