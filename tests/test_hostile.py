@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
 import re
 import shutil
 import socket
 import tempfile
 import time
+import types
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_boxes
+from conftest import make_boxes, make_squares
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch._tensor import _rebuild_from_type_v2
+from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel
 
 import visionpeft
@@ -26,17 +34,20 @@ from visionpeft import checkpoint as checkpoints
 from visionpeft import cli, recipes
 from visionpeft import delta as deltas
 from visionpeft.errors import ConfigError, DataError, DeltaError, ModelError, TrainingError, VisionpeftError
+from visionpeft.families import view_file
 from visionpeft.families.timm import Timm
 from visionpeft.families.yolo import Yolo
 from visionpeft.families.yolo_sources import check_download, check_named, checkpoint
 from visionpeft.hfpeft.folder import Adapter
 from visionpeft.hfpeft.patterns import matches
+from visionpeft.pickles import objection
 
 CANARY = Path(tempfile.gettempdir()) / "visionpeft_canary"
 CODE = f"__import__('pathlib').Path({str(CANARY)!r}).touch()"
 ACTIVATION = f"{CODE} or nn.SiLU()"
 LAYERS = [[-1, 1, "Conv", [8, 3, 2]]] * 5
 DESIGN = {"nc": 2, "backbone": LAYERS, "head": [[[2, 3, 4], 1, "Detect", ["nc"]]]}
+CLASSIFIER: Any = types.SimpleNamespace(task="classify")
 FUZZ = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -134,6 +145,7 @@ DESCRIBED = {
     "so many layers": {"backbone": [[-1, 10**9, "Conv", [8, 3, 2]]]},
     "so many channels": {"backbone": [[-1, 1, "Conv", ["1000000000", 3, 2]]]},
     "much larger layers": {"backbone": [[-1, 1, "Conv", [60000, 3, 2]], *LAYERS]},
+    "an activation of its own weights": {"activation": "torch.nn.Linear(60000, 60000)"},
     "no layers": {"backbone": None},
 }
 
@@ -164,6 +176,60 @@ def test_torch_calls_nothing_for_a_checkpoint(net, tmp_path: Path) -> None:
             with pytest.raises(error) as said:
                 opens()
             assert "weights_only" not in str(said.value)
+
+
+def typed(made: Any, *args: Any) -> Makes:
+    """Pickles as a tensor with attributes, which torch has made by a function that the file names."""
+    return Makes(_rebuild_from_type_v2, made, torch.Tensor, args, {})
+
+
+OPENED = {
+    "a network of a tensor's maker": lambda file: typed(DetectionModel, {**DESIGN, "activation": ACTIVATION}),
+    "a network that opens a second file": lambda file: typed(DistillationModel, file, nn.Identity()),
+    "a network by half of its name": lambda file: Makes(nn.Linear, 131072, 131072),
+    "memory": lambda file: Makes(bytearray, 3_000_000_000),
+    "memory for a number": lambda file: np.zeros((), "S3000")[()],
+}
+
+
+@pytest.mark.parametrize("kind", OPENED)
+def test_what_torch_allows_is_no_way_in(kind: str, net, tmp_path: Path) -> None:
+    saved(tmp_path / "good.pt", net)
+    torch.save({"model": Makes(Path(CANARY).touch)}, tmp_path / "second.pt")
+    content = {"model": OPENED[kind](str(tmp_path / "second.pt")), "done": False}
+    torch.save(content, tmp_path / "evil.pt")
+    data = torch._C.PyTorchFileReader(str(tmp_path / "evil.pt")).get_record("data.pkl")
+    halves = data.replace(b"ctorch.nn.modules.linear\nLinear", b"ctorch\nnn.modules.linear.Linear")
+    assert not objection(tmp_path / "good.pt", networks=True)
+    assert objection(pickle.PROTO + b"\x02" + halves[2:], networks=True) and objection(tmp_path / "evil.pt", networks=True)
+    with pytest.raises(ModelError):
+        visionpeft.plan(tmp_path / "evil.pt")
+
+
+def test_a_file_of_two_formats(tmp_path: Path) -> None:
+    """torch looks at the first bytes, other readers of zip files at the last."""
+    evil, file = io.BytesIO(), tmp_path / "evil.pth"
+    torch.save(
+        {"x": Makes(DetectionModel, {**DESIGN, "activation": ACTIVATION})}, evil, _use_new_zipfile_serialization=False
+    )
+    torch.save({"x": 1}, file)
+    file.write_bytes(evil.getvalue() + file.read_bytes())
+    assert zipfile.is_zipfile(file) and "something else than tensors" in objection(file, networks=True)
+
+
+def test_views_that_somebody_else_stored(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "resnet.views"
+    content, header = golden.read_bytes(), view_file._header(golden)
+    prefix = types.SimpleNamespace(length=header["length"], stored=getattr(torch, header["stored"].removeprefix("torch.")))
+    assert view_file.read(golden, header["rows"], prefix) is not None
+    torch.save({"places": Makes(DetectionModel, {**DESIGN, "activation": ACTIVATION})}, evil := io.BytesIO())
+    file, rest = tmp_path / "evil.views", content[header["end"] :]
+    kept = json.dumps({**header, "crc": 0, "end": header["vectors"] + len(evil.getvalue())})
+    file.write_bytes(content[: header["vectors"]] + evil.getvalue() + rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(view_file, "_header", lambda _: json.loads(kept))
+        patch.setattr(view_file, "_crc", lambda *_: 0)
+        assert view_file.read(file, header["rows"], prefix) is None
 
 
 @pytest.mark.parametrize(
@@ -217,6 +283,22 @@ def test_images_are_fetched_only_where_the_user_says_so(run: visionpeft.Run, tmp
     assert Yolo().read_data(str(data)).names  # they are here: nothing to ask
     with pytest.raises(DataError, match="test images .*--allow-download"):
         check_download(str(data), "test")
+
+
+def test_labels_that_were_cached_elsewhere(run: visionpeft.Run, tmp_path: Path) -> None:
+    """Ultralytics unpickles what it finds beside the labels."""
+    data, folders = make_boxes(tmp_path / "data"), make_squares(tmp_path / "squares")
+    Yolo().read_data(str(data))
+    for cache, base in ((data.parent / "labels" / "val.cache", None), (folders / "train.cache", CLASSIFIER)):
+        source = str(data if base is None else folders)
+        with open(cache, "wb") as file:
+            np.save(file, np.array({"labels": [{"cls": np.ones(2), "im_file": "0.png", "shape": (4, 4)}], "hash": "x"}))
+        Yolo().read_data(source, base)
+        for evil in (np.array(Makes(Path(CANARY).touch), dtype=object), {"labels": Makes(eval, CODE)}):
+            with open(cache, "wb") as file:
+                np.save(file, evil) if isinstance(evil, np.ndarray) else pickle.dump(evil, file)
+            with pytest.raises(DataError, match="the cache of labels .*is not as Ultralytics writes it"):
+                Yolo().read_data(source, base)
 
 
 def test_with_leave_it_is_run(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from conftest import ctrl_c, make_boxes, make_squares
 
 import visionpeft
@@ -21,6 +23,7 @@ from visionpeft import delta as deltas
 from visionpeft.errors import ConfigError, DataError, Interrupted, Stopped, TrainingError
 from visionpeft.families.base import Family
 from visionpeft.families.loop import _Loop
+from visionpeft.families.order import Order
 from visionpeft.families.yolo import Yolo
 from visionpeft.families.yolo_trainer import Tuned
 
@@ -138,16 +141,46 @@ def test_one_run_at_a_time(squares: Path, tmp_path: Path, brief: None) -> None:
     assert len(visionpeft.train(resume=tmp_path / "one", quiet=True).history) == 2
 
 
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_each_process_takes_up_its_own_batches(shares: int, steps: int) -> None:
+    """accelerate gives each process its share of the batches; the order counts those of all."""
+
+    def share(rank: int, passed: int) -> list[list[int]]:
+        order = Order(range(24), 2, torch.Generator().manual_seed(0), drop_last=False, ahead=False, shares=shares)
+        order.go_to(passed * shares, [])
+        return list(BatchSamplerShard(order, shares, rank))
+
+    for rank in range(shares):
+        assert share(rank, steps) == share(rank, 0)[steps:]
+
+
+def test_a_run_whose_base_has_moved_is_resumed(checkpoint: Path, tmp_path: Path, brief: None) -> None:
+    """And one that has no limit, or lines in train.json that are no run's."""
+    data, base, folder = make_boxes(tmp_path / "data"), tmp_path / "base.pt", tmp_path / "train"
+    shutil.copy(checkpoint, base)
+    given = {**SMALL, "model": base, "method": "lora", "r": 2, "imgsz": 64, "cache_limit": math.inf, "batch": 4}
+    with ctrl_c(Tuned, "_model_train", after=1), pytest.raises(Interrupted):
+        visionpeft.train(data, project=tmp_path, **given)
+    base.rename(tmp_path / "moved.pt")
+    said = json.loads((folder / "train.json").read_text())
+    (folder / "train.json").write_text(json.dumps({**said, "quiet": False, "stop": 1, "held": 2, "unheard": 3}))
+    with pytest.raises(TrainingError, match="or give model=..."):
+        visionpeft.train(resume=folder)
+    run = visionpeft.train(resume=folder, model=tmp_path / "moved.pt", quiet=True)
+    assert len(run.history) == 2 and visionpeft.inspect(run.delta)["base"]["model"].endswith("moved.pt")
+
+
 def test_what_a_killed_run_left_is_removed_and_made_up_for(squares: Path, tmp_path: Path) -> None:
     run = visionpeft.train(squares, **{**RESNET, "epochs": 1}, project=tmp_path)
     left = [run.folder / name for name in (".checkpoint.ab3_d5gh.pt", ".curves.abcdefgh.png")]
-    for file in (*left, own := run.folder / ".hidden"):
+    for file in (*left, *(own := [run.folder / name for name in (".hidden", ".env.template", ".git.settings")])):
         file.write_bytes(b"half")
     run.pictures["curves"].unlink()
     merged = run.merged.read_bytes()
     again = visionpeft.train(resume=run.folder, quiet=True)
     assert again.pictures["curves"].is_file() and again.merged.read_bytes() == merged
-    assert own.is_file() and not any(file.exists() for file in left)
+    assert all(file.is_file() for file in own) and not any(file.exists() for file in left)
     with pytest.raises(TrainingError, match="nothing is left to resume"):
         visionpeft.train(resume=run.folder)
 

@@ -28,7 +28,7 @@ from visionpeft import delta as deltas
 from visionpeft.attach import attach
 from visionpeft.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
 from visionpeft.families.loop import Average, Images, _Loop
-from visionpeft.families.timm import Timm, open_merged, transform
+from visionpeft.families.timm import Timm, _unwrapped, open_merged, transform
 from visionpeft.methods.base import make_method
 from visionpeft.plan import HEAD, make_plan
 from visionpeft.registry import METHODS
@@ -382,6 +382,8 @@ def test_checkpoints_of_training_loops_are_opened(key: str, tmp_path: Path) -> N
     base = Timm().load("timm/test_resnet", checkpoint_path=str(tmp_path / "loop.ckpt"))
     assert len(base.names) == 3 and "state_dict" not in base.model.pretrained_cfg
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in base.state.items())
+    bare = timm.create_model("densenet121", num_classes=0, growth_rate=4, block_config=(1, 1)).state_dict()
+    assert {k.partition(".")[0] for k in bare} == {"features"} and _unwrapped(bare, "features.conv0") is bare
 
 
 def test_classes_of_a_merged_file_keep_their_rows(lora: visionpeft.Run) -> None:

@@ -222,7 +222,7 @@ def test_mlflow_in_files(family: str, loops, tmp_path: Path, monkeypatch: pytest
     client = MlflowClient(f"file:{tmp_path / 'mlruns'}")
     key = json.loads((tmp_path / "runs" / "run" / "trackers.json").read_text())["mlflow"]
     assert client.get_run(key).info.status == "FAILED"
-    run = visionpeft.train(resume=tmp_path / "runs" / "run", quiet=True)
+    run = visionpeft.train(resume=tmp_path / "runs" / "run", trackers="mlflow", quiet=True)
     found = client.get_run(key)
     assert found.info.status == "FINISHED" and found.data.params["method"] == "head"
     for name in ("lr", "train/loss", "memory"):
@@ -245,3 +245,10 @@ def test_trackers_that_are_installed_run_only_if_asked_for(loops, tmp_path: Path
     visionpeft.train(data, method="head", project=tmp_path, name="csv", trackers="csv", **args)
     assert not called
     assert os.listdir(tmp_path / "csv").count("metrics.csv") == 1
+
+
+def test_a_run_folder_does_not_say_where_numbers_are_sent(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr(trackers, "names", lambda given: tuple(given.split(",")))
+    assert trackers.again("csv,tensorboard,wandb", "csv") == ["csv", "tensorboard"]
+    assert "wandb is used again only if this call names it, too" in caplog.text
+    assert trackers.again("csv,wandb", "wandb,tensorboard") == ["csv", "wandb", "tensorboard"]

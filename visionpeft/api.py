@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -125,7 +126,8 @@ def train(
         name: Folder of this run in it; by default "train", "train2", ...
         exist_ok: Write into an existing folder of that name.
         resume: True for the newest run in `project`, or a run's folder: go on where it was. All other arguments are then
-            the run's own.
+            the run's own, but for `model` and `model_args` where its base lies elsewhere now, and for `trackers`: those that
+            send numbers elsewhere (wandb, mlflow) have to be named again.
         save_every: Minutes after which a checkpoint is saved within an epoch, too; 0: at its end only.
         memory: "6GB": those of method, freeze, lean, batch and imgsz that are left at their defaults are the best that fits,
             see `fit`.
@@ -146,14 +148,15 @@ def train(
     if resume:
         with stopping.heeded() as stop, ExitStack() as held:
             saved = held.enter_context(run_folder.resumed(resume, Path(project), name))
-            free = ("data", "model", "options", *_PLACES)
+            free = ("data", "model", "model_args", "trackers", "options", *_PLACES)
             defaults = {k: p.default for k, p in introspection.signature(train).parameters.items() if k not in free}
             if changed := [*(k for k, v in defaults.items() if given[k] != v), *options]:
                 raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
-            newer = ("cache", "cache_limit", "prefix_dtype", "lean", "trackers", "save_every")  # than the run may be
-            new = {k: v for k, v in defaults.items() if k in newer}
-            _check_arguments(saved)
-            return _train(**{**new, **saved}, quiet=quiet, allow_download=allow_download, stop=stop, held=held)
+            saved = _arguments_of(saved)
+            saved |= _named_again(saved, model, loader_arguments(model_args))
+            saved["trackers"] = tracking.again(saved.get("trackers", "csv"), trackers)
+            place = {"quiet": quiet, "allow_download": allow_download}
+            return _train(**{**defaults, **saved}, **place, stop=stop, held=held)  # the run may be older than some of them
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
         options = {**{k: v for k, v in scenes.EMBEDDED.items() if k not in given}, **options}
@@ -213,6 +216,7 @@ def _train(
     stop: Stop,
     held: ExitStack,
     resumed: Path | None = None,
+    settled: Mapping[str, Any] | None = None,
     done: bool = False,
     origin: str | None = None,
     project: Path = Path(),
@@ -232,8 +236,7 @@ def _train(
     own = introspection.signature(train).parameters
     tuning, extra = split_options(family, given["method"], given["freeze"], options, own, configured)
     views, extra = views_of(family, given["cache"], extra)
-    settled = _named_again(family, source, given["model_args"], resumed) if resumed else {}
-    base = family.load(source, **{**given["model_args"], **settled})
+    base = family.load(source, **{**given["model_args"], **(settled or {})})
     settings = {k: v if given.get(k) is None else given[k] for k, v in family.defaults_for(base).items()}
     given["device"] = device_of(given["device"])
     check_settings(settings, given)
@@ -753,30 +756,39 @@ def list_families() -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------------------- plumbing
-def _named_again(family: Family, source: str, named: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Check what the train.json of a run, which may be anybody's, names as its model; see `Family.check_named`."""
+def _named_again(saved: Mapping[str, Any], model: str | Path | None, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resumed run's model and its arguments, or those that the user gives instead. What ``train.json`` names, which
+    may be anybody's, is checked, see `Family.check_named`."""
+    source, named = lasting(model or saved["model"]), {k: v for k, v in saved["model_args"].items() if k not in own}
     try:
-        return family.check_named(source, named, {}, scratch=True)
+        settled = find_family(source).check_named(None if model else source, named, own, scratch=True)
     except ModelError as error:
-        raise TrainingError(f"{folder / 'train.json'} names {error}; put it where it was, or start anew") from error
+        file = saved["resumed"] / "train.json"
+        raise TrainingError(f"{file} names {error}; put it where it was, or give model=... or model_args=...") from error
+    return {"model": source, "model_args": {**named, **own}, "settled": settled}
 
 
-def _check_arguments(values: Mapping[str, Any]) -> None:
-    """Refuse what ``train.json`` holds where it is none of a run: its arguments, and what it found before it trained.
+def _arguments_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is a run's in its folder: of ``train.json`` its arguments, and what it found before it trained.
 
     Raises:
-        TrainingError: It is not that.
+        TrainingError: Something of it is missing, or of another type.
     """
     kinds = {**get_type_hints(train), **{k: Mapping[str, Any] for k in ("options", "method_settings", "before")}}
-    kinds |= {"before_apart": Mapping[str, Any] | None, "evidence": Evidence | None}
+    kinds |= {"before_apart": Mapping[str, Any] | None, "evidence": Evidence | None, "batch": float | None}
     kinds |= dict.fromkeys(needed := ("model", "data", "method"), str)
+    kinds |= {"model_args": Mapping[str, Any], "cache_limit": Real}  # there may be no limit
+    kinds = {k: v for k, v in kinds.items() if k not in _PLACES}
     try:
-        if missing := next((k for k in (*needed, "method_settings", "options", "seed") if k not in values), None):
+        if missing := next(
+            (k for k in (*needed, "method_settings", "model_args", "options", "seed") if k not in values), None
+        ):
             raise Malformed(f"it has no {missing}")
         for name in kinds.keys() & values.keys():
             schema.check(kinds[name], values[name], name)
     except Malformed as error:
         raise TrainingError(f"{values['resumed']} cannot be resumed: of its train.json, {error}; start anew") from error
+    return {k: v for k, v in values.items() if k in (*kinds, "done", "origin", "resumed")}
 
 
 def _header(family: Family, base: Base, data: Data, arguments: Mapping[str, Any]) -> dict[str, Any]:

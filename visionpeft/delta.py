@@ -30,7 +30,7 @@ FORMAT = 1
 KEY = "visionpeft"
 State = Mapping[str, Tensor]
 _DTYPES = (torch.float16, torch.float32, torch.bfloat16, torch.int64)  # the last: of counters
-_CLASSES, _PIXELS = 100_000, 16_384  # at most
+MOST_CLASSES, _PIXELS = 100_000, 16_384
 
 
 # --------------------------------------------------------------------------------------------------- what a file must say
@@ -76,8 +76,8 @@ class Facts:
     imported: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.names) > _CLASSES or self.names.keys() != {str(i) for i in range(len(self.names))}:
-            most = f"at most {_CLASSES:,} of them"
+        if len(self.names) > MOST_CLASSES or self.names.keys() != {str(i) for i in range(len(self.names))}:
+            most = f"at most {MOST_CLASSES:,} of them"
             raise Malformed(f"its names are not those of classes numbered from 0 on, each once, and {most}")
         if bad := next((i for i, name in self.names.items() if not schema.writable(name)), None):
             raise Malformed(f"its name of class {bad} is no text that can be written as UTF-8")

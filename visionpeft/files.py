@@ -18,7 +18,9 @@ from filelock import FileLock, Timeout
 from .errors import ConfigError, DiskFull, VisionpeftError
 
 _LEAST = 1 << 20  # bytes; with less, a disk is full
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.\w+)?")  # what `replace` calls a file while it writes it
+_TEMPORARY = re.compile(
+    r"\..+\.[a-z0-9_]{8}\.(pt|safetensors|json|csv|jpg|png)"
+)  # what `replace` calls a run's files at first
 _MOST, _DEEPEST = 1_000_000, 50  # values in a YAML file, and lists in lists
 
 

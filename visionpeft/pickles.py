@@ -1,4 +1,4 @@
-"""Checkpoints of torch, looked through before torch opens them.
+"""Files that torch or NumPy unpickle, looked through before they are opened.
 
 ``torch.load(weights_only=True)`` calls whatever any library of this process has declared safe, with the arguments that the
 file gives. Ultralytics declares its networks, and making one from arguments can fetch files and evaluate text.
@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
-# of what is in these, torch itself allows little
-_VALUES = ("torch", "collections", "numpy", "builtins", "__builtin__", "_codecs", "argparse", "pathlib")
-_NETWORKS = "torch.nn.modules"
 _PICKLES = 5  # that a checkpoint of the format before torch 1.6 begins with
+_NETWORKS = ("torch.nn.modules.", "ultralytics.")
+_NUMPY = re.compile(r"numpy\.(dtype|ndarray|_?core\.multiarray\.(_reconstruct|scalar)|_?core\.numeric\._frombuffer)")
+_PLAIN = re.compile(
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)|_codecs\.encode|argparse\.Namespace|"
+    r"pathlib\.\w*Path|torch\.(Size|device|Tensor|\w*Storage|q?u?int\d+|b?float\w*|complex\d+|bool|per_\w+|strided|sparse_\w+)|"
+    r"torch\.(storage\.\w+Storage|serialization\._get_layout|nn\.parameter\.Parameter)"
+)
+_REBUILT = re.compile(r"torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with_state)?|qtensor|sparse_tensor)")
 
 
 class _Inert:
@@ -38,6 +44,18 @@ class _Inert:
     append = add = extend = __setstate__
 
 
+class _Rebuilt(_Inert):
+    """Stands for a tensor."""
+
+
+class _Typed(_Inert):
+    """Stands for a tensor with attributes, which torch has made by any function that the file names."""
+
+    def __init__(self, made_by: Any = None, *rest: Any):
+        if made_by is not _Rebuilt:
+            raise pickle.UnpicklingError("it has something else than a tensor made, which can run code")
+
+
 class _Network(_Inert):
     """Stands for a class whose objects a checkpoint may hold as they were, but not make anew."""
 
@@ -46,37 +64,77 @@ class _Network(_Inert):
             raise pickle.UnpicklingError(f"it makes a {type(self).__name__} from arguments, which can run code")
 
 
+class _Sized(_Inert):
+    """Stands for what takes as much memory as its first argument says."""
+
+    def __init__(self, size: Any = b"", *rest: Any):
+        if not isinstance(size, bytes | str | _Inert) or (isinstance(size, str) and not re.fullmatch(r"\D*\d{0,4}", size)):
+            raise pickle.UnpicklingError("it asks for memory without saying what for")
+
+
 class _Look(pickle.Unpickler):
-    def __init__(self, file: Any, plain: bool):
+    def __init__(self, file: BinaryIO, networks: bool):
         super().__init__(file)
-        self._plain = plain
+        self._networks = networks
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] in _VALUES and not module.startswith(_NETWORKS):
+        whole = f"{module}.{name}"
+        if whole == "torch._tensor._rebuild_from_type_v2":
+            return _Typed
+        if whole in ("numpy.dtype", "builtins.bytearray", "__builtin__.bytearray"):
+            return _Sized
+        if _REBUILT.fullmatch(whole):
+            return _Rebuilt
+        if _PLAIN.fullmatch(whole) or _NUMPY.fullmatch(whole):
             return _Inert
-        if self._plain:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither a tensor nor a plain value")
-        return _Inert if module.startswith("torchvision.transforms") else type(name, (_Network,), {})
+        if not self._networks:
+            raise pickle.UnpicklingError(f"it holds {whole}, which is neither a tensor nor a plain value")
+        if whole.startswith(("torchvision.transforms.", "builtins.getattr", "__builtin__.getattr")):
+            return _Inert
+        if whole.startswith(_NETWORKS) and ".distill_model." not in whole:  # which opens checkpoints of its own
+            return type(name, (_Network,), {})
+        raise pickle.UnpicklingError(f"it holds {whole}, which is no part of a network")
 
-    def persistent_load(self, _: Any) -> Any:
+    def persistent_load(self, kept: Any) -> Any:
+        if not (isinstance(kept, tuple) and kept[:1] in (("storage",), (b"storage",))):
+            raise pickle.UnpicklingError("it holds something else than tensors beside its pickle")
         return _Inert()
 
 
-def objection(path: str | Path, plain: bool = True) -> str:
+def objection(source: str | Path | bytes, networks: bool = False) -> str:
     """Say why a checkpoint is not to be opened; nothing where ``torch.load(weights_only=True)`` may.
 
     Args:
-        path: The file.
-        plain: Whether it has to hold tensors and plain values alone, or may hold networks of Ultralytics, too.
+        source: The file, or its content.
+        networks: Whether it may hold networks of Ultralytics, or has to hold tensors and plain values alone.
     """
     try:
-        if zipfile.is_zipfile(path):
-            _Look(io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")), plain).load()
-            return ""
-        with open(path, "rb") as file:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch tells the two formats apart
+            file.seek(0)
+            if zipped:
+                _Look(io.BytesIO(torch._C.PyTorchFileReader(file).get_record("data.pkl")), networks).load()
+                return ""
             for _ in range(_PICKLES):
-                _Look(file, plain).load()
+                _Look(file, networks).load()
     except Exception as error:  # of a file that may hold anything
-        said = isinstance(error, pickle.UnpicklingError) and str(error).startswith("it ")
-        return str(error) if said else "it is no checkpoint of torch, or is damaged"
+        return _said(error, "it is no checkpoint of torch, or is damaged")
     return ""
+
+
+def objection_to_array(file: Path) -> str:
+    """Say why a file is not to be opened by ``numpy.load(allow_pickle=True)``; nothing where it may: it is one array of
+    numbers, words and lists of them."""
+    try:
+        with open(file, "rb") as opened:
+            version = np.lib.format.read_magic(opened)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            if read(opened)[2].hasobject:
+                _Look(opened, networks=False).load()
+    except Exception as error:
+        return _said(error, "it is no array of NumPy, or is damaged")
+    return ""
+
+
+def _said(error: Exception, otherwise: str) -> str:
+    return str(error) if isinstance(error, pickle.UnpicklingError) and str(error).startswith("it ") else otherwise

@@ -33,7 +33,8 @@ from .settings import (
 )
 
 Freeze = int | Sequence[int | str]
-IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok".split()  # for memory
+# arguments of train() on which memory does not depend
+IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok save_every".split()
 OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 

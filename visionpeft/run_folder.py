@@ -33,7 +33,7 @@ def new(project: Path, name: str | None, exist_ok: bool, merged: str) -> Iterato
     for i in range(1, 100_000):
         folder = project / (name or f"train{i if i > 1 else ''}")
         try:
-            folder.mkdir(exist_ok=exist_ok)
+            folder.mkdir(parents=True, exist_ok=exist_ok)
             break
         except FileExistsError:
             if name:

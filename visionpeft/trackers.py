@@ -22,6 +22,7 @@ from .errors import ConfigError, nearest
 log = logging.getLogger(__name__)
 Row = dict[str, float]
 
+_LOCAL = ("csv", "tensorboard")  # which write to the run's folder alone
 _CSV, _IDS = "metrics.csv", "trackers.json"  # in the run's folder; the latter holds the names of runs at W&B and MLflow
 _ALL = 2**31  # epochs: after the last, whichever that was
 _EVENTS = "events.out.tfevents.*"  # TensorBoard's files
@@ -45,6 +46,19 @@ def names(given: str | Sequence[str] | None) -> tuple[str, ...]:
         if package and importlib.util.find_spec(package) is None:
             raise ConfigError(f"trackers='{name}' needs a package that is not installed; pip install {package}")
     return wanted
+
+
+def again(then: str | Sequence[str], now: str | Sequence[str]) -> list[str]:
+    """Return the trackers of a run that goes on: a folder from elsewhere may not say where numbers are sent.
+
+    Args:
+        then: Those it began with.
+        now: Those of the call that resumes it.
+    """
+    had, given = names(then), names(now)
+    if unnamed := [name for name in had if name not in (*_LOCAL, *given)]:
+        log.warning("%s is used again only if this call names it, too; give trackers='%s'", unnamed[0], ",".join(had))
+    return [*(name for name in had if name not in unnamed), *(name for name in given if name not in had)]
 
 
 def clear(folder: Path) -> None:

@@ -168,8 +168,7 @@ def _opened(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
     """Return what `train` is to work on."""
     family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    allowed = arguments.get("allow_download", False)
-    return family, base, family.read_data(scenes.find(arguments["data"]), base, allow_download=allowed)
+    return family, base, family.read_data(scenes.find(arguments["data"]), base)
 
 
 def _end_with_the_starter() -> None:

@@ -226,7 +226,7 @@ def _cell(
     model, data, method, freeze, seed, retain = (given.pop(k) for k in (*AXES, "retain"))
     model_args = given.pop("model_args", None) or {}
     family, base, weights = places.base(model, model_args)
-    allowed = bool(given.get("allow_download", False))
+    allowed = bool(given.pop("allow_download", False))  # what is fetched now is there for the cells
     _check(family, method, freeze, {**given, **{k: values[0] for k, values in search.items()}})
     spec = {
         "model": model,

@@ -103,7 +103,7 @@ def started(folder: Path) -> Iterator[None]:
 @contextmanager
 def told(folder: Path) -> Iterator[None]:
     """In a process that was started: leave its error for the one that started it, and end well, or else the launcher adds
-    pages of its own. Where that is gone, end, too: the run's folder is no longer held."""
+    pages of its own. Where that is gone, end, too."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield

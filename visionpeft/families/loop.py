@@ -215,7 +215,9 @@ class _Loop:
         self.generator = torch.Generator().manual_seed(job.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
         alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
-        self.order = Order(images, self.batch, self.generator, drop_last=alone, ahead=workers > 0)
+        self.order = Order(
+            images, self.batch, self.generator, drop_last=alone, ahead=workers > 0, shares=accelerator.num_processes
+        )
         how: dict[str, Any] = {"batch_sampler": self.order, "num_workers": workers, "pin_memory": _cuda(accelerator)}
         self.batches = accelerator.prepare(DataLoader(images, generator=self.generator, **how))
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
@@ -326,7 +328,7 @@ class _Loop:
         if not self.accelerator.is_main_process:
             return
         self.job.check_folder()
-        within = {**dataclasses.asdict(at), "ahead": self.order.fetched_after(at.steps)}
+        within = {**dataclasses.asdict(at), "ahead": self.order.fetched_after(at.steps * self.accelerator.num_processes)}
         content = self._content(epoch=epoch - 1, done=False, sampler=began, within=within)
         self.writer.put(partial(checkpoint.save, self.job.checkpoint, content))
         self.job.leave_if_asked(self.writer)
@@ -371,7 +373,10 @@ class _Loop:
         else:  # they are the main process's; the others' only have to differ
             set_seed(self.job.seed + 1000 * (saved["epoch"] + 1), device_specific=True)
         if within := dict(saved.get("within") or {}):
-            self.order.go_to(within["steps"], [*within.pop("ahead"), *ahead] if ahead else [])
+            # the order is of all processes' batches, of which each takes its own
+            self.order.go_to(
+                within["steps"] * self.accelerator.num_processes, [*within.pop("ahead"), *ahead] if ahead else []
+            )
             self.within = Within(**within)
         return saved["epoch"] + 1
 

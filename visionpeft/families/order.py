@@ -25,14 +25,17 @@ class Order(BatchSampler):
         drop_last: Leave out a last batch that is smaller.
         ahead: Other processes load the images, with random numbers of their own, some batches ahead. Those passed over are
             then loaded, too, to be dropped by who iterates.
+        shares: Processes that train. Each goes through all batches, and takes its own.
     """
 
-    def __init__(self, images: Sized, batch: int, generator: torch.Generator, *, drop_last: bool, ahead: bool):
+    def __init__(
+        self, images: Sized, batch: int, generator: torch.Generator, *, drop_last: bool, ahead: bool, shares: int = 1
+    ):
         super().__init__(RandomSampler(images, generator=generator), batch, drop_last)
         self.ahead = ahead
         self._passed: int = 0
         self._states: list[dict[str, Any]] = []
-        self._fetched: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2)  # batches, and random states before each
+        self._fetched: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2 * shares)  # batches, and random states before each
 
     def __iter__(self) -> Iterator[list[int]]:
         passed, states, count = self._passed, self._states, 0

@@ -302,9 +302,9 @@ def _from_file(name: str, path: str, options: Mapping[str, Any]) -> dict[str, An
     if not path.endswith(".safetensors") and Path(path).is_file() and (why := objection(path)):
         raise ModelError(f"the checkpoint {path} cannot be read: {why}")
     given = load_state_dict(path, weights_only=True)  # in timm's own words, its default: not of all versions
-    state = _unwrapped(given)
     overlay = dict(options.get("pretrained_cfg_overlay") or {})
     cfg = timm.get_pretrained_cfg(name)
+    state = _unwrapped(given, str(getattr(cfg, "first_conv", "")))
     classifier = getattr(cfg, "classifier", None) or ""
     weight = state.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     count = options.get("num_classes", 0 if weight is None else len(weight))
@@ -316,12 +316,14 @@ def _from_file(name: str, path: str, options: Mapping[str, Any]) -> dict[str, An
     return {"num_classes": count, "checkpoint_path": None, "pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
-def _unwrapped(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _unwrapped(state: Mapping[str, Any], first_layer: str) -> Mapping[str, Any]:
     """Return a checkpoint's tensors by the names that the model itself has: training loops save them within a module of
     theirs ("model.", as Lightning does), or under a key of their own."""
     tensors = state.get("model_state_dict", state)
-    first, *others = {name.partition(".")[0] for name in tensors}
-    return tensors if others else {name.removeprefix(f"{first}."): value for name, value in tensors.items()}
+    outer = {name.partition(".")[0] for name in tensors}
+    if len(outer) != 1 or f"{first_layer}.weight" in tensors:
+        return tensors
+    return {name.partition(".")[2]: value for name, value in tensors.items()}
 
 
 def _from_hub(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

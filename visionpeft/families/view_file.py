@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from .. import schema
 from ..errors import ConfigError
 from ..lean.prefix import Prefix
+from ..pickles import objection
 
 LOGGER = logging.getLogger("visionpeft")
 _MAGIC = b"vpviews1"
@@ -79,7 +80,11 @@ def read(file: Path, rows: int, prefix: Prefix) -> Made | None:
             return None
         with open(file, "rb") as opened:
             opened.seek(header["vectors"])
-            rest = torch.load(io.BytesIO(opened.read(header["end"] - header["vectors"])), weights_only=True)
+            content = opened.read(header["end"] - header["vectors"])
+        if why := objection(content):
+            LOGGER.warning("the stored views %s are not read (%s); they are computed again", file, why)
+            return None
+        rest = torch.load(io.BytesIO(content), weights_only=True)
     except FileNotFoundError:
         return None
     # mapped, not read: what does not fit into memory stays on the disk

@@ -67,7 +67,16 @@ from .launch import check_shares
 from .views import Rounds
 from .yolo_batches import batches
 from .yolo_pictures import labelled, predicted
-from .yolo_sources import check_described, check_download, check_named, checkpoint, known, read_set
+from .yolo_sources import (
+    check_caches,
+    check_described,
+    check_download,
+    check_named,
+    check_size,
+    checkpoint,
+    known,
+    read_set,
+)
 from .yolo_tasks import TASKS, Outputs, Task, build, check_content, fit, outputs_of, pose_length, rows_of, task_of
 from .yolo_trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
 from .yolo_voice import aside, quiet
@@ -219,6 +228,7 @@ class Yolo(Family):
         if Path(source).is_file():
             read_names(Path(source))  # a clear word on what is wrong with them
         data = read_set(str(source), "" if train else split, allow_download)
+        source = str(source if Path(source).is_file() else data["yaml_file"])  # a name or an address until now
         digest, outputs = hashlib.sha256(), outputs_of(task, data, source)
         facts: dict[str, Any] = {"channels": data["channels"], "pose": pose_length(task, data, source)}
         owners: dict[str, set[str]] = {}
@@ -242,6 +252,7 @@ class Yolo(Family):
                     "'labels' beside 'images'"
                 )
             facts["train" if train and part == "train" else "val"] = found
+        check_caches(Path(label).parent for label in owners)
         if shared := [label for label, own in owners.items() if len(own) > 1]:
             log.warning(
                 f"more than one image of {source} has the labels {few(shared)}, so all but one train on another's boxes; "
@@ -572,6 +583,7 @@ def _own_folders(data: Data, split: str) -> Data:
     Raises:
         DataError: It would find other classes, or other images.
     """
+    check_caches(Path(data.source, part) for part in ("train", *FOLDERS["val"], "test"))
     for part in ("train", split):
         for folder in filter(Path.is_dir, (Path(data.source) / name for name in FOLDERS.get(part, (part,)))):
             for hidden in sorted(folder.rglob(".*")):
@@ -599,7 +611,7 @@ def _content(file: str) -> dict[str, Any]:
     if not Path(file).is_file():  # fetched now, so that it can be looked through
         with aside():
             file = attempt_download_asset(file)
-    if why := objection(file, plain=False):
+    if why := objection(file, networks=True):
         raise ModelError(f"{file} is not a checkpoint that Ultralytics can read ({why})")
     with aside():
         return torch_safe_load(file, safe_only=True)[0]
@@ -612,6 +624,7 @@ def _from_yaml(source: str) -> nn.Module:
     design = yaml_model_load(source)
     if (name := guess_model_task(design)) not in TASKS:
         raise ModelError(f"{source} describes a {name} model, which is not supported; {_INSTEAD}")
+    check_size(design)
     return build(TASKS[name], design, None, design.get("channels", 3))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
 from ..errors import DataError, ModelError, nearest
 from ..files import read_yaml
+from ..pickles import objection_to_array
 from ..scenes import find
 from .yolo_voice import aside
 
 _LARGEST = 1 << 16  # channels, classes and other numbers of a network's YAML
 _STRIDE = 256  # pixels of the image to one of the last map
 _LAYERS = 1000  # of a network, repetitions counted
+_MOST = 1 << 30  # parameters
 _WEB = re.compile(r"\w+:/")  # Ultralytics takes more for an address than "://"
 
 
@@ -74,14 +76,31 @@ def check_described(model: Any) -> None:
     """
     check_design(model.yaml)
     try:
-        with torch.device("meta"):
-            layers, _ = tasks.parse_model(copy.deepcopy(model.yaml), model.yaml.get("channels", 3), verbose=False)
-        described, there = (sum(p.numel() for p in m.parameters()) for m in (layers, model))
-        fits = described <= 2 * there and 0 < float(model.stride.max()) <= _STRIDE
+        described, there = _numbers(model.yaml), sum(p.numel() for p in model.parameters())
+        held = all(t.numel() * t.element_size() <= t.untyped_storage().nbytes() for t in model.state_dict().values())
+        fits = described <= 2 * there and held and 0 < float(model.stride.max()) <= _STRIDE
     except Exception as error:  # Ultralytics raises what comes
         raise ModelError(f"the checkpoint's description of its network makes none ({error!r}); give another") from error
     if not fits:
         raise ModelError("the checkpoint's description of its network does not fit the network; give another model")
+
+
+def check_size(design: Mapping[str, Any]) -> None:
+    """Refuse a network's YAML that describes more than any network is.
+
+    Raises:
+        ModelError: It does.
+    """
+    check_design(design)
+    if (count := _numbers(design)) > _MOST:
+        raise ModelError(f"the network's description has {count:,} parameters; give a smaller one")
+
+
+def _numbers(design: Mapping[str, Any]) -> int:
+    """Return how many parameters a network's YAML describes, without making them."""
+    with torch.device("meta"):
+        layers, _ = tasks.parse_model(copy.deepcopy(dict(design)), design.get("channels", 3), verbose=False)
+    return sum(p.numel() for p in layers.parameters())
 
 
 def check_named(source: str, scratch: bool) -> None:
@@ -166,7 +185,9 @@ def _activation(given: Any) -> bool:
     if not isinstance(call, ast.Call) or not re.fullmatch(r"(torch\.)?nn\.[A-Z]\w*", name := ast.unparse(call.func)):
         return False
     values = [*call.args, *(k.value for k in call.keywords)]
-    return _layer(name.removeprefix("torch.")) and all(isinstance(v, ast.Constant) and _plain(v.value) for v in values)
+    kind = getattr(nn, name.rpartition(".")[2], nn.Module)
+    small = kind.__module__ == "torch.nn.modules.activation" and kind is not nn.MultiheadAttention
+    return (small or kind is nn.Identity) and all(isinstance(v, ast.Constant) and _plain(v.value) for v in values)
 
 
 def _plain(value: Any, largest: float = _LARGEST, text: bool = True) -> bool:
@@ -210,6 +231,17 @@ def read_set(source: str, split: str = "", allow_download: bool = False) -> dict
                 "used if you say so: look at it, and give allow_download=True (--allow-download), or fetch them yourself"
             ) from error
         raise DataError(f"the data {source} cannot be used: {text if len(text) < 400 else f'{text[:400]}…'}") from error
+
+
+def check_caches(folders: Iterable[Path]) -> None:
+    """Refuse a data set whose caches, which lie beside these folders and are unpickled, are not as Ultralytics writes them.
+
+    Raises:
+        DataError: There is one.
+    """
+    for cache in sorted({folder.with_suffix(".cache") for folder in folders}):
+        if cache.is_file() and (why := objection_to_array(cache)):
+            raise DataError(f"the cache of labels {cache} is not as Ultralytics writes it ({why}); remove it")
 
 
 def check_download(source: str, split: str) -> None:

@@ -16,6 +16,7 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, 
 from ultralytics.utils.torch_utils import intersect_dicts
 
 from .. import schema
+from ..delta import MOST_CLASSES
 from ..errors import DataError, ModelError
 from ..schema import Malformed
 from ..twins import plain
@@ -191,7 +192,7 @@ def check_content(model: Any, source: str) -> None:
     try:
         names, args, stride = (getattr(model, name, None) for name in ("names", "args", "stride"))
         names = dict(enumerate(names)) if isinstance(names, list | tuple) else schema.check(dict[int, Any], names, "names")
-        if names.keys() != set(range(len(names))):
+        if len(names) > MOST_CLASSES or names.keys() != set(range(len(names))):
             raise Malformed("its names are not those of classes numbered from 0 on")
         model.names = {i: str(name) for i, name in names.items()}
         schema.check(
