@@ -155,7 +155,7 @@ def train(
             saved = _arguments_of(saved)
             saved |= _named_again(saved, model, loader_arguments(model_args))
             saved["trackers"] = tracking.again(saved.get("trackers", "csv"), trackers)
-            place = {"quiet": quiet, "allow_download": allow_download}
+            place: dict[str, Any] = {"quiet": quiet, "allow_download": allow_download}
             return _train(**{**defaults, **saved}, **place, stop=stop, held=held)  # the run may be older than some of them
     if data is None and model is None:
         given |= {k: v for k, v in scenes.EMBEDDED.items() if k in given and given[k] is None}
@@ -174,7 +174,7 @@ def train(
         )
     if memory is not None:
         given |= _fitting(given, {**options, "allow_download": allow_download}, quiet)
-    place: dict[str, Any] = {"project": Path(project), "name": name, "exist_ok": exist_ok, "allow_download": allow_download}
+    place = {"project": Path(project), "name": name, "exist_ok": exist_ok, "allow_download": allow_download}
     with stopping.heeded() as stop, ExitStack() as held:
         return _train(**place, quiet=quiet, **given, options=options, stop=stop, held=held)
 
