@@ -37,7 +37,7 @@ def parse(text: str | bytes) -> Any:
         raise
     except ValueError as error:
         raise Malformed(f"it is no JSON: {' '.join(str(error).split())}") from error
-    level, depth = [values], 0
+    level, depth = [values] if isinstance(values, dict | list) else [], 0
     while level := [v for x in level for v in _inside(x) if isinstance(v, dict | list)]:
         if (depth := depth + 1) > DEPTH:
             raise Malformed(f"it is nested more than {DEPTH} deep")

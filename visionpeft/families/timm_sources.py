@@ -27,6 +27,7 @@ _PLAIN = set(  # numbers, truths and words, which choose among what timm has
     "dynamic_img_pad strict_img_size always_partition window_ratio stem_type deep_stem avg_down replace_stem_pool "
     "zero_init_last fix_stem round_chs_fn channel_multiplier width_mult depth_mult".split()
 )
+_SEEN = ("mean", "std", "crop_pct", "input_size")  # of pretrained_cfg_overlay: how images are given to the model
 _MOST = 1 << 30  # parameters of a model whose sizes a file says
 
 
@@ -49,7 +50,8 @@ def check_named(source: str | None, named: Mapping[str, Any], own: Mapping[str, 
         return {}
     if not given.get("pretrained", True):
         raise ModelError(f"the model {source} with random weights, which no delta is made for")
-    return {"pretrained_cfg_overlay": {"file": _cached(source, given.get("cache_dir"))}}
+    overlay = named.get("pretrained_cfg_overlay") or {}
+    return {"pretrained_cfg_overlay": {**overlay, "file": _cached(source, given.get("cache_dir"))}}
 
 
 def _check_argument(name: str, value: Any) -> None:
@@ -66,14 +68,21 @@ def _check_argument(name: str, value: Any) -> None:
             raise ModelError(f"{name}={value}, which is not here")
     elif name == "pretrained":
         good = isinstance(value, bool)
+    elif name == "pretrained_cfg_overlay":
+        good = isinstance(value, Mapping) and all(
+            key in _SEEN and all(map(_number, v if isinstance(v, list | tuple) else [v])) for key, v in value.items()
+        )
     elif most := _SIZES.get(name):
         good = len(values) <= 8 and all(v is None or (isinstance(v, int) and 0 <= v <= most) for v in values)
     else:
         words = (isinstance(v, str) and re.fullmatch(r"\w{0,40}", v) for v in values)
-        numbers = (v is None or (isinstance(v, int | float) and abs(v) <= 1024) for v in values)
-        good = name in _PLAIN and len(values) <= 64 and all(w or n for w, n in zip(words, numbers, strict=True))
+        good = name in _PLAIN and len(values) <= 64 and all(w or _number(v) for w, v in zip(words, values, strict=True))
     if not good:
         raise ModelError(f"the argument {name}={str(value)[:60]}, which only your own call may give")
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and abs(value) <= 1024)
 
 
 def _check_size(name: str, arguments: Mapping[str, Any]) -> None:

@@ -176,7 +176,7 @@ class Yolo(Family):
                 # Ultralytics' allow-list instead of unpickling: a delta may name a base that its user never looked at
                 content = _content(checkpoint(source))
                 model = _network(content, source)
-                model.args = dict(content.get("train_args") or {})
+                model.args = content.get("train_args") or {}
             else:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)  # random weights, but always the same
@@ -191,6 +191,7 @@ class Yolo(Family):
             raise ModelError(f"{source} is not a checkpoint that Ultralytics can read ({brief(error)})") from error
         task = _supported(model, source)
         check_content(model, source)
+        model.args = dict(getattr(model, "args", {}))
         if pretrained:
             check_described(model)
         model = model.float().eval()

@@ -23,6 +23,8 @@ from ultralytics.nn.modules import TorchVision
 from ultralytics.utils import SETTINGS, YAML
 from ultralytics.utils.checks import check_file, check_yolov5u_filename
 from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+from yaml.reader import Reader as ReaderOfText
+from yaml.reader import ReaderError
 
 from ..errors import DataError, ModelError, nearest
 from ..files import read_yaml
@@ -265,7 +267,11 @@ def _looked_through(source: str, allow_download: bool) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(found) or tarfile.is_tarfile(found):
             raise ValueError("it is an archive")  # which Ultralytics would unpack
-        read_yaml(Path(found).read_text(encoding="utf-8", errors="ignore"))
+        text = Path(found).read_text(encoding="utf-8", errors="ignore")
+        try:
+            read_yaml(text)
+        except ReaderError:  # Ultralytics then leaves out what is no letter
+            read_yaml(ReaderOfText.NON_PRINTABLE.sub("", text))
         return YAML.load(found, append_filename=True)  # the same text, in Ultralytics' own words
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise DataError(f"the data {source} cannot be used: {' '.join(str(error).split())[:400]}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..delta import Delta
 from ..errors import ConfigError, DeltaError, MismatchError
 from ..families.base import Base, Data, Family, observe
 from ..methods.base import Method, PeftLayer
-from ..plan import Edit, given_plan
+from ..plan import HEAD, Edit, Param, given_plan
 from ..registry import METHODS
 from .folder import LISTS, PATTERNS, Adapter
 
@@ -64,6 +65,9 @@ def adopt(adapter: Adapter, family: Family, base: Base, header: Mapping[str, Any
     moved = {k for k, v in saved.items() if k not in before or not _same(v, before[k])}
     train = moved & {name for name, _ in model.named_parameters()}
     statistics = {k.rpartition(".")[0] for k in moved - train}
+    constants = sorted(train - {p.name for p in anatomy.params})  # of the head, which peft trains as a whole
+    more = (Param(name, own[name].numel(), "other", HEAD) for name in constants)
+    anatomy = replace(anatomy, params=(*anatomy.params, *more))
     attach(model, given_plan(method, anatomy, [edit for edit, _ in edits], train, statistics), start=False)
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():
