@@ -20,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import visionpeft
 from visionpeft import files
@@ -58,9 +58,9 @@ SETS: dict[str, dict[str, Any]] = {
     },
 }
 METHODS = ("full", "lora", "conv_adapter")
-SCALES = {"small": 0.1, "zero": 0.0}  # of random rows; beside them Ultralytics' prior as bias, in classifiers 0
+SCALES = {"small": 0.1, "zero": 0.0, "level": None}  # of random rows; None: see `level`. Biases: the prior, in classifiers 0
 OWN = {"yolo": "keep", "timm": "rebuild"}  # what a family does by default; all else is compared with it
-STARTS = {"yolo": ("keep", "small", "zero", "rebuild"), "timm": ("rebuild", "small", "zero")}
+STARTS = {"yolo": ("keep", "level", "small", "zero", "rebuild"), "timm": ("rebuild", "small", "zero")}
 
 
 def main() -> None:
@@ -101,22 +101,35 @@ def run(out: Path, root: Path, name: str, method: str, start: str, seed: int) ->
         data = family.read_data(str(root / arguments["data"]), base)
         arguments["data"] = family.hold_back(data, Path(folder), SHARE)
         if start in SCALES:
-            scale_rows(stack, SCALES[start])
+            start_rows(stack, SCALES[start])
         made = visionpeft.train(**arguments, project=folder)
     said = {"set": name, "method": method, "start": start, "seed": seed, "score": made.after[family.score(base.task)]}
     files.write(file, json.dumps({**said, "history": made.history}) + "\n")
     print(f"{file.stem}: {said['score']}", flush=True)
 
 
-def scale_rows(stack: ExitStack, scale: float) -> None:
-    """Let new heads start with rows so many times as large, detectors' with the prior of a class as bias."""
+def level(tower: nn.Module) -> Tensor:
+    """Return a class tower's rows, changed so that their scores have mean 0 and variance 1, by what the last normalisation
+    says of what they read: of a channel, silu(shift + scale z) with z normal."""
+    norm = [m for m in tower.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+    z = torch.linspace(-4, 4, 81)
+    share = torch.exp(-(z**2) / 2) / torch.exp(-(z**2) / 2).sum()
+    values = nn.functional.silu(norm.bias[:, None] + norm.weight.abs()[:, None] * z)  # (channels, z)
+    mean, square = (values * share).sum(1), (values**2 * share).sum(1)
+    rows = tower[-1].weight.flatten(1)
+    rows = rows - (rows @ mean)[:, None] * mean / (mean @ mean)
+    return (rows / (rows**2 @ (square - mean**2)).sqrt()[:, None]).view_as(tower[-1].weight)
+
+
+def start_rows(stack: ExitStack, scale: float | None) -> None:
+    """Let new heads start with rows so many times as large, or level; detectors' with the prior of a class as bias."""
     towers, classifier = yolo.fit, timm.Timm.fit
 
     @torch.no_grad()
     def fit_towers(source: Any, names: dict[int, str], *more: Any) -> nn.Module:
         model: Any = towers(source, names, *more)
         for tower, stride in zip(model.model[-1].cv3, model.stride.tolist(), strict=True):
-            tower[-1].weight.mul_(scale)
+            tower[-1].weight.copy_(level(tower) if scale is None else tower[-1].weight * scale)
             tower[-1].bias.fill_(math.log(5 / len(names) / (640 / stride) ** 2))
         return model
 
