@@ -206,6 +206,16 @@ def test_what_torch_allows_is_no_way_in(kind: str, net, tmp_path: Path) -> None:
         visionpeft.plan(tmp_path / "evil.pt")
 
 
+@pytest.mark.parametrize("name", ["float", "state_dict", "__deepcopy__", "_forward_hooks"])
+def test_parts_that_bring_their_own_methods(name: str, net, tmp_path: Path) -> None:
+    model = copy.deepcopy(net)
+    part = model.model[1] if name == "_forward_hooks" else model
+    part.__dict__[name] = {0: nn.Identity} if name == "_forward_hooks" else nn.Identity
+    torch.save({"model": model}, file := tmp_path / "evil.pt")
+    with pytest.raises(ModelError, match=f"carries {name} of its own"):
+        visionpeft.plan(file)
+
+
 def test_a_file_of_two_formats(tmp_path: Path) -> None:
     """torch looks at the first bytes, other readers of zip files at the last."""
     evil, file = io.BytesIO(), tmp_path / "evil.pth"

@@ -72,6 +72,7 @@ from .yolo_sources import (
     check_described,
     check_download,
     check_named,
+    check_parts,
     check_size,
     checkpoint,
     known,
@@ -651,6 +652,7 @@ def _network(content: Any, source: str) -> Any:
             f"{source} was saved fused, as after predict() or fuse(): its normalisations are folded into the convolutions "
             "and lost for training; give the checkpoint as training left it (best.pt, last.pt, or the one you downloaded)"
         )
+    check_parts(model)
     return model
 
 

@@ -36,6 +36,7 @@ _LARGEST = 1 << 16  # channels, classes and other numbers of a network's YAML
 _STRIDE = 256  # pixels of the image to one of the last map
 _LAYERS = 1000  # of a network, repetitions counted
 _MOST = 1 << 30  # parameters
+_METHODS = {name for name, value in vars(nn.Module).items() if callable(value)} - {"type"}  # Ultralytics' own name of a part
 _WEB = re.compile(r"\w+:/")  # Ultralytics takes more for an address than "://"
 
 
@@ -68,6 +69,21 @@ def checkpoint(source: str) -> str:
     if offline():
         raise ModelError(f"the model {source} is not here, and YOLO_OFFLINE is set; give the path of a .pt file")
     return name if _WEB.match(name) else str(Path(SETTINGS["weights_dir"], name))
+
+
+def check_parts(model: nn.Module) -> None:
+    """Refuse a network whose parts carry hooks, or attributes in place of methods: using it would call them.
+
+    Raises:
+        ModelError: One does.
+    """
+    for path, module in nn.Module.named_modules(model):
+        own = vars(module)
+        hooks = [name for name, value in own.items() if name.endswith("_hooks") and value]
+        if odd := [*hooks, *(own.keys() & _METHODS), *(name for name in own if name.startswith("__"))]:
+            raise ModelError(
+                f"the checkpoint's network carries {odd[0]} of its own at '{path}', which is not used; give another"
+            )
 
 
 def check_described(model: Any) -> None:
