@@ -437,6 +437,7 @@ def alike(found: list[dict[str, Any]]) -> str:
     return repr([{**vars(r), "step_seconds": 0, "seconds": 0, "cells": 0} for r in rows])
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on(tiles: dict[str, Any], tmp_path: Path) -> None:
     config = {**tiles["config"], "method": ["full", "bitfit", "prompt"]}  # the last does not fit
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))

@@ -101,6 +101,7 @@ def test_any_batch_from_one_run(bench: ModuleType) -> None:
         assert abs((said.weights + said.average + said.optimizer + said.step) / real - 1) <= bench.TOP
 
 
+@pytest.mark.slow
 def test_stages_apart() -> None:
     common = {**YOLO, "imgsz": 160, "method": "full", "freeze": 10}
     with_all, apart, cached = (planning.forecast(**common, **k) for k in ({}, {"prefix_dtype": "bf16"}, {"cache": 2}))
@@ -224,6 +225,7 @@ def test_the_largest_batch_that_fits(devices: int, budget: int, fixed: bool, bat
     assert (found and found.batch) == batch
 
 
+@pytest.mark.slow
 def test_fit_keeps_what_is_given() -> None:
     found = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, method="lora", freeze=[0, 1], lean="auto", r=3)
     alone = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, lean="auto", r=3)
@@ -242,6 +244,7 @@ def test_nothing_fits() -> None:
     assert f"takes is {least.total / 1e6:.1f} MB" in str(said.value)
 
 
+@pytest.mark.slow
 def test_train_in_a_budget(tmp_path: Path, loops: dict, capsys: pytest.CaptureFixture) -> None:
     data, common, *where = loops["yolo"]
     given = {**common, "batch": 2, "quiet": False, "memory": "150MB", "lean": "memory"}

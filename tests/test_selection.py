@@ -188,6 +188,7 @@ def test_a_loss_that_is_no_number(squares: Path) -> None:
         gather(family, model, data, family.anatomy(model, ""), imgsz=32, batch=4)
 
 
+@pytest.mark.slow
 def test_plan_and_forecast_look_at_data(boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'surgical' looks at training images before it plans; give data"):
         planning.plan(checkpoint, method="surgical")

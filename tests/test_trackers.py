@@ -147,7 +147,7 @@ def test_wandb_by_accelerate(family: str, loops, fake_wandb, tmp_path: Path) -> 
         visionpeft.train(data, **args)
     (logged,) = fake_wandb.values()
     assert list(logged.steps) == [1] and logged.ended == [1], "it failed"
-    run = visionpeft.train(resume=tmp_path / "run", quiet=True)
+    run = visionpeft.train(resume=tmp_path / "run", trackers="wandb", quiet=True)
     assert list(fake_wandb.values()) == [logged], "it went on under its id"
     assert list(logged.steps) == [1, 2, 3] and logged.ended == [1, 0]
     assert all({*COMMON} <= set(row) for row in logged.steps.values())
@@ -252,3 +252,4 @@ def test_a_run_folder_does_not_say_where_numbers_are_sent(monkeypatch: pytest.Mo
     assert trackers.again("csv,tensorboard,wandb", "csv") == ["csv", "tensorboard"]
     assert "wandb is used again only if this call names it, too" in caplog.text
     assert trackers.again("csv,wandb", "wandb,tensorboard") == ["csv", "wandb", "tensorboard"]
+    assert trackers.again("csv,wandb", "wandb") == "csv,wandb" and trackers.again("csv", "csv") == "csv"

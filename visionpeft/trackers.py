@@ -48,7 +48,7 @@ def names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return wanted
 
 
-def again(then: str | Sequence[str], now: str | Sequence[str]) -> list[str]:
+def again(then: str | Sequence[str], now: str | Sequence[str]) -> str | Sequence[str]:
     """Return the trackers of a run that goes on: a folder from elsewhere may not say where numbers are sent.
 
     Args:
@@ -58,7 +58,8 @@ def again(then: str | Sequence[str], now: str | Sequence[str]) -> list[str]:
     had, given = names(then), names(now)
     if unnamed := [name for name in had if name not in (*_LOCAL, *given)]:
         log.warning("%s is used again only if this call names it, too; give trackers='%s'", unnamed[0], ",".join(had))
-    return [*(name for name in had if name not in unnamed), *(name for name in given if name not in had)]
+    kept = [name for name in had if name not in unnamed] + [name for name in given if name not in (*had, "csv")]
+    return then if tuple(kept) == had else kept
 
 
 def clear(folder: Path) -> None:
