@@ -436,13 +436,14 @@ def test_killed_in_mid_save_and_resumed(
     by: signal.Signals, epoch: int, seconds: int, boxes: Path, checkpoint: Path, tmp_path: Path, capsys
 ) -> None:
     code = START.format(data=str(boxes), model=str(checkpoint), project=str(tmp_path), seconds=seconds)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    began = time.monotonic()
-    while "HALF" not in process.stdout.readline():  # ... and the process is gone
-        assert time.monotonic() - began < 120 and process.poll() is None
-    os.kill(process.pid, by)
-    process.wait(timeout=60)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        began = time.monotonic()
+        while "HALF" not in process.stdout.readline():  # ... and the process is gone
+            assert time.monotonic() - began < 120 and process.poll() is None
+        os.kill(process.pid, by)
+        process.wait(timeout=60)
     folder = tmp_path / "train"
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == epoch
     deltas.read(folder / "delta.safetensors")
