@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import defaults
 import torch
 from torch import Tensor, nn
 
@@ -29,33 +30,14 @@ from visionpeft.families import timm, yolo, yolo_trainer
 from visionpeft.families.timm_anatomy import classifiers
 from visionpeft.settings import find_family
 
-HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 DETECTOR = {"model": "weights/yolov8n.pt", "batch": 16, "val": False}
-CLASSIFIER = {"data": "eurosat_rgb_2000", "imgsz": 64, "batch": 32, "epochs": 2}
-MOBILENET = {
-    "model": "timm/mobilenetv2_100",
-    "model_args": {
-        "checkpoint_path": "weights/mobilenetv2_100.tf2_in1k_dequant.safetensors",
-        "pad_type": "same",
-        "pretrained_cfg_overlay": HALF,
-    },
-}
 SETS: dict[str, dict[str, Any]] = {
     "road_signs": {**DETECTOR, "data": "road_signs/data.yaml", "epochs": 3, "imgsz": 128},
     "aerial_airport": {**DETECTOR, "data": "aerial_airport/data.yaml", "epochs": 4, "imgsz": 192},
     "road_signs, 10 epochs": {**DETECTOR, "data": "road_signs/data.yaml", "epochs": 10, "imgsz": 128},
-    "eurosat, mobilenetv2": {**CLASSIFIER, **MOBILENET},
-    "eurosat, mobilenetv2, 4 epochs": {**CLASSIFIER, **MOBILENET, "epochs": 4},
-    "eurosat, vit_tiny": {
-        **CLASSIFIER,
-        "model": "timm/vit_tiny_patch16_224",
-        "model_args": {
-            "checkpoint_path": "weights/vit_tiny_patch16_224.tinyimagenet200.safetensors",
-            "num_classes": 200,
-            "img_size": 64,
-            "pretrained_cfg_overlay": HALF,
-        },
-    },
+    "eurosat, mobilenetv2": defaults.SETS["eurosat, mobilenetv2"],
+    "eurosat, mobilenetv2, 4 epochs": {**defaults.SETS["eurosat, mobilenetv2"], "epochs": 4},
+    "eurosat, vit_tiny": defaults.SETS["eurosat, vit_tiny"],
 }
 METHODS = ("full", "lora", "conv_adapter")
 SCALES = {"small": 0.1, "zero": 0.0, "level": None}  # of random rows; None: see `level`. Biases: the prior, in classifiers 0

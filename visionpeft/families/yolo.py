@@ -196,7 +196,7 @@ class Yolo(Family):
         if pretrained:
             check_described(model)
         model = model.float().eval()
-        imgsz = getattr(model, "args", {}).get("imgsz")
+        imgsz = model.args.get("imgsz")
         imgsz = imgsz if isinstance(imgsz, int) and 0 < imgsz <= LARGEST_IMAGE else task.imgsz
         facts = {"imgsz": imgsz, "mean": [0.0] * 3, "std": [1.0] * 3, "channels": int(model.yaml.get("channels", 3))}
         base = Base(source, model, task.name, dict(model.names), facts, pretrained)
