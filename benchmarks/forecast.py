@@ -28,11 +28,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from visionpeft import lean as leanly
-from visionpeft.attach import attach, settle, train_mode
+from visionpeft.core.attach import attach, settle, train_mode
+from visionpeft.core.method import make_method
+from visionpeft.core.plan import make_plan
 from visionpeft.families.base import Rehearsal, Step
-from visionpeft.forecast import Case, trace
-from visionpeft.methods.base import make_method
-from visionpeft.plan import make_plan
+from visionpeft.memory.forecast import Case, trace
 from visionpeft.settings import find_family
 
 YOLO = [f"{name}.yaml" for name in ("yolo11n", "yolo11s", "yolo11m", "yolov8n", "yolo26n")]

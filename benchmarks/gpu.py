@@ -42,7 +42,7 @@ import torch
 import visionpeft
 from visionpeft import files, scenes
 from visionpeft.families.base import Step
-from visionpeft.forecast import trace
+from visionpeft.memory.forecast import trace
 
 HERE = Path(__file__).resolve()
 MB = 1e6

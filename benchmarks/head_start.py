@@ -26,8 +26,10 @@ from torch import Tensor, nn
 import visionpeft
 from visionpeft import files
 from visionpeft.benchmark.cell import SHARE
-from visionpeft.families import timm, yolo, yolo_trainer
-from visionpeft.families.timm_anatomy import classifiers
+from visionpeft.families.timm import family as timm
+from visionpeft.families.timm.anatomy import classifiers
+from visionpeft.families.yolo import family as yolo
+from visionpeft.families.yolo import trainer as yolo_trainer
 from visionpeft.settings import find_family
 
 DETECTOR = {"model": "weights/yolov8n.pt", "batch": 16, "val": False}

@@ -48,12 +48,12 @@ from torch.nn import functional
 from ultralytics.cfg import get_cfg
 
 from visionpeft import api, files, lean
-from visionpeft.attach import attach, train_mode
+from visionpeft.core.attach import attach, train_mode
+from visionpeft.core.method import Edit, Method, make_method
+from visionpeft.core.plan import Plan, make_plan
 from visionpeft.lean import products
 from visionpeft.measure import PeakBytes, SavedBytes
-from visionpeft.methods.base import Method, make_method
 from visionpeft.methods.lora import LoraConfig
-from visionpeft.plan import Edit, Plan, make_plan
 
 MIB = 2**20
 RANK = 8
@@ -203,7 +203,7 @@ def sides(row: Row, device: torch.device) -> dict[str, Side]:
 def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
     """Return the same for a row whose frozen stages' outputs are computed once, and in our steps read from the disk."""
     try:
-        from visionpeft.lean.prefix import Prefix, put_on
+        from visionpeft.lean.frozen_stages import Prefix, put_on
     except ImportError:
         raise Skip("this version of visionpeft cannot keep the frozen stages' outputs") from None
     family, base = network(row)

@@ -22,7 +22,7 @@ from ultralytics.cfg import get_cfg
 
 from visionpeft import lean
 from visionpeft.api import find_family
-from visionpeft.families.base import stage_modules
+from visionpeft.families.introspect import stage_modules
 from visionpeft.measure import Meter
 
 PARTS = ("forward", "backward", "optimizer", "data")

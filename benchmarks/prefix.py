@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
 from visionpeft.api import find_family
-from visionpeft.lean.prefix import Prefix, put_on
+from visionpeft.lean.frozen_stages import Prefix, put_on
 
 BATCH, SIDE, OBJECTS = 4, 320, 10
 

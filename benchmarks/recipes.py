@@ -24,13 +24,13 @@ from torch.nn import functional
 
 os.environ.setdefault("YOLO_VERBOSE", "False")
 
-from visionpeft import attach
 from visionpeft import lean as leanly
 from visionpeft.api import find_family
+from visionpeft.core import attach
+from visionpeft.core.method import make_method
+from visionpeft.core.plan import Plan, make_plan
 from visionpeft.errors import ConfigError
 from visionpeft.measure import SavedBytes
-from visionpeft.methods.base import make_method
-from visionpeft.plan import Plan, make_plan
 from visionpeft.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]

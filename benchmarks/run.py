@@ -32,7 +32,7 @@ from visionpeft import scenes
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "imgsz": 320, "freeze": 10, "optimizer": "AdamW", "lr0": 1e-3, "device": "cpu"}
 CALLS = ("visionpeft", "ultralytics")
-_FAMILY, _TRAINER = "visionpeft.families.yolo:Yolo", "visionpeft.families.yolo_trainer:Tuned"
+_FAMILY, _TRAINER = "visionpeft.families.yolo.family:Yolo", "visionpeft.families.yolo.trainer:Tuned"
 PHASES = {  # of ours: where in the code each is, without what others inside it take
     "load the base": f"{_FAMILY}.load",
     "read the data": f"{_FAMILY}.read_data",
@@ -42,9 +42,9 @@ PHASES = {  # of ours: where in the code each is, without what others inside it 
     "train: steps, their data": f"{_TRAINER}.train",
     "train: measure epochs": f"{_TRAINER}.validate",
     "train: save": f"{_TRAINER}.save_model",
-    "delta and merged file": "visionpeft.api:_rebuild visionpeft.delta:read "
-    f"{_FAMILY}.save_merged {_FAMILY}.open_merged visionpeft.delta:fingerprint",
-    "pictures": f"{_FAMILY}.draw visionpeft.pictures:sheet visionpeft.pictures:curves",
+    "delta and merged file": "visionpeft.api:_rebuild visionpeft.core.delta:read "
+    f"{_FAMILY}.save_merged {_FAMILY}.open_merged visionpeft.core.delta:fingerprint",
+    "pictures": f"{_FAMILY}.draw visionpeft.training.plots:sheet visionpeft.training.plots:curves",
 }
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # a checkout is documented as it stands, whatever
 
 import visionpeft  # noqa: E402
 from visionpeft import tables  # noqa: E402
-from visionpeft.methods.base import fields_of  # noqa: E402
+from visionpeft.core.method import fields_of  # noqa: E402
 from visionpeft.registry import METHODS  # noqa: E402
 
 project = "visionpeft"

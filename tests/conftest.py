@@ -26,11 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
-from visionpeft import delta as deltas
-from visionpeft.families.loop import _Loop
-from visionpeft.families.yolo_tasks import TASKS, build
-from visionpeft.families.yolo_trainer import Tuned
-from visionpeft.plan import Anatomy, Evidence
+from visionpeft.core import delta as deltas
+from visionpeft.core.anatomy import Anatomy, Evidence
+from visionpeft.families.timm.trainer import _Loop
+from visionpeft.families.yolo.tasks import TASKS, build
+from visionpeft.families.yolo.trainer import Tuned
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 

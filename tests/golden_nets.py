@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visionpeft.families.yolo_tasks import TASKS, build
-from visionpeft.plan import fitting
+from visionpeft.core.plan import fitting
+from visionpeft.families.yolo.tasks import TASKS, build
 from visionpeft.registry import FAMILIES, METHODS
 
 FOLDER = Path(__file__).parent / "golden"

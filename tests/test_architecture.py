@@ -8,40 +8,31 @@ from pathlib import Path
 import pytest
 
 import visionpeft
-from visionpeft.methods.base import fields_of
+from visionpeft.core.method import fields_of
 from visionpeft.registry import METHODS
 
 ROOT = Path(visionpeft.__file__).parent
 LEVELS = {  # a room may import from rooms with a lower number only
     "errors": 0,
     "files": 1,
-    "stopping": 1,
     "pickles": 1,
     "registry": 1,
     "schema": 1,
-    "twins": 1,
     "measure": 1,
+    "process": 1,
     "tables": 1,
-    "recipes": 2,
-    "progress": 2,
-    "pictures": 2,
-    "checkpoint": 2,
-    "trackers": 2,
+    "presets": 2,
+    "core": 2,
     "scenes": 2,
-    "plan": 2,
-    "process": 3,
+    "plan": 3,
     "methods": 3,
-    "attach": 3,
     "data": 4,
     "lean": 4,
-    "delta": 4,
-    "run": 4,
-    "run_folder": 5,
-    "families": 5,
-    "forecast": 6,
-    "hfpeft": 6,
-    "settings": 6,
-    "budget": 7,
+    "training": 5,
+    "families": 6,
+    "memory": 7,
+    "hfpeft": 7,
+    "settings": 7,
     "planning": 8,
     "api": 9,
     "benchmark": 10,
@@ -102,7 +93,7 @@ def test_a_method_says_where_it_comes_from(name: str) -> None:
 
 def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch) -> None:
     """Adding a method is adding one file: the registry finds it, and its fields are options at once."""
-    from visionpeft.methods.base import make_method
+    from visionpeft.core.method import make_method
     from visionpeft.registry import Registry
 
     package = tmp_path / "more_methods"

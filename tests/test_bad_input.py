@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import visionpeft
 from visionpeft import cli, files
-from visionpeft import delta as deltas
+from visionpeft.core import delta as deltas
 from visionpeft.errors import ConfigError, DataError
 from visionpeft.registry import FAMILIES
 

@@ -12,12 +12,13 @@ import torch
 from conftest import NETS, flat
 from torch import nn
 
-from visionpeft import delta as deltas
-from visionpeft import twins
-from visionpeft.attach import attach, attached, detach, is_added, merge, mergeable, train_mode
+from visionpeft.core import class_twins as twins
+from visionpeft.core import delta as deltas
+from visionpeft.core.anatomy import HEAD, Evidence
+from visionpeft.core.attach import attach, attached, detach, is_added, merge, mergeable, train_mode
+from visionpeft.core.method import make_method
+from visionpeft.core.plan import Plan, fitting, make_plan
 from visionpeft.errors import ConfigError
-from visionpeft.methods.base import make_method
-from visionpeft.plan import HEAD, Evidence, Plan, fitting, make_plan
 from visionpeft.registry import FAMILIES, METHODS
 
 UNFIT = {  # what a net lacks the parts for: no tokens, no attention

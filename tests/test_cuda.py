@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import visionpeft
-from visionpeft import delta as deltas
 from visionpeft import lean
-from visionpeft.attach import attach, detach, merge, train_mode
+from visionpeft.core import delta as deltas
+from visionpeft.core.attach import attach, detach, merge, train_mode
+from visionpeft.core.method import make_method
+from visionpeft.core.plan import make_plan
 from visionpeft.errors import Interrupted
-from visionpeft.methods.base import make_method
-from visionpeft.plan import make_plan
 from visionpeft.registry import FAMILIES, METHODS
 
 DEVICE = torch.device(os.environ.get("VISIONPEFT_TEST_DEVICE", "cuda"))

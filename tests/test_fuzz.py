@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import visionpeft
-from visionpeft import api, checkpoint, hfpeft, report, run_folder
-from visionpeft import delta as deltas
+from visionpeft import api, hfpeft, report
 from visionpeft.benchmark.grid import hash_of
+from visionpeft.core import delta as deltas
+from visionpeft.core.base_model import Base
 from visionpeft.errors import ConfigError, DeltaError, MismatchError, ModelError, TrainingError, VisionpeftError
-from visionpeft.families.base import Base
 from visionpeft.registry import FAMILIES
+from visionpeft.training import checkpoint, run_folder
 
 ODD = [None, True, -4, 0, 8.5, 10**9, 10**30, 1e30, float("nan"), float("inf"), "8", "", "\ud800", [], {}, [[]], {"a": [1]}]
 EDITED = [f for f in sorted((FOLDER / "deltas").glob("vit-*")) if deltas.inspect(f)["plan"]["edits"]]

@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import visionpeft
-from visionpeft import attach, benchmark, report
-from visionpeft import delta as deltas
-from visionpeft.families import view_file
-from visionpeft.plan import Plan
+from visionpeft import benchmark, report
+from visionpeft.core import attach
+from visionpeft.core import delta as deltas
+from visionpeft.core.plan import Plan
 from visionpeft.registry import FAMILIES, METHODS
+from visionpeft.training import feature_cache_file as view_file
 
 RUN = {"method": "lora", "freeze": 3, "epochs": 2, "optimizer": "sgd", "lr0": 0.01}
 DELTAS = sorted(f.stem for f in (FOLDER / "deltas").glob("*.safetensors"))

@@ -30,17 +30,18 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.nn.tasks import DetectionModel
 
 import visionpeft
-from visionpeft import checkpoint as checkpoints
-from visionpeft import cli, recipes
-from visionpeft import delta as deltas
+from visionpeft import cli
+from visionpeft import presets as recipes
+from visionpeft.core import delta as deltas
 from visionpeft.errors import ConfigError, DataError, DeltaError, ModelError, TrainingError, VisionpeftError
-from visionpeft.families import view_file
-from visionpeft.families.timm import Timm
-from visionpeft.families.yolo import Yolo
-from visionpeft.families.yolo_sources import check_download, check_named, checkpoint
+from visionpeft.families.timm.family import Timm
+from visionpeft.families.yolo.family import Yolo
+from visionpeft.families.yolo.sources import check_download, check_named, checkpoint
 from visionpeft.hfpeft.folder import Adapter
 from visionpeft.hfpeft.patterns import matches
 from visionpeft.pickles import objection
+from visionpeft.training import checkpoint as checkpoints
+from visionpeft.training import feature_cache_file as view_file
 
 CANARY = Path(tempfile.gettempdir()) / "visionpeft_canary"
 CODE = f"__import__('pathlib').Path({str(CANARY)!r}).touch()"

@@ -16,13 +16,14 @@ from conftest import NETS, ctrl_c, flat
 from torch import Tensor, nn
 
 import visionpeft
-from visionpeft import attach, lean, measure
-from visionpeft import delta as deltas
+from visionpeft import lean, measure
+from visionpeft.core import attach
+from visionpeft.core import delta as deltas
+from visionpeft.core.method import make_method
+from visionpeft.core.plan import make_plan
 from visionpeft.errors import Interrupted
-from visionpeft.families.base import stage_modules
+from visionpeft.families.introspect import stage_modules
 from visionpeft.measure import WATCHED, Meter, PeakBytes, SavedBytes, SavedSplit, held
-from visionpeft.methods.base import make_method
-from visionpeft.plan import make_plan
 from visionpeft.registry import FAMILIES
 
 KB = 1024  # bytes of a tensor of 256 single-precision numbers

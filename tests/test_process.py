@@ -22,9 +22,9 @@ from torch import nn
 from ultralytics.utils import LOGGER
 
 import visionpeft
-from visionpeft import delta as deltas
 from visionpeft import lean
-from visionpeft.families.yolo_voice import aside, quiet
+from visionpeft.core import delta as deltas
+from visionpeft.families.yolo.output import aside, quiet
 from visionpeft.process import shared, untouched
 
 State = dict[str, Any]

@@ -20,7 +20,7 @@ from .api import (
 )
 from .errors import VisionpeftError
 from .planning import fit, forecast, plan
-from .run import Run
+from .training.result import Run
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,28 +22,34 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
-from . import attach as attaching
-from . import checkpoint, files, hfpeft, pictures, run_folder, scenes, schema, stopping, tables
-from . import delta as deltas
-from . import trackers as tracking
-from .delta import Delta
-from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest
-from .families.apart import set_apart
-from .families.base import LARGEST_IMAGE, Base, Data, Family, Job, out_of_memory, stage_modules
-from .families.gradients import with_evidence
-from .families.images import still_readable
-from .families.launch import devices
-from .lean.prefix import put_on
-from .methods.base import Method
-from .plan import Evidence, Plan, make_plan
+from . import files, hfpeft, scenes, schema, tables
+from .core import attach as attaching
+from .core import delta as deltas
+from .core.anatomy import Evidence
+from .core.base_model import LARGEST_IMAGE, Base, Data
+from .core.delta import Delta
+from .core.method import Method
+from .core.plan import Plan, make_plan
+from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest, out_of_memory
+from .families.base import Family
+from .families.classification import still_readable
+from .families.frozen_stages import set_apart
+from .families.gradient_stats import with_evidence
+from .families.introspect import stage_modules
+from .lean.frozen_stages import put_on
 from .planning import Freeze, fit
 from .process import untouched
 from .registry import FAMILIES, METHODS
-from .run import Run
 from .schema import Malformed
 from .settings import check_names, check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
-from .stopping import Stop
-from .trackers import Trackers
+from .training import checkpoint, run_folder, stopping
+from .training import plots as pictures
+from .training import trackers as tracking
+from .training.distributed import devices
+from .training.job import Job
+from .training.result import Run
+from .training.stopping import Stop
+from .training.trackers import Trackers
 
 # of train's arguments, those that are no part of what a run is
 _PLACES = ("resume", "project", "name", "exist_ok", "quiet", "allow_download")
@@ -306,6 +312,7 @@ def _train(
         quiet=quiet,
         extra=extra,
         before=before,
+        save_merged=family.save_merged,
         delta_dtype=given["delta_dtype"],
         header=header,
         origin=origin,

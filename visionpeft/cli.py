@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import yaml
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from . import __version__, api, planning, recipes, tables
+from . import __version__, api, planning, tables
+from . import presets as recipes
 from .benchmark.commands import benchmark
+from .core.method import fields_of
 from .data.commands import app as data_app
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
 from .files import read_yaml
-from .methods.base import fields_of
 from .registry import FAMILIES, METHODS
 from .report import write as write_report
 

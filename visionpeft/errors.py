@@ -89,3 +89,10 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of `words`, or an empty string where none is close."""
     close = difflib.get_close_matches(str(word).lower(), list(words), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def out_of_memory(error: Exception) -> OutOfMemory:
+    """Return what is said where a GPU's memory is full."""
+    return OutOfMemory(
+        f"the GPU's memory is full ({str(error).split('.')[0]}); give a smaller batch or imgsz, or freeze more stages"
+    )

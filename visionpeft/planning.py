@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from . import budget
-from . import forecast as forecasting
-from .budget import Fit
+from .core.method import Method
+from .core.plan import Plan, make_plan
 from .errors import ConfigError
-from .families.apart import refuse_without_stages
 from .families.base import Step
-from .families.gradients import with_evidence
-from .families.launch import check_shares, devices
-from .forecast import Case, Forecast
-from .methods.base import Method
-from .plan import Plan, make_plan
+from .families.frozen_stages import refuse_without_stages
+from .families.gradient_stats import with_evidence
+from .memory import forecast as forecasting
+from .memory import search as budget
+from .memory.forecast import Case, Forecast
+from .memory.search import Fit
 from .process import untouched
 from .settings import (
     check_names,
@@ -31,6 +30,7 @@ from .settings import (
     split_options,
     views_of,
 )
+from .training.distributed import check_shares, devices
 
 Freeze = int | Sequence[int | str]
 # arguments of train() on which memory does not depend

@@ -7,14 +7,15 @@ see `shared`, and what seeds the process's generators of random numbers has them
 from __future__ import annotations
 
 import os
+import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import numpy as np
 import torch
-
-from . import checkpoint
 
 _TURN = threading.RLock()  # of those that seed
 
@@ -74,11 +75,11 @@ def _of_thread() -> Iterator[None]:
 @shared
 @contextmanager
 def _generators() -> Iterator[None]:
-    states = checkpoint.random_states()
+    states = random_states()
     try:
         yield
     finally:
-        checkpoint.set_random_states(states)
+        set_random_states(states)
         if torch.cuda.is_initialized() and not states["cuda"]:  # by now: as it begins where nothing was done
             torch.cuda.manual_seed_all(torch.initial_seed())
 
@@ -103,3 +104,25 @@ def _settings() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         cudnn.deterministic, cudnn.benchmark = fixed, tried
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's generators."""
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, gauss = state
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what `random_states` returned."""
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])  # another machine may have fewer

@@ -40,7 +40,8 @@ class Registry(Mapping[str, Any]):
                 self._scanned = True
                 package = importlib.import_module(self.package)
                 for module in pkgutil.iter_modules(package.__path__):
-                    importlib.import_module(f"{self.package}.{module.name}")
+                    if not module.name.startswith("_"):  # what several of them share
+                        importlib.import_module(f"{self.package}.{module.name}")
         return self._classes
 
     def __getitem__(self, name: str) -> Any:

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from . import scenes
+from .core.base_model import Base, Data
+from .core.method import Method, make_method, restore_method
 from .errors import ConfigError, ModelError, nearest
-from .families.base import Base, Data, Family
+from .families.base import Family
 from .lean import LEVELS
-from .methods.base import Method, make_method, restore_method
 from .registry import FAMILIES
 
 

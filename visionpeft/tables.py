@@ -8,47 +8,13 @@ import io
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .errors import printable
-
-if TYPE_CHECKING:
-    from .plan import Plan
-
-
-def plan_table(plan: Plan, width: int | None = None) -> str:
-    """Return a plan as text: a line per stage, then the totals."""
-    names: tuple[str, ...] = ("stage", "kind", "parameters", "trained", "edits", "added", "statistics")
-    rows: list[tuple[str, ...]] = [
-        (r.stage, r.kind, f"{r.params:,}", _count(r.trained), _count(r.edits), _count(r.added), r.statistics)
-        for r in plan.rows
-    ]
-    more: dict[str, list[str]] = {}
-    if len({r.ranks for r in plan.rows if r.ranks}) > 1:
-        more["rank"] = [r.ranks for r in plan.rows]
-    if plan.opens:
-        more["from"] = [f"{r.opens:.0%}" if r.trained else "" for r in plan.rows]  # the share of the epochs until all trains
-    if (width := width or columns()) < 72 + 4 * len(more):  # what a narrow terminal has no room for
-        names, rows = names[:2] + names[3::2], [r[:2] + r[3::2] for r in rows]
-    for name, values in more.items():
-        names, rows = (*names, name), [(*r, value) for r, value in zip(rows, values, strict=True)]
-    settings = ", ".join(f"{k}={v}" for k, v in plan.settings.items() if v not in ("", None, {}))
-    title = f"{plan.model}: {plan.method}" + (f" ({settings})" if settings else "")
-    trained = plan.trained_body + plan.trained_head
-    lines = (
-        f"freeze={plan.freeze}, bn={plan.bn}: {trained:,} parameters train, {trained / plan.total:.2%} of {plan.total:,}",
-        f"body {plan.trained_body:,} ({_share(plan.trained_body, plan.body)} of {plan.body:,}), head {plan.trained_head:,}",
-    )
-    return "\n".join(
-        (
-            text(title, names, rows, width=width, right=_indices(names, "parameters", "trained", "edits", "added")),
-            *map(printable, lines),
-        )
-    )
 
 
 def text(
@@ -129,15 +95,3 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
-
-
-def _indices(names: Sequence[str], *wanted: str) -> list[int]:
-    return [i for i, name in enumerate(names) if name in wanted]
-
-
-def _count(n: int) -> str:
-    return f"{n:,}" if n else ""
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "–"

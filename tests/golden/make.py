@@ -24,10 +24,10 @@ from safetensors.torch import save_file  # noqa: E402
 from test_golden import RUN, place  # noqa: E402
 
 import visionpeft  # noqa: E402
-from visionpeft import delta as deltas  # noqa: E402
 from visionpeft.benchmark import run as sweep  # noqa: E402
-from visionpeft.families.loop import _Loop  # noqa: E402
-from visionpeft.families.yolo_trainer import Tuned  # noqa: E402
+from visionpeft.core import delta as deltas  # noqa: E402
+from visionpeft.families.timm.trainer import _Loop  # noqa: E402
+from visionpeft.families.yolo.trainer import Tuned  # noqa: E402
 
 
 def given(net: str, **more: Any) -> dict[str, Any]:

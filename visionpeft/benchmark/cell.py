@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
+from ..core.base_model import Base, Data
 from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
-from ..families.base import Base, Data, Family
-from ..pictures import Picture
-from ..run import Run
+from ..families.base import Family
 from ..settings import find_family
+from ..training.plots import Picture
+from ..training.result import Run
 from .grid import Cell, command, under
 from .results import FORMAT
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..families.evidence import ImageEvidence, unpack
+from ..families.predictions import ImageEvidence, unpack
 from ..tables import escaped, size
 from .grid import hash_of
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import api, scenes
+from ..core.base_model import Base
 from ..errors import ConfigError
-from ..families.base import Base, Family
+from ..families.base import Family
 from ..methods.base import matches
 from ..scenes.sets import PREFIX
 from ..settings import find_family, split_options

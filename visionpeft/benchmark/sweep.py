@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .. import files, recipes, schema
+from .. import files, schema
+from .. import presets as recipes
 from ..errors import ConfigError, DiskFull, Interrupted, printable
 from . import cell as cells
 from .grid import Cell, Grid, make_grid

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from .. import schema
-from ..delta import KEY, Facts, read_metadata
+from ..core.delta import KEY, Facts, read_metadata
 from ..errors import DeltaError
 from ..schema import Malformed
 from .patterns import matches

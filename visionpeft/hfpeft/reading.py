@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import delta as deltas
-from ..attach import attach
-from ..delta import Delta
+from ..core import delta as deltas
+from ..core.anatomy import HEAD, Param
+from ..core.attach import attach
+from ..core.base_model import Base, Data
+from ..core.delta import Delta
+from ..core.method import Edit, Method, PeftLayer
+from ..core.plan import given_plan
 from ..errors import ConfigError, DeltaError, MismatchError
-from ..families.base import Base, Data, Family, observe
-from ..methods.base import Method, PeftLayer
-from ..plan import HEAD, Edit, Param, given_plan
+from ..families.base import Family
+from ..families.introspect import observe
 from ..registry import METHODS
 from .folder import LISTS, PATTERNS, Adapter
 

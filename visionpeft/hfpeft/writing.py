@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from .. import attach as attaching
 from .. import files
-from ..delta import KEY, Delta
+from ..core import attach as attaching
+from ..core.base_model import Base
+from ..core.delta import KEY, Delta
+from ..core.method import Edit, PeftLayer, restore_method
+from ..core.plan import Plan
 from ..errors import ConfigError
-from ..families.base import Base, observe
-from ..methods.base import PeftLayer, restore_method
-from ..plan import Edit, Plan
+from ..families.introspect import observe
 from ..registry import METHODS
 from ..tables import escaped
 from .folder import CARD, CONFIG, LISTS, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names

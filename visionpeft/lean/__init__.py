@@ -1,6 +1,6 @@
 """Exact training with the least memory: the same parameters, keys and results, and far less kept for backward.
 
-``lean.apply(model)`` lets a model of any kind run its forward under a mode (`watch.py`) that takes over the functions
+``lean.apply(model)`` lets a model of any kind run its forward under a mode (`mode.py`) that takes over the functions
 which keep too much:
 
 products.py   convolutions and linear layers keep their input only where a weight learns from it
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
-from .. import twins
+from ..core import class_twins as twins
 from ..errors import ConfigError, ModelError, nearest
 from . import folds
+from .mode import Watch, checkpointing, running
 from .products import layout
-from .recipes import Leaf, made, tag
+from .recompute import Leaf, made, tag
 from .report import Report
-from .watch import Watch, checkpointing, running
 
 LEVELS = ("auto", "memory")
 

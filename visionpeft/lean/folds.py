@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..twins import plain
+from ..core.class_twins import plain
 
 Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

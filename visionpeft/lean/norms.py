@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .backward import first_order
-from .recipes import Kept, rebuild
+from .recompute import Kept, rebuild
 
 _aten = torch.ops.aten
 

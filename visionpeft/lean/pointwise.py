@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backward import first_order
-from .recipes import Kept, rebuild
+from .recompute import Kept, rebuild
 
 _aten = torch.ops.aten
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..core.anatomy import Anatomy, Block
+from ..core.method import Edit, Method
 from ..errors import ConfigError
-from ..plan import Anatomy, Block, Edit
 from ..registry import METHODS
-from .base import Method
-from .maps import bottleneck, choose_blocks
+from ._blocks import bottleneck, choose_blocks
 
 PLACEMENTS = ("adaptformer", "houlsby", "pfeiffer")
 

@@ -1,225 +1,29 @@
-"""What a method is: a frozen dataclass whose fields are its settings, its documentation and its options at once."""
+"""What files of methods share: which layers are meant, what of HF peft is the same here. `Method` is in core/method.py."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import re
-import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .. import schema
+from ..core.anatomy import Anatomy, Layer, Unfit
+from ..core.class_twins import plain
+from ..core.method import Method, fields_of, make_method
 from ..errors import ConfigError, nearest
-from ..plan import Anatomy, Edit, Layer, Param, Unfit
-from ..registry import METHODS
-from ..twins import plain
 
-
-@dataclass(frozen=True)
-class PeftLayer:
-    """What HF peft keeps of one layer.
-
-    Attributes:
-        tensors: By the names that peft gives them behind the layer's, as "lora_A.weight".
-        fields: What the adapter's configuration says, as it holds for this layer: "r", "lora_alpha", "use_dora", ...
-    """
-
-    tensors: dict[str, Tensor]
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a model is tuned. It names targets in an `Anatomy` and never sees a model, a device or a trainer.
-
-    The head trains with every method; what is said here is about the body.
-    """
-
-    name: ClassVar[str]
-    bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
-    lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
-    merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
-    starts_unchanged: ClassVar[bool] = True  # attaching changes no output
-    worth: ClassVar[float | None] = (
-        None  # share of full's gain over the head alone (benchmarks/worth.py); None: `fit` looks past it
-    )
-    reads_map: ClassVar[bool] = False  # it takes a token sequence for the map that it was
-    lengthens: ClassVar[bool] = False  # it adds tokens to a sequence
-    staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
-    peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft has nothing that computes the same
-    peft_fields: ClassVar[frozenset[str]] = frozenset()  # of peft's configuration: those that `from_peft` understands
-
-    @property
-    def looks(self) -> bool:
-        """Whether it reads `Anatomy.evidence`: the gradients of a few batches, before it plans."""
-        return False
-
-    @property
-    def parts(self) -> tuple[Method, ...]:
-        """The single methods that it consists of."""
-        return (self,)
-
-    def train(self, anatomy: Anatomy) -> Iterable[str]:
-        """Return the names of the body's own parameters that train."""
-        return ()
-
-    def rate(self, param: Param, anatomy: Anatomy) -> float:
-        """Return the learning rate of one of the model's own parameters, relative to that of full fine-tuning."""
-        return self.lr_scale
-
-    def moving(self, anatomy: Anatomy) -> Iterable[str]:
-        """Return the modules of the body whose running statistics move where they may (bn="train")."""
-        return [s.name for s in anatomy.statistics]
-
-    def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
-        """Return what begins to train, or to move, only after a share of the training, by parameter or module."""
-        return {}
-
-    def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        """Return what is added to the body.
-
-        Raises:
-            Unfit: The anatomy lacks what the method works on.
-        """
-        return ()
-
-    @staticmethod
-    def build(**settings: Any) -> nn.Module:
-        """Make the part of one edit from the edit's settings alone."""
-        raise NotImplementedError
-
-    def to_peft(self, part: nn.Module, layer: nn.Module) -> PeftLayer | None:
-        """Return a part of this method as HF peft has it, or None where peft would compute something else on this layer."""
-        return None
-
-    def change_to_peft(self, layer: nn.Module, before: Tensor) -> PeftLayer | None:
-        """Return how peft would hold a layer whose own weight was trained, `before` being the base's; None where it cannot."""
-        return None
-
-    @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
-        """Return the method that a configuration with this `peft_type` describes; None where it is another's."""
-        return None
-
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Return the settings of an edit and the tensors of its part, `to_peft` reversed.
-
-        None where peft computes something on this layer that the part does not.
-
-        Raises:
-            KeyError: A tensor is missing.
-        """
-        return None
-
-    def edit(self, module: str, point: str, **settings: Any) -> Edit:
-        """Return an edit of this method."""
-        return Edit(module, point, self.name, settings, self.lr_scale)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return dataclasses.asdict(self)
-
-    def check(self, field: str, value: float, low: float, high: float = float("inf")) -> None:
-        """Raise a ConfigError unless ``low <= value <= high``."""
-        if not low <= value <= high:
-            allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise ConfigError(f"{self.name}: {field}={value} is out of range; it must be {allowed}")
-
-
-@dataclass(frozen=True)
-class Combined(Method):
-    """Several methods at once, as in ``method="lora+bitfit"``."""
-
-    methods: tuple[Method, ...] = ()
-
-    def __post_init__(self) -> None:
-        names = [m.name for m in self.parts]
-        if len(set(names)) < len(names) or not names:
-            raise ConfigError(f"method '{self.name}' names {'a method twice; name each once' if names else 'none'}")
-        longer, readers = [m.name for m in self.parts if m.lengthens], [m.name for m in self.parts if m.reads_map]
-        if longer and readers:
-            raise ConfigError(
-                f"'{longer[0]}' adds tokens to the sequence that '{readers[0]}' takes for a map; use one of the two"
-            )
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return "+".join(m.name for m in self.methods)
-
-    @property
-    def bn(self) -> str:  # type: ignore[override]
-        return "train" if any(m.bn == "train" for m in self.methods) else "frozen"
-
-    @property
-    def merges(self) -> bool:  # type: ignore[override]
-        return all(m.merges for m in self.methods)
-
-    @property
-    def starts_unchanged(self) -> bool:  # type: ignore[override]
-        return all(m.starts_unchanged for m in self.methods)
-
-    @property
-    def looks(self) -> bool:
-        return any(m.looks for m in self.methods)
-
-    @property
-    def parts(self) -> tuple[Method, ...]:
-        return tuple(part for method in self.methods for part in method.parts)
-
-    def settings(self) -> dict[str, Any]:
-        return {m.name: m.settings() for m in self.parts}
-
-
-def make_method(method: str | Method | None, options: Mapping[str, Any] | None = None, freeze: Any = 0) -> Method:
-    """Return the method that a name, a configuration, or nothing at all means, with `options` as its fields.
-
-    Args:
-        method: A name ("lora"), several joined by "+" ("lora+bitfit"), a configuration (``LoraConfig(r=16)``), or None:
-            then `full` where `freeze` is given (layer freezing), else `lora`.
-        options: Fields of the method, by name.
-        freeze: What `train` was given.
-
-    Raises:
-        ConfigError: No such method or field, or a value of the wrong type.
-    """
-    options = dict(options or {})
-    if isinstance(method, Method):
-        _refuse_unknown(options, {f.name: [method] for f in dataclasses.fields(method)}, method.name)
-        return dataclasses.replace(method, **{k: _typed(type(method), k, v) for k, v in options.items()})
-    if method is None:
-        method = "full" if freeze else "lora"
-    if not isinstance(method, str):
-        raise ConfigError(
-            f"method is of the type {type(method).__name__}; give a name, or a configuration as LoraConfig(r=16)"
-        )
-    names = [n.strip() for n in str(method).split("+")]
-    classes = [METHODS[name] for name in names]
-    takers: dict[str, list] = {}
-    for cls in classes:
-        for f in dataclasses.fields(cls):
-            takers.setdefault(f.name, []).append(cls)
-    _refuse_unknown(options, takers, str(method))
-    made = [cls(**{k: _typed(cls, k, v) for k, v in options.items() if cls in takers[k]}) for cls in classes]
-    return made[0] if len(made) == 1 else Combined(tuple(made))
-
-
-def restore_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """Return the method that `settings()` was called on, from its values (after JSON, too)."""
-    names = name.split("+")
-    each = {name: settings} if len(names) == 1 else settings
-    for n in names:
-        if not isinstance(own := each.get(n), Mapping):
-            raise ConfigError(f"the settings given are not those of method '{n}': {schema.shown(settings)}")
-        _refuse_unknown(own, {f.name: f for f in dataclasses.fields(METHODS[n])}, n)
-    made = [METHODS[n](**{k: _typed(METHODS[n], k, v) for k, v in each[n].items()}) for n in names]
-    return made[0] if len(made) == 1 else Combined(tuple(made))
-
+__all__ = [
+    "GROUPS",
+    "Method",
+    "check_tokens",
+    "choose_layers",
+    "computes_plainly",
+    "fields_of",
+    "make_method",
+    "matches",
+    "peft_targets",
+]
 
 GROUPS: dict[str, Callable[[Layer], bool]] = {
     "all": lambda layer: True,
@@ -280,42 +84,3 @@ def computes_plainly(layer: nn.Module) -> bool:
     """Say whether a layer is torch's own, so that HF peft's copy of its arithmetic is right: no subclass, zeros as padding."""
     own = plain(type(layer)) in (nn.Linear, nn.Conv1d, nn.Conv2d)
     return own and getattr(layer, "padding_mode", "zeros") == "zeros"
-
-
-def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
-    """Return (name, type, default, comment) of every field, the comment read from the line that declares it."""
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if issubclass(base, Method) and base is not Method:
-            with suppress(OSError):  # where no source is, there are no comments
-                found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
-                comments.update(dict(found))
-    made = cls()
-    return [(f.name, str(f.type), getattr(made, f.name), comments.get(f.name, "")) for f in dataclasses.fields(cls)]
-
-
-def _refuse_unknown(options: Mapping[str, Any], known: Mapping[str, Any], method: str) -> None:
-    for name in options:
-        if name not in known:
-            valid = f"it has {', '.join(known)}" if known else "it has no settings"
-            raise ConfigError(f"method '{method}' has no setting '{name}'; {valid}.{nearest(name, known)}")
-
-
-def _typed(cls: type, field: str, value: Any) -> Any:
-    """Return `value` as the field's type, text from a command line included."""
-    wanted = get_type_hints(cls)[field]
-    choices = get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else (wanted,)
-    plain = [get_origin(c) or c for c in choices]
-    if isinstance(value, str) and str not in plain:
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-        except (ValueError, SyntaxError):
-            pass
-    if isinstance(value, list) and tuple in plain:
-        value = tuple(value)
-    if isinstance(value, int) and not isinstance(value, bool) and int not in plain and float in plain:
-        value = float(value)
-    if not any(isinstance(value, t) and not (t is int and isinstance(value, bool)) for t in plain):
-        names = " or ".join(getattr(t, "__name__", str(t)) for t in plain)
-        raise ConfigError(f"{cls.name}: {field}={value!r} is not of the right type; it must be {names}")  # type: ignore[attr-defined]
-    return value

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.anatomy import Anatomy, Block, Unfit
+from ..core.method import Edit, Method
 from ..errors import ConfigError
-from ..plan import Anatomy, Block, Edit, Unfit
 from ..registry import METHODS
-from .base import Method
-from .maps import Layout, bottleneck, choose_blocks, is_map, layout_of
+from ._blocks import Layout, bottleneck, choose_blocks, is_map, layout_of
 
 PLACEMENTS = ("parallel", "sequential")
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.anatomy import Layer
+from ..core.method import PeftLayer
 from ..errors import ConfigError
-from ..plan import Layer
 from ..registry import METHODS
-from .base import PeftLayer
 from .lora import LoraConfig, LowRank
 
 

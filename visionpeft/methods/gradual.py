@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import Anatomy, Param
+from ..core.anatomy import Anatomy, Param
+from ..core.method import Method
 from ..registry import METHODS
-from .base import Method
 
 
 @METHODS.register("gradual")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.method import Method
 from ..registry import METHODS
-from .base import Method
 
 
 @METHODS.register("head")

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..plan import Anatomy, Edit, Layer, Unfit
+from ..core.anatomy import Anatomy, Layer, Unfit
+from ..core.method import Edit, Method, PeftLayer
 from ..registry import METHODS
-from .base import Method, PeftLayer, choose_layers, computes_plainly, peft_targets
+from .base import choose_layers, computes_plainly, peft_targets
 
 
 @METHODS.register("ia3")

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import Anatomy
+from ..core.anatomy import Anatomy
 from ..registry import METHODS
-from .stages import StagesConfig
+from ._stages import StagesConfig
 
 
 @METHODS.register("last")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..plan import Layer
+from ..core.anatomy import Layer
+from ..core.method import PeftLayer
 from ..registry import METHODS
-from .base import PeftLayer, computes_plainly
-from .updates import Update, UpdateConfig, matrix
+from ._updates import Update, UpdateConfig, matrix
+from .base import computes_plainly
 
 
 @METHODS.register("loha")

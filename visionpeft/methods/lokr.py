@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.anatomy import Layer
+from ..core.method import PeftLayer
 from ..errors import ConfigError
-from ..plan import Layer
 from ..registry import METHODS
-from .base import PeftLayer, computes_plainly
-from .updates import Update, UpdateConfig
+from ._updates import Update, UpdateConfig
+from .base import computes_plainly
 
 
 @METHODS.register("lokr")

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.anatomy import Anatomy, Layer
+from ..core.method import Edit, Method, PeftLayer
 from ..errors import ConfigError
-from ..plan import Anatomy, Edit, Layer
 from ..registry import METHODS
-from .base import Method, PeftLayer, computes_plainly
-from .updates import Update, UpdateConfig, matrix
+from ._updates import Update, UpdateConfig, matrix
+from .base import computes_plainly
 
 
 @METHODS.register("lora")

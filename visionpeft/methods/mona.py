@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..plan import Anatomy, Block, Edit, Unfit
+from ..core.anatomy import Anatomy, Block, Unfit
+from ..core.method import Edit, Method
 from ..registry import METHODS
-from .base import Method
-from .maps import Layout, bottleneck, choose_blocks, is_map, layout_of
+from ._blocks import Layout, bottleneck, choose_blocks, is_map, layout_of
 
 
 @METHODS.register("mona")

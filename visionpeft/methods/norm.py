@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import Anatomy, Unfit
+from ..core.anatomy import Anatomy, Unfit
+from ..core.method import Method
 from ..registry import METHODS
-from .base import Method
 
 
 @METHODS.register("norm")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..plan import Anatomy, Edit, Unfit
+from ..core.anatomy import Anatomy, Unfit
+from ..core.method import Edit, Method
 from ..registry import METHODS
-from .base import Method, check_tokens
+from .base import check_tokens
 
 
 @METHODS.register("prefix")

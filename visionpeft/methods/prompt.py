@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..plan import Anatomy, Edit, Unfit
+from ..core.anatomy import Anatomy, Unfit
+from ..core.method import Edit, Method
 from ..registry import METHODS
-from .base import Method, check_tokens
+from .base import check_tokens
 
 
 @METHODS.register("prompt")

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.anatomy import Anatomy, Layer, Unfit
+from ..core.method import Edit, Method
 from ..errors import ConfigError
-from ..plan import Anatomy, Edit, Layer, Unfit
 from ..registry import METHODS
-from .base import GROUPS, Method, choose_layers
+from .base import GROUPS, choose_layers
 from .ia3 import count_outputs, times_outputs
 
 

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..plan import Anatomy
+from ..core.anatomy import Anatomy
 from ..registry import METHODS
-from .stages import StagesConfig
+from ._stages import StagesConfig
 
 
 @METHODS.register("surgical")

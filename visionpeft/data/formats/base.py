@@ -1,4 +1,4 @@
-"""What a format's reader hands over: images with objects in pixels, and what it left out. Registers nothing."""
+"""What a format's reader hands over: images with objects in pixels, and what it left out."""
 
 from __future__ import annotations
 

@@ -1,0 +1,270 @@
+"""Folders of images, a class each: found, checked, loaded, and what a model makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..core.base_model import Data
+from ..data.layout import SUFFIXES, composed, find_images
+from ..data.pictures import BROKEN, read_image, unfit
+from ..errors import DataError
+from ..training.plots import Picture, guessed, spread
+
+LOGGER = logging.getLogger("visionpeft")
+Items = Sequence[tuple[str, int]]  # image files with the index of their class
+PILLOW = SUFFIXES | {"pgm", "ppm"}  # what images are called that are read here
+FOLDERS = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
+
+
+def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, train: bool = True) -> Data:
+    """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
+
+    A class is called as its folder in train is; elsewhere its accents may be written otherwise.
+
+    Args:
+        source: The folder that holds both.
+        split: What is measured on.
+        suffixes: Of image files.
+        train: Whether train/CLASS is needed; without it, the classes are those of the split.
+
+    Raises:
+        DataError: Something is missing, empty, unreadable or at odds.
+    """
+    root, names = Path(source), FOLDERS.get(split, (split,))
+    if not root.is_dir():
+        raise DataError(f"data={source} is no folder; give one that holds train/CLASS/ and val/CLASS/ with images")
+    folders = {"train": root / "train"} if train else {}
+    folders["val"] = next((root / n for n in names if (root / n).is_dir()), root / " or ".join(names))
+    if lacks := next((folder.name for folder in folders.values() if not folder.is_dir()), None):
+        raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
+    spelled: dict[str, str] = {}
+    found = {part: _by_class(folder, suffixes, spelled) for part, folder in folders.items()}
+    found["val"] = {c: images for c, images in found["val"].items() if images}
+    if train:
+        _compare(source, found["train"], set(found["val"]))
+    classes = dict(enumerate(sorted(found["train" if train else "val"])))
+    digest, items = hashlib.sha256(), {}
+    for part, folder in folders.items():
+        kept = _readable([(f, i) for i, c in classes.items() for f in found[part].get(c, ())], folder)
+        for file, _ in kept:
+            digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
+        items[part] = [(str(file), i) for file, i in kept]
+    return Data(source, "classify", classes, digest.hexdigest(), items)
+
+
+@contextmanager
+def still_readable(data: Data) -> Iterator[None]:
+    """Say in a sentence which image of a set was lost since it was looked at; libraries say so in many ways.
+
+    Raises:
+        DataError: One was.
+    """
+    try:
+        yield
+    except (OSError, SyntaxError, cv2.error) as error:
+        items = [item for part in ("train", "val") for item in data.facts.get(part, ())]
+        files = [item[0] if isinstance(item, tuple) else item for item in items]
+        lost = next((f for f in files if f in str(error)), None) or next((f for f in files if not Path(f).is_file()), None)
+        if lost is None and getattr(error, "errno", None) is None:  # of a damaged image, not of the system
+            lost = next((f for f in files if _fault(Path(f)) is None), None)
+        if lost is None:
+            raise
+        said = "is no longer there" if not Path(lost).is_file() else "can no longer be read"
+        raise DataError(f"the image {lost} {said}; put it back (a run can then be resumed)") from error
+
+
+def held_back(names: Iterable[str], share: float) -> set[str]:
+    """Return a share of the names, at least one: those whose hash is least, which hardly depends on the other names."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: max(round(share * len(ranked)), 1)])
+
+
+def split_folders(data: Data, folder: Path, share: float) -> str:
+    """Split the training images of each class into train/CLASS and val/CLASS in `folder`, as links; returns the folder.
+
+    Raises:
+        DataError: A class has one image only.
+    """
+    for index, name in data.names.items():
+        files = sorted(Path(f).resolve() for f, i in data.facts["train"] if i == index)
+        if len(files) < 2:
+            raise DataError(f"{data.source} has one train image of {name} only; at least two are needed to hold one back")
+        back = held_back([f"{name}/{f.name}" for f in files], share)
+        for number, file in enumerate(files):  # numbered, for names may repeat in folders below the class's
+            part = folder / ("val" if f"{name}/{file.name}" in back else "train") / name
+            part.mkdir(parents=True, exist_ok=True)
+            (part / f"{number:06}{file.suffix}").symlink_to(file)
+    return str(folder)
+
+
+class Images(Dataset):
+    """Image files, read as RGB."""
+
+    def __init__(self, items: Items, transform: Callable[[Image.Image], Tensor]):
+        self.items, self.transform = items, transform
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.items[index]
+        return self.transform(read_image(path)), label
+
+
+def loader(images: Dataset, batch: int, workers: int = 0, **more: Any) -> DataLoader:
+    """Return a loader of images in their order."""
+    return DataLoader(images, batch_size=batch, num_workers=workers, **more)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, batches: Iterable, classes: int, accelerator: Any = None, guesses: list[int] | None = None
+) -> dict[str, float]:
+    """Return the share of images whose class is the first guess (top1) or among five (top5), and the mean loss.
+
+    Args:
+        model: The classifier.
+        batches: Of images and labels.
+        classes: How many there are.
+        accelerator: accelerate's, where several processes share the batches.
+        guesses: Takes the first guess of each image.
+    """
+    from torchmetrics import MeanMetric, MetricCollection  # a second, for it imports transformers where that is installed
+    from torchmetrics.classification import MulticlassAccuracy
+
+    device = next(model.parameters()).device
+    shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
+    metrics = MetricCollection(shares, compute_groups=False).to(device)
+    loss = MeanMetric().to(device)
+    model.eval()
+    for images, labels in batches:
+        with accelerator.autocast() if accelerator else nullcontext():
+            logits = model(images.to(device))
+        logits, labels = logits.float(), labels.to(device)
+        if accelerator:
+            logits, labels = accelerator.gather_for_metrics((logits, labels))
+        metrics.update(logits, labels)
+        if guesses is not None:
+            guesses += logits.argmax(1).tolist()
+        loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
+    found = {**metrics.compute(), "loss": loss.compute()}
+    return {name: round(float(value), 5) for name, value in found.items()}
+
+
+def draw(data: Data, count: int, guess: Callable[[list[Image.Image]], list[tuple[str, float]]] | None) -> list[Picture]:
+    """Return some validation images of a classification set with their classes, or with what `guess` says of them."""
+    some = spread(data.facts["val"], count)
+    images = [read_image(file) for file, _ in some]
+    return guessed(images, [data.names[i] for _, i in some], guess and guess(images))
+
+
+def few(names: Iterable[str]) -> str:
+    """Return names for an error's sentence."""
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def leave_out(others: Sequence[Path], place: object) -> None:
+    """Say which pictures are left out for their format."""
+    if others:
+        LOGGER.warning("%s pictures in %s are of formats that are not read, e.g. %s", len(others), place, min(others))
+
+
+def _by_class(folder: Path, suffixes: frozenset[str], spelled: dict[str, str]) -> dict[str, list[Path]]:
+    """Return the image files of each class; `spelled` has the names of classes by their composed ones, and is added to."""
+    classes = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    found: dict[str, list[Path]] = {}
+    others: list[Path] = []
+    for place in classes:
+        images, more = find_images(place, suffixes)
+        found.setdefault(spelled.setdefault(composed(place.name), place.name), []).extend(sorted(images))
+        others += more
+    leave_out(others, folder)
+    if not any(found.values()):
+        where = "its class folders hold none" if found else "it has no class folders"
+        raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(sorted(suffixes))}")
+    return found
+
+
+def _compare(source: str, train: dict[str, list[Path]], val: set[str]) -> None:
+    """Refuse what cannot be learned; say what cannot be measured."""
+    if empty := [c for c, images in train.items() if not images]:
+        raise DataError(f"the class folder {source}/train/{empty[0]} holds no images; add some, or remove it")
+    if more := val - set(train):
+        raise DataError(f"{source} has {few(more)} in val, but not in train; a class must be there to be learned")
+    if len(train) < 2:
+        raise DataError(f"{source} has one class only ({few(train)}); a classifier needs at least two")
+    if more := set(train) - val:
+        LOGGER.warning("%s has no val images of %s: the scores say nothing of them", source, few(more))
+
+
+def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, int]]:
+    """Return the images that can be read; warn of the rest.
+
+    Raises:
+        DataError: None can be, or something of one would be lost.
+    """
+    with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
+        wrong = list(pool.map(_fault, (file for file, _ in items)))
+    if why := next((f"{file} {said}" for (file, _), said in zip(items, wrong, strict=True) if said), None):
+        raise DataError(f"{why} ({sum(map(bool, wrong))} such images in {folder})")
+    kept = [item for item, said in zip(items, wrong, strict=True) if said is not None]
+    broken = [file for (file, _), said in zip(items, wrong, strict=True) if said is None]
+    if not kept:
+        raise DataError(f"none of the {len(items)} images in {folder} can be read, e.g. {broken[0]}; are they whole?")
+    if broken:
+        count = f"{len(broken)} of {len(items)} images"
+        LOGGER.warning("%s in %s cannot be read and are left out, e.g. %s", count, folder, broken[0])
+    return kept
+
+
+def _fault(file: Path) -> str | None:
+    """Return why an image would be read otherwise than it is meant, "" where it is fine, None where it is broken."""
+    try:
+        with Image.open(file) as image:
+            if why := unfit(image):
+                return why
+            image.draft("RGB", (32, 32))  # of a JPEG only an eighth is computed, but all of it is read
+            image.load()
+    except BROKEN:
+        return None
+    return ""
+
+
+def sources(source: Any) -> Iterator[Any]:
+    """Return image files and images of what `predict` is given."""
+    for one in source if isinstance(source, list | tuple) else [source]:
+        if isinstance(one, Image.Image):
+            yield one
+        elif isinstance(one, str | Path) and Path(one).is_dir():
+            found, others = find_images(Path(one), PILLOW)
+            leave_out(others, one)
+            if not found:
+                raise DataError(f"{one} holds no images; give a folder with some, a file or a PIL image")
+            yield from sorted(found)
+        elif isinstance(one, str | Path) and Path(one).is_file():
+            yield one
+        else:
+            raise DataError(f"there is no image {one!r}; give a file, a folder, a PIL image, or a list of those")
+
+
+def open_image(image: Any) -> Image.Image:
+    """Return the RGB of a file or an image that `sources` found."""
+    try:
+        return read_image(image)
+    except DataError:
+        raise
+    except BROKEN as error:
+        raise DataError(f"{image} cannot be read as an image; give another") from error

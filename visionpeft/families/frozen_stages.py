@@ -1,0 +1,91 @@
+"""What of a run is computed apart from the rest of the model: its frozen stages, and where their outputs are kept. Registers
+nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from ..core import delta as deltas
+from ..core.base_model import Base, Data
+from ..core.plan import Plan
+from ..errors import ConfigError
+from ..lean.frozen_stages import DTYPES, Prefix
+from ..scenes import cache
+from ..training.distributed import devices
+from ..training.feature_cache import Store, content, key
+from .base import Family
+
+FORMAT = 1  # of stored views; another one when they are computed otherwise
+
+
+def set_apart(
+    family: Family, base: Base, data: Data, plan: Plan, settings: Mapping[str, Any], extra: Mapping[str, Any], views: int
+) -> tuple[Prefix | None, Store | None]:
+    """Return what runs the frozen stages, and where their outputs lie or will lie; None where neither is asked for.
+
+    Args:
+        family: Whose model it is.
+        base: The model; its frozen stages stay as they are in it.
+        data: What it trains on.
+        plan: What trains.
+        settings: Arguments of train.
+        extra: Further arguments, the family's own.
+        views: How many of every image are to be stored.
+
+    Raises:
+        ConfigError: The first stage trains, something is at odds with it, or there is no room for the views.
+    """
+    dtype, limit = settings["prefix_dtype"], settings["cache_limit"]
+    if dtype is None and not views:
+        return None, None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        raise ConfigError(f"cache_limit={limit} is not usable; it must be a number of GB above 0")
+    refuse_without_stages(plan, views, dtype)
+    if views and len(devices(settings["device"])) > 1:
+        raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
+    rounds = family.rounds(views, {**settings, **extra, "task": base.task})
+    leading = family.leading(base, plan.untouched, settings["imgsz"])
+    stored = DTYPES[dtype or "bf16"]
+    example = torch.rand(2, *leading.image, generator=torch.Generator().manual_seed(0))
+    prefix = Prefix(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
+    if not views:
+        return prefix, None
+    name = key(
+        format=FORMAT,
+        versions=[version(name) for name in ("torch", "torchvision", "ultralytics", "timm")],  # they augment
+        base=deltas.fingerprint(base.state),
+        modules=[prefix.modules, prefix.read, leading.image],
+        types=[str(prefix.dtype), str(stored)],
+        data=data.fingerprint,  # names, sizes and labels
+        images=content(data.facts["train"]),
+        input=base.facts,  # the mean and so on that images are prepared with
+        augmentation=family.augmentation(extra),
+        rounds=rounds,
+        seed=settings["seed"],
+    )
+    store = Store(cache() / "views" / f"{name}.views", rounds, limit)
+    if not store.file.is_file():
+        images, share = len(data.facts["train"]), rounds.share
+        count = min(int(share), images) if share > 1 else round(images * share)
+        store.check_room(count * rounds.total * prefix.length * stored.itemsize)
+    return prefix, store
+
+
+def refuse_without_stages(plan: Plan, views: int, dtype: str | None) -> None:
+    """Refuse a plan whose first stage trains, where stages are to run apart.
+
+    Raises:
+        ConfigError: It does, or `dtype` is not known.
+    """
+    if dtype is not None and dtype not in tuple(DTYPES):
+        raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
+    if not plan.untouched:
+        given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"
+        raise ConfigError(
+            f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
+            f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"
+        )

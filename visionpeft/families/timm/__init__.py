@@ -1,0 +1,5 @@
+"""timm's image classifiers."""
+
+from .family import Timm
+
+__all__ = ["Timm"]

@@ -1,0 +1,5 @@
+"""Ultralytics YOLO."""
+
+from .family import Yolo
+
+__all__ = ["Yolo"]

@@ -1,0 +1,75 @@
+"""What Ultralytics says, and where."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from ultralytics.utils import LOGGER
+
+from ...process import shared
+
+
+class _Thread(threading.local):
+    aside = False
+
+
+_THREAD = _Thread()
+
+
+class _Split:
+    """Stands for stdout: what a thread that is aside prints goes to stderr, what others print where it did."""
+
+    def __init__(self, stdout: Any):
+        self._stdout = stdout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr if _THREAD.aside else self._stdout, name)
+
+
+@shared
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Ultralytics' messages and progress bars off the terminal; its warnings go to stderr."""
+    level = LOGGER.level
+    LOGGER.setLevel(max(level, logging.WARNING))
+    try:
+        with _on_stderr():
+            yield
+    finally:
+        LOGGER.setLevel(level)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let Ultralytics say what it has to say, the progress of a download too, on stderr: stdout is for results."""
+    with _on_stderr(), _split():
+        before, _THREAD.aside = _THREAD.aside, True
+        try:
+            yield
+        finally:
+            _THREAD.aside = before
+
+
+@shared
+@contextmanager
+def _on_stderr() -> Iterator[None]:
+    terminal = [(h, h.stream) for h in LOGGER.handlers if type(h) is logging.StreamHandler]  # and no file's
+    try:
+        for handler, _ in terminal:
+            handler.setStream(sys.stderr)
+        yield
+    finally:
+        for handler, stream in terminal:
+            handler.setStream(stream)
+
+
+@shared
+@contextmanager
+def _split() -> Iterator[None]:
+    with redirect_stdout(_Split(sys.stdout)):  # type: ignore[type-var]
+        yield

@@ -1,0 +1,511 @@
+"""Ultralytics' trainer, tuned: a mixin that attaches the plan, keeps it in force, and writes deltas instead of pickles."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from ultralytics.cfg import DEFAULT_CFG_DICT
+from ultralytics.data.build import InfiniteDataLoader, build_dataloader
+from ultralytics.data.utils import get_split_fraction
+from ultralytics.utils import RANK
+from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
+
+from ...core.attach import attach, settle
+from ...core.base_model import Data
+from ...core.plan import Plan
+from ...data.layout import find_images, listed
+from ...errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
+from ...measure import Meter
+from ...process import random_states, set_random_states
+from ...training import checkpoint
+from ...training.distributed import failure, started, told
+from ...training.feature_cache import Views
+from ...training.job import Job, keep_best
+from ...training.progress import Progress
+from ..classification import leave_out, still_readable
+from .output import quiet
+from .sources import check_download
+from .tasks import TASKS, Task, fit
+
+log = logging.getLogger(__name__)
+
+
+class Tuned:
+    """Mixin over an Ultralytics trainer: attaches the plan, keeps it in force, and writes deltas instead of pickles."""
+
+    job: Job
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        with self._talking():  # in the processes that Ultralytics starts, too
+            super().__init__(*args, **kwargs)
+
+    def _talking(self) -> AbstractContextManager:
+        return nullcontext() if self.job.extra.get("verbose") else quiet()
+
+    @property
+    def _plan(self) -> Plan:
+        return self.job.plan
+
+    @property
+    def _task(self) -> Task:
+        return TASKS[self.job.base.task]
+
+    def train(self: Any) -> None:
+        shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or self.job.extra.get("verbose"))
+        with Progress(self.epochs, self._task.score, shown) as self._progress, self._talking():
+            # for several GPUs, Ultralytics starts processes, which come here too
+            with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
+                try:
+                    with (
+                        self.job.trackers if RANK >= 0 else nullcontext(),
+                        still_readable(self.job.data),
+                        nullcontext() if self.ddp else self.job.stop.awaited(),
+                        checkpoint.Writer() as self._writer,
+                    ):
+                        super().train()  # type: ignore[misc]
+                except subprocess.CalledProcessError:
+                    raise failure(self.job.folder) from None
+
+    def get_dataset(self: Any) -> Any:
+        check_download(str(self.args.data), self.args.split)
+        return super().get_dataset()  # type: ignore[misc]
+
+    def check_resume(self: Any, overrides: Any) -> None:
+        # Ultralytics would read its own pickles, which lack the live weights: `resume_training` does it instead.
+        self.resume = True  # or else its multi-GPU launcher removes the run's folder
+
+    def setup_model(self: Any) -> None:
+        self.model = self.get_model()  # the base is at hand, so Ultralytics need not open its file
+        return super().setup_model()  # type: ignore[misc]
+
+    def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
+        outputs = self.job.data.outputs
+        model = fit(self.job.base.model, self.data["names"], self.data["channels"], self.job.head, outputs)
+        if self._task.name == "classify" and self.args.dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = self.args.dropout
+        attach(model, self._plan)
+        for parameter in model.parameters():  # Ultralytics warns of each that does not require a gradient; see below
+            parameter.requires_grad_(True)
+        return model
+
+    def build_optimizer(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        model = unwrap_model(model)
+        settle(model, self._plan)  # Ultralytics has just let everything train
+        optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
+        kinds = {id(p): self.job.kind(n) for n, p in model.named_parameters() if p.requires_grad}
+        groups = []
+        for group in optimizer.param_groups:
+            for kind in sorted(set(kinds.values())):
+                params = [p for p in group["params"] if kinds.get(id(p)) == kind]
+                if params:
+                    groups.append({**group, "params": params, "lr": group["lr"] * kind[0]})
+        optimizer.param_groups = groups
+        fusing = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+        if self.device.type == "cpu" and self.job.lean != "off" and type(optimizer) in fusing:
+            for group in groups:  # as Ultralytics has it on CUDA; "off" is its own arithmetic, bit for bit
+                group |= {"fused": True, "foreach": False}
+        return optimizer
+
+    def _build_train_pipeline(self: Any) -> None:
+        if self.job.batch < 1 and "nbs" not in self.job.extra:  # Ultralytics has just found the batch size
+            self.args.nbs = self.batch_size
+        if self.world_size > 1:
+            self.model = _rewrapped(self.model, self._plan)
+        super()._build_train_pipeline()  # type: ignore[misc]
+        # Ultralytics counts batches across epochs, so a resumed run would step elsewhere: `optimizer_step` counts instead
+        self._accumulate, self.accumulate = self.accumulate, 1
+        self._batch, self._validated = 0, -1
+
+    def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        with readable(self.job.data.source):
+            loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
+        if mode == "train":  # what is lost of val is said where it is judged
+            warn_of_lost(self.job.data, mode, loader.dataset, get_split_fraction(self.args.fraction, mode))
+            loader = self._stored(loader) if self.job.store else loader
+            loader.__class__ = ReplayableLoader
+        return loader
+
+    def _stored(self: Any, loader: Any) -> Any:
+        """Return a loader of stored views of the images that `loader` loads."""
+
+        def prepare(samples: Any) -> torch.Tensor:
+            return super(Tuned, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
+
+        views = Views(
+            dataset := loader.dataset,
+            self.job.store,
+            self.job.prefix,
+            prepare,
+            seed=self.job.seed,
+            batch=loader.batch_size,
+            workers=loader.num_workers,
+            close=lambda: dataset.close_mosaic(copy(self.args)),
+            quiet=self.job.quiet,
+        )
+        return build_dataloader(views, loader.batch_size, workers=0, device=self.device)  # there is nothing to decode
+
+    def resume_training(self: Any, ckpt: Any) -> None:
+        model: Any = unwrap_model(self.model)
+        self.ema.__class__ = TrainedEMA
+        self.ema.pair(model)  # while all that will ever train is open
+        self.job.equip(model)
+        kept = {"optimizer": self.optimizer, "average": self.ema.ema}
+        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
+        self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
+        self._history: list[dict[str, float]] = []
+        # steps to pass over of the epoch that a resumed run was stopped in, and the mean losses after them
+        self._within: tuple[int, dict[str, torch.Tensor]] = (0, {})
+        if self.job.resume:
+            self._go_on(model)
+        if RANK in (-1, 0):
+            self.job.trackers.open(self.start_epoch)
+
+    @checkpoint.restoring()
+    def _go_on(self: Any, model: Any) -> None:
+        """Put everything back as it was saved."""
+        saved = checkpoint.load(self.job.checkpoint)
+        checkpoint.restore(model, saved["model"])
+        checkpoint.restore(self.ema.ema, saved["ema"])
+        self.ema.updates = saved["updates"]
+        checkpoint.restore_optimizer(self.optimizer, saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.best_fitness, self.start_epoch = saved["best_fitness"], saved["epoch"] + 1
+        self.stopper.__dict__.update(saved["stopper"])
+        self._history = saved["history"]
+        self._meter.restore(saved["measured"])
+        if getattr(model.model[-1], "one2one_cv2", None) is not None:
+            model.criterion = model.init_criterion()
+            model.criterion.updates = self.start_epoch - 1
+            model.criterion.update()
+        dataset = self.train_loader.dataset
+        for index in saved["buffer"]:  # the images that mosaic chooses from, in their order
+            dataset.load_image(index)
+        self._saved_states = saved["random"], saved["sampler"]
+        if within := saved.get("within"):
+            self._within = within["steps"], {k: v.to(self.device) for k, v in within["losses"].items()}
+        self.add_callback("on_train_start", _restore_random_states)
+
+    def get_validator(self: Any) -> Any:
+        validator = super().get_validator()  # type: ignore[misc]
+        validator.__class__ = self._task.validator
+        return validator
+
+    def _model_train(self: Any) -> None:
+        super()._model_train()  # type: ignore[misc]
+        self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
+        progress = self.epoch / self.epochs  # which with time= is not the job's number, but found on the way
+        self.job.open(unwrap_model(self.model), progress, self._meter)
+        if progress < self._plan.opened:  # patience counts once all of the plan trains
+            self.stopper.best_epoch = self.epoch + 1
+        self._batch = 0
+        if self.job.store:
+            self.train_loader.dataset.epoch = self.epoch  # each reads another view
+        self._meter.begin("data")
+        self._progress.start(self.epoch, len(self.train_loader))
+
+    def preprocess_batch(self: Any, batch: dict | None) -> dict:
+        if batch is None:
+            self.model = Passed(self.model, self._within[1], self.device)
+            return {"img": torch.empty(1, 1, 1, 1)}  # Ultralytics counts and measures it
+        self._meter.begin("forward")
+        if not self.job.store:
+            return super().preprocess_batch(batch)  # type: ignore[misc]
+        vectors = batch["img"].to(self.device, non_blocking=self.device.type == "cuda")
+        none = vectors.new_empty(0, 1, 1, 1)  # Ultralytics would divide by 255
+        return {**super().preprocess_batch({**batch, "img": none}), "img": vectors}  # type: ignore[misc]
+
+    def plot_training_samples(self: Any, batch: dict, ni: int) -> None:
+        if not self.job.store and len(batch) > 1:  # of stored views, and of steps passed over, there are no pictures
+            super().plot_training_samples(batch, ni)  # type: ignore[misc]
+
+    def optimizer_step(self: Any) -> None:
+        self._batch += 1
+        if isinstance(self.model, Passed):
+            self.model, self.tloss = self.model.model, self.model.losses
+            self._meter.close()
+            self._meter.begin("data")
+            return
+        stepped = self._batch % self._accumulate == 0 or self._batch == len(self.train_loader)
+        if stepped:
+            self._meter.begin("optimizer")
+            super().optimizer_step()  # type: ignore[misc]
+        self._meter.begin("data")
+        self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
+        if stepped and RANK in (-1, 0) and self.job.saves_now(self._writer):
+            self.job.check_folder()
+            content = self._content(epoch=self.epoch - 1, done=False, within={"steps": self._batch, "losses": self.tloss})
+            self._writer.put(partial(checkpoint.save, self.job.checkpoint, content))
+            self.job.leave_if_asked(self._writer)
+
+    def _handle_nan_recovery(self: Any, epoch: int) -> bool:
+        lost = torch.tensor(not all(math.isfinite(v) for v in self.tloss.values()), dtype=torch.float, device=self.device)
+        if RANK != -1:  # where one process stops, all do
+            dist.all_reduce(lost, dist.ReduceOp.MAX)
+        if not lost:
+            return False
+        after = f"; the last good epoch can be resumed from {self.job.folder}" if self._history else ""
+        raise TrainingError(
+            f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.args.lr0}), and look at the "
+            f"labels with extreme boxes{after}"
+        )
+
+    def validate(self: Any) -> Any:
+        self._validated = self.epoch
+        return super().validate()  # type: ignore[misc]
+
+    def save_model(self: Any) -> bool:
+        self.job.check_folder()
+        seen = self.metrics if self._validated == self.epoch else {}  # with val=False, only the last epoch's
+        names = {k: seen.get(key) for key, k in self._task.metrics.items()}
+        losses = {f"train/{k}": float(v) for k, v in self.tloss.items()}
+        self._history.append({"epoch": self.epoch + 1, **losses, **names})
+        group = self.optimizer.param_groups[0]
+        rate = self.args.lr0 * group["lr"] / group["initial_lr"]
+        self.job.trackers.log({"train/loss": sum(losses.values()), **self._history[-1]}, rate, self._meter.memory)
+        best = self.fitness == self.best_fitness
+        kept = [keep_best(self.job, self.ema.ema, names, self.epoch + 1)] if best else []
+        content = self._content(epoch=self.epoch, done=bool(self.stop))
+        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+        self._progress.end(self.epoch, sum(losses.values()), names)
+        self.job.leave_if_asked(self._writer)
+        return True
+
+    def _content(self: Any, **position: Any) -> dict[str, Any]:
+        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        live = checkpoint.live(unwrap_model(self.model))
+        return checkpoint.snapshot(
+            {
+                **position,
+                "model": live,
+                "ema": {k: v for k, v in self.ema.ema.state_dict().items() if k in live},
+                "updates": self.ema.updates,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best_fitness": None if self.best_fitness is None else float(self.best_fitness),
+                "stopper": {"best_fitness": float(self.stopper.best_fitness), "best_epoch": self.stopper.best_epoch},
+                "history": self._history,
+                "measured": {**self._meter.report(), "views": getattr(self.train_loader.dataset, "report", None)},
+                "random": random_states(),
+                "sampler": self.train_loader.position(),
+                "buffer": list(getattr(self.train_loader.dataset, "buffer", ())),
+                "origin": self.job.origin,
+            }
+        )
+
+    def final_eval(self: Any) -> None:
+        """Validate nothing: train() evaluates the merged file, as its user would."""
+        with suppress(OSError):
+            self.wdir.rmdir()  # Ultralytics' own folder of weights, empty
+
+    def close(self: Any) -> None:
+        """Stop measuring, wherever the run ended."""
+        if meter := getattr(self, "_meter", None):
+            meter.close()
+
+
+HOOKS = (
+    "get_model build_optimizer _build_train_pipeline resume_training _model_train optimizer_step preprocess_batch "
+    "_handle_nan_recovery save_model final_eval check_resume get_dataset get_dataloader"
+).split()
+
+
+def check_hooks(trainer: type) -> None:
+    """Refuse an Ultralytics that no longer calls what `Tuned` overrides: a freeze would silently not hold.
+
+    Raises:
+        ModelError: It is too new, or too old.
+    """
+    if missing := [name for name in HOOKS if not hasattr(trainer, name)]:
+        raise ModelError(
+            f"this Ultralytics has no {trainer.__name__}.{missing[0]}, on which visionpeft builds; install another version"
+        )
+
+
+def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
+    """Settle what trains, and wrap the model anew for several processes: Ultralytics did so when everything trained, and
+    all of it would have gradients that travel."""
+    model = settle(unwrap_model(wrapper), plan)
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
+    options = {"find_unused_parameters": wrapper.find_unused_parameters, "static_graph": wrapper.static_graph, still: False}
+    return DistributedDataParallel(model, device_ids=wrapper.device_ids, **options)
+
+
+class MeteredScaler:
+    """Mixin over a gradient scaler, which Ultralytics gives the loss between forward and backward, scaling or not."""
+
+    meter: Meter
+
+    def scale(self, outputs: Any) -> Any:
+        self.meter.begin("backward")
+        return super().scale(outputs)  # type: ignore[misc]
+
+
+class Passed(nn.Module):
+    """Stands for the model in a step that a resumed run made before it was stopped: says what the losses came to by then.
+
+    Ultralytics' loop counts an epoch's steps itself, for warmup and mean losses, so it goes through these again.
+    """
+
+    def __init__(self, model: nn.Module, losses: dict[str, torch.Tensor], device: torch.device):
+        super().__init__()
+        self.__dict__["model"] = model  # no part of this one
+        self.losses, self.device = losses, device
+
+    def forward(self, *_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return torch.zeros(1, device=self.device, requires_grad=True), self.losses
+
+    loss = forward  # what Ultralytics calls with compile=True
+
+
+class TrainedEMA(ModelEMA):
+    """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
+
+    def pair(self, model: nn.Module) -> None:
+        """Settle which tensors are averaged."""
+        own, live = self.ema.state_dict(), checkpoint.live(model)
+        keys = [k for k in live if live[k].is_floating_point()]
+        self._pairs = [own[k] for k in keys], [live[k] for k in keys]
+
+
+class ReplayableLoader(InfiniteDataLoader):
+    """Ultralytics' loader, which can say where it is and go there again. Exact with workers=0.
+
+    Its iterator outlives epochs and draws from the generator when it starts, and lazily, so the generator's state alone
+    does not tell what comes next; the state before the iterator started and the count of batches since do.
+    """
+
+    drawn = 0  # batches since the iterator started
+    replay = 0  # batches to pass over, without loading them, when the next iterator starts
+    passed = 0  # how many of them are of the next epoch, which yields None for each
+
+    def _get_iterator(self) -> Any:
+        self.origin = self.generator.get_state()
+        iterator = super()._get_iterator()
+        for _ in range(self.replay):
+            iterator._next_index()
+        self.drawn, self.replay = self.replay, 0
+        return iterator
+
+    def __iter__(self) -> Any:
+        passed, self.passed = self.passed, 0
+        if passed and self.iterator is None:  # now, for the next epoch may start another
+            self.iterator = self._get_iterator()
+        yield from [None] * passed
+        for batch in islice(super().__iter__(), len(self) - passed):
+            self.drawn += 1
+            yield batch
+
+    def position(self) -> dict[str, Any]:
+        """Where it is, for `go_to`."""
+        return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
+
+    def go_to(self, position: Mapping[str, Any], anew: bool, passed: int = 0) -> None:
+        """Go there, `passed` batches into an epoch; with `anew`, to a new iterator that starts there."""
+        self.reset()
+        self.generator.set_state(position["generator" if anew else "origin"])
+        self.replay, self.passed = 0 if anew else position["drawn"], passed
+
+
+@checkpoint.restoring()
+def _restore_random_states(trainer: Any) -> None:
+    states, position = trainer._saved_states
+    if RANK in (-1, 0):
+        set_random_states(states)
+    else:  # they are the first process's; the others' only have to differ
+        init_seeds(trainer.args.seed + 1 + RANK + 1000 * trainer.start_epoch)
+    closing, (passed, _) = max(trainer.epochs - trainer.args.close_mosaic, 0), trainer._within
+    # where mosaic closes, the uninterrupted run's loader starts anew too
+    anew = bool(trainer.args.close_mosaic) and trainer.start_epoch == closing and not passed
+    trainer.train_loader.go_to(position, anew, passed)
+
+
+def images(places: Any, part: str, source: str, said: bool = False) -> list[str]:
+    """Return the image files of one part of a data set, as Ultralytics finds them; `said`: say what it leaves out."""
+    found: list[str] = []
+    for place in map(Path, places if isinstance(places, list) else [places] if places else []):
+        if place.is_dir():
+            kept, others = find_images(place)
+            found += map(str, kept)
+            if said:
+                leave_out(others, place)
+        elif place.is_file():
+            found += listed(place)
+        else:
+            raise DataError(f"the {part} images of {source} are not at {place}; correct '{part}:' or 'path:' in the YAML")
+    if not found:
+        raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
+    return sorted(found)
+
+
+def warn_of_lost(data: Data, part: str, dataset: Any, share: float = 1.0) -> None:
+    """Say which images of a part Ultralytics does not use.
+
+    Args:
+        data: The set.
+        part: "train" or "val".
+        dataset: Ultralytics' own, made of that part.
+        share: Of the images that it was made of: the first; above 1, their number.
+    """
+    if data.task != "classify":
+        files, given = dataset.im_files, data.facts[part]
+        given = given[: share if isinstance(share, int) else max(1, round(len(given) * share))]
+    elif share == 1.0:  # a share of them would be spread over all
+        files, given = [sample[0] for sample in dataset.samples], [file for file, _ in data.facts[part]]
+    else:
+        return
+    used = set(map(os.path.realpath, files))
+    if lost := [f for f in dict.fromkeys(given) if os.path.realpath(f) not in used]:
+        named = ", ".join(lost[:5])
+        log.warning(f"{len(lost)} of {len(given)} {part} images cannot be used and are left out: {named}")
+
+
+@contextmanager
+def usable(args: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse arguments that Ultralytics does not know, and say in a sentence what it raises on values it cannot use."""
+    known = {*DEFAULT_CFG_DICT, "save_dir", "head", "delta_dtype"}
+    if strange := [k for k in args if k not in known]:
+        raise ConfigError(f"'{strange[0]}' is no argument of Ultralytics.{nearest(strange[0], known)}")
+    try:
+        yield
+    except (SyntaxError, FileNotFoundError) as error:
+        raise ConfigError(brief(error)) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, VisionpeftError) or not any(f"'{k}" in str(error) for k in args):
+            raise
+        raise ConfigError(brief(error)) from error
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Say in a sentence what Ultralytics raises when it finds no image of a set readable, or labels of another task."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        known = ("No valid images found", "No labels found", "dataset requires equal numbers")
+        if not any(words in str(error) for words in known):
+            raise
+        raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
+
+
+def brief(error: object) -> str:
+    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).replace("❌", "").split())  # no colours
+    return text if len(text) < 400 else f"{text[:400]}…"

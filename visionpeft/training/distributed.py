@@ -1,0 +1,143 @@
+"""Several processes for one run, started by accelerate's launcher; also how a process tells the one that started it what
+went wrong."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import errors, files
+from ..errors import ConfigError, TrainingError, VisionpeftError, out_of_memory
+
+_ERROR = "error.json"
+
+
+def devices(device: str | None) -> list[str]:
+    """Return the single devices of "0", "0,1" (a process each), or "cpu,cpu" (two processes on the CPU).
+
+    Raises:
+        ConfigError: CPU and GPU are mixed, or one GPU is named twice.
+    """
+    names = [name.strip().removeprefix("cuda:") for name in str(device or "").split(",")]
+    mixed = "cpu" in names and set(names) != {"cpu"}
+    if mixed or (len(names) > 1 and "" in names) or ("cpu" not in names and len(set(names)) < len(names)):
+        raise ConfigError(f"device='{device}' is not understood; give different GPUs, e.g. '0,1', or only 'cpu'")
+    return names
+
+
+def check_shares(device: str | None, batch: float) -> None:
+    """Refuse a batch that several devices cannot share.
+
+    Raises:
+        ConfigError: It is none of their number's multiples.
+    """
+    count = len(devices(device))
+    if count > 1 and (batch < 1 or batch % count):
+        raise ConfigError(f"batch={batch} cannot be shared by {count} devices; give a multiple of {count}")
+
+
+def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) -> None:
+    """Call ``run(*args)`` in one process per device.
+
+    Args:
+        run: A function; in its processes, accelerate finds the others.
+        *args: What it is called with; it travels by cloudpickle.
+        device: Several, see `devices`.
+        folder: Of the run; processes leave their error there.
+
+    Raises:
+        VisionpeftError: The one that a process raised.
+        TrainingError: One failed otherwise; what it said is on stderr.
+    """
+    import cloudpickle  # for several processes alone
+
+    names = devices(device)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "call.pkl"
+        file.write_bytes(cloudpickle.dumps((run, args, folder)))
+        module = ["-m", "visionpeft.training.distributed", str(file)]
+        count = str(len(names))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        if names[0] == "cpu":  # for these, accelerate's own command wants MPI
+            command = ["torch.distributed.run", "--standalone", "--nproc_per_node", count, *module]
+            environment |= {"ACCELERATE_USE_CPU": "true"}
+        else:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # the numbers are of these, but accelerate takes the machine's
+            ids = [visible.split(",")[int(name)] for name in names] if visible else names
+            command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", "1"]
+            command += ["--gpu_ids", ",".join(ids), "--mixed_precision", "no", "--dynamo_backend", "no"]
+            command += ["--main_process_port", "0", *module]
+        with started(folder):
+            done = subprocess.run([sys.executable, "-m", *command], env=environment)
+            if done.returncode:
+                raise failure(folder)
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[None]:
+    """Raise what processes that are started here leave in `folder`.
+
+    Raises:
+        VisionpeftError: The one that a process left.
+    """
+    (folder / _ERROR).unlink(missing_ok=True)  # an earlier run's
+    yield
+    if (folder / _ERROR).is_file():
+        raise failure(folder)
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """In a process that was started: leave its error for the one that started it, and end well, or else the launcher adds
+    pages of its own. Where that is gone, end, too."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        yield
+    except (VisionpeftError, torch.OutOfMemoryError) as error:
+        said = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
+        files.write(folder / _ERROR, json.dumps([type(said).__name__, str(said)]))
+        sys.exit(0)
+    finally:
+        if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
+            dist.destroy_process_group()
+
+
+def _end_with(starter: int) -> None:
+    while os.getppid() == starter:
+        time.sleep(1)
+    os._exit(1)
+
+
+def failure(folder: Path) -> VisionpeftError:
+    """Return the error that a process left, or one that says that there is none."""
+    file = folder / _ERROR
+    if not file.is_file():
+        return TrainingError("one of the processes failed; what it said stands above")
+    name, said = json.loads(file.read_text())
+    file.unlink()
+    return getattr(errors, name)(said)
+
+
+if __name__ == "__main__":
+    import cloudpickle
+
+    function, given, place = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
+    with suppress(SystemExit), told(place):
+        function(*given)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; at the interpreter's own end, threads of torch's that still run abort the process

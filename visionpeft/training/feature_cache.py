@@ -1,0 +1,211 @@
+"""Stored views: what the frozen stages make of a few augmented views of every image, computed once, kept in one file on the
+disk, and read instead of the images from then on."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import files
+from ..errors import ConfigError, DiskFull, TrainingError
+from ..lean.frozen_stages import Prefix
+from ..process import random_states, set_random_states
+from ..tables import size
+from . import feature_cache_file as view_file
+from .feature_cache_file import Filling, together
+
+_SPARE = 10**9  # bytes that are left free for the rest of the run
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many views of every image are stored: of the run's first epochs, and of its last ones, augmented otherwise."""
+
+    first: int
+    last: int = 0
+    closing: int = 0  # the epoch from which the last ones are read, where there are any
+    share: float = 1.0  # of the training images that the run uses; above 1, their number
+
+    @property
+    def total(self) -> int:
+        """Views of one image."""
+        return self.first + self.last
+
+    def at(self, epoch: int) -> int:
+        """Return the view that an epoch reads: one after the other, and then again."""
+        if self.last and epoch >= self.closing:
+            return self.first + (epoch - self.closing) % self.last
+        return epoch % self.first
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where a run's views lie, and what they may take."""
+
+    file: Path
+    rounds: Rounds
+    limit: float  # GB that all stored views together may take
+
+    def check_room(self, count: int) -> None:
+        """Make room for `count` bytes: the views that were used longest ago go first, where the limit asks for it.
+
+        Raises:
+            ConfigError: They are more than the limit, or than the disk has.
+        """
+        most = int(self.limit * 1e9)
+        smaller = "give a smaller cache or imgsz"
+        if count > most:
+            raise ConfigError(
+                f"cache: the views would take {size(count)}, but cache_limit={self.limit:g} allows {size(most)}; "
+                f"{smaller}, or a higher cache_limit (in GB)"
+            )
+        folder, spared = files.writable(self.file.parent), time.time() - 86400
+        others = [f for f in folder.glob("*.views") if not f.name.startswith(".") or f.stat().st_mtime < spared]
+        others.sort(key=lambda f: f.stat().st_mtime)  # a name with a dot is being written, or was when its run was killed
+        kept, gone = sum(f.stat().st_size for f in others), 0
+        leaving = []
+        for other in others:
+            if kept - gone + count > most:
+                gone += other.stat().st_size
+                leaving.append(other)
+        if count + _SPARE > (free := shutil.disk_usage(folder).free + gone):
+            raise ConfigError(
+                f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, and {size(_SPARE)} stay "
+                f"free for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
+            )
+        for other in leaving:
+            with suppress(OSError):  # another run reads it, where that matters
+                other.unlink()
+
+
+def content(items: Iterable[str | tuple[str, int]]) -> str:
+    """Return a digest of what image files hold; each is one, or comes with its class.
+
+    All of every file is read: names, sizes and times may be the same where a set was exported anew. It takes less than the
+    check of the stored views themselves, which are larger.
+    """
+
+    def one(item: str | tuple[str, int]) -> bytes:
+        return hashlib.blake2b(Path(item if isinstance(item, str) else item[0]).read_bytes()).digest()
+
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        return hashlib.blake2b(b"".join(pool.map(one, items))).hexdigest()
+
+
+def key(**facts: Any) -> str:
+    """Return the name of views that were computed from these facts, and of no others."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# ----------------------------------------------------------------------------------------------------------- reading them
+class Views(Dataset):
+    """A data set with stored vectors instead of its images; all else is as the augmented views had it.
+
+    Args:
+        dataset: Returns samples: a dictionary with "img", or a tuple that begins with the image.
+        store: Where the views lie, or will.
+        prefix: Turns images into vectors.
+        prepare: Turns a list of samples into the batch of images that the model would read, on its device.
+        seed: Of the augmentation.
+        batch: Images at a time.
+        workers: Processes that load images.
+        close: Called before the last rounds, to augment otherwise.
+        quiet: Do not say when views are computed, which takes a while.
+
+    Attributes:
+        epoch: The epoch that is read; to be set before each.
+        report: stored_bytes, and fill_seconds, 0 where the views were there already.
+
+    Raises:
+        ConfigError: There is no room for the views, or they are not all of one size.
+    """
+
+    buffer = ()  # Ultralytics' images in memory, of which there are none
+
+    def __init__(
+        self,
+        dataset: Any,
+        store: Store,
+        prefix: Prefix,
+        prepare: Callable[[Sequence[Any]], Tensor],
+        *,
+        seed: int,
+        batch: int,
+        workers: int = 0,
+        close: Callable[[], object] | None = None,
+        quiet: bool = False,
+    ):
+        self.dataset, self.epoch = dataset, 0
+        self._rounds, began = store.rounds, time.perf_counter()
+        count = len(dataset) * store.rounds.total
+        self.report = {"stored_bytes": 0, "fill_seconds": 0.0}
+        made = view_file.read(store.file, count, prefix)
+        if made is None:
+            store.file.unlink(missing_ok=True)
+            store.check_room(needs := count * prefix.length * prefix.stored.itemsize)
+            if not quiet:
+                said = f"computing {count} views of {len(dataset)} images into {store.file} ({size(needs)})"
+                print(said, file=sys.stderr)
+            first = store.rounds.first
+            job = Filling(dataset, store.rounds.total, first, prefix, prepare, seed, batch, workers, close)
+            with _polite(store), _random_states_kept():
+                files.replace(store.file, job.write)
+            self.report["fill_seconds"] = round(time.perf_counter() - began, 2)
+            made = view_file.read(store.file, count, prefix)
+        if made is None:
+            raise TrainingError(f"the views in {store.file} are gone, or altered, just after they were written; start anew")
+        os.utime(store.file)  # used now
+        self.report["stored_bytes"] = store.file.stat().st_size
+        self._made = made
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        row = int(self._made.places[self._rounds.at(self.epoch), index])
+        return together(self._made.vectors[row], {name: column[row] for name, column in self._made.columns.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def close_mosaic(self, hyp: Any) -> None:
+        """Do nothing: the last rounds' views were augmented without."""
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """A run draws the same numbers, whether its views were there or not."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(states)
+
+
+@contextmanager
+def _polite(store: Store) -> Iterator[None]:
+    """Say in a sentence that the disk was full after all: others write to it, too."""
+    try:
+        yield
+    except (OSError, DiskFull) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConfigError(
+            f"cache: {store.file.parent} is full; give a smaller cache, or set VISIONPEFT_CACHE to a folder on a larger disk"
+        ) from error

@@ -1,0 +1,128 @@
+"""One training run, all questions settled; and what trainers of every family do at its beginning and its end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import lean, measure
+from ..core import delta as deltas
+from ..core.attach import merge, settle, train_mode
+from ..core.base_model import Base, Data
+from ..core.plan import Plan
+from ..errors import TrainingError
+from ..lean.frozen_stages import Prefix, put_on
+from .checkpoint import Writer
+from .feature_cache import Store
+from .stopping import Stop
+from .trackers import Trackers
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, all questions settled."""
+
+    base: Base
+    data: Data
+    plan: Plan
+    folder: Path
+    merged: Path  # where the plain merged checkpoint goes
+    head: str  # "keep" or "rebuild"
+    epochs: int
+    imgsz: int
+    batch: int
+    lr0: float
+    body_rate: float  # learning rate of the body in full fine-tuning, relative to lr0
+    optimizer: str
+    device: str
+    workers: int
+    seed: int
+    amp: bool | str | None
+    resume: bool
+    quiet: bool  # show nothing while it trains
+    delta_dtype: str  # of trained weights in the delta: "fp16" or "fp32"
+    extra: dict[str, Any]  # the family's own arguments
+    header: dict[str, Any]  # what the delta will say of itself
+    before: dict[str, float]  # metrics before training
+    save_merged: Callable[[nn.Module, Mapping[str, Any], Path], Path]  # of the family
+    trackers: Trackers  # where the numbers of its epochs go
+    prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
+    store: Store | None = None  # where their outputs are kept
+    lean: str = "off"  # a level of lean, or "off"
+    stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
+    origin: str = ""  # base, data and plan, for the checkpoint
+    stop: Stop = field(default_factory=Stop)  # what signals ask for
+    save_every: float = 0.0  # minutes after which a checkpoint is due within an epoch; 0: never
+
+    def equip(self, model: nn.Module) -> None:
+        """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
+        if self.prefix:
+            put_on(model, self.prefix)
+        if self.lean != "off":
+            lean.apply(model, self.lean)
+
+    def open(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
+        """Put the model in training mode for an epoch that begins after this share of the run: what opens later waits."""
+        train_mode(model, self.plan, progress)
+        if self.plan.opens:
+            before = sum(p.requires_grad for p in model.parameters())
+            settle(model, self.plan, progress)
+            if sum(p.requires_grad for p in model.parameters()) != before:
+                meter.watch_again()
+
+    def rate(self, parameter: str) -> float:
+        """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
+        inside_head = parameter.startswith(tuple(f"{h}." for h in self.plan.heads))
+        return 1.0 if inside_head else self.body_rate * self.plan.rate(parameter)
+
+    def kind(self, parameter: str) -> tuple[float, float]:
+        """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for
+        fused optimizers want all of a group or none to have a state."""
+        return self.rate(parameter), self.plan.opens.get(parameter, 0.0)
+
+    def saves_now(self, writer: Writer) -> bool:
+        """Say between two steps whether a checkpoint is due: a signal came, or the last is old."""
+        return bool(self.stop.asked) or 0 < self.save_every * 60 <= writer.age
+
+    def leave_if_asked(self, writer: Writer) -> None:
+        """End the run where a signal asks for it, once all is written.
+
+        Raises:
+            Stopped: One does.
+        """
+        if self.stop.asked:
+            writer.wait()
+            raise self.stop.error()
+
+    def check_folder(self) -> None:
+        """Refuse to write into a folder that was removed while the run trained: it would be made again, but not whole.
+
+        Raises:
+            TrainingError: It was.
+        """
+        if not (self.folder / "train.json").is_file():
+            raise TrainingError(f"the run's folder {self.folder} was removed, or emptied, while it trained; start anew")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run can be resumed from."""
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def delta(self) -> Path:
+        """Where the best epoch's delta goes."""
+        return self.folder / "delta.safetensors"
+
+
+def keep_best(job: Job, model: nn.Module, metrics: Mapping[str, float | None], epoch: int) -> Callable[[], object]:
+    """Copy the best epoch's delta; of a model without a base, its merged checkpoint. Returns what writes it."""
+    header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
+    if job.base.pretrained:
+        return partial(deltas.write, job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
+    return partial(job.save_merged, merge(copy.deepcopy(model).cpu()), header, job.merged)
