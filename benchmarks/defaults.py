@@ -4,7 +4,7 @@
     python benchmarks/defaults.py table RESULTS > benchmarks/defaults.md
 
 Every method, full fine-tuning included, has as many trials on every set: three learning rates of what it trains in the body
-(`Method.lr_scale`: times lr0, and times the family's body_rate), then at the best of them another setting (`OTHER`). What is
+(`Method.lr_scale`: times lr0, and the family's `body_lr_scale`), then at the best of them another setting (`OTHER`). What is
 best is the mean over the sets of its score, each divided by the best that full fine-tuning had there in its own trials. No
 validation image is looked at. Several processes may share a folder, and one that is killed goes on where it was.
 """

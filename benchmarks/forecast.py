@@ -31,7 +31,7 @@ from visionpeft import lean as leanly
 from visionpeft.core.attach import attach, settle, train_mode
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
-from visionpeft.families.base import Rehearsal, Step
+from visionpeft.families.base import DryRun, Step
 from visionpeft.memory.forecast import Case, trace
 from visionpeft.settings import find_family
 
@@ -46,8 +46,8 @@ def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, 
     """Return what a row forecasts: in single precision, on a GPU in half. Of timm's nets, whose stages are coarser,
     "freeze 10" is half of them."""
     family = find_family(net)
-    base = family.design(net, **({"num_classes": 10} if net.startswith("timm/") else {}))
-    fitted = family.fit(base, base.names, "keep")
+    base = family.load_architecture(net, **({"num_classes": 10} if net.startswith("timm/") else {}))
+    fitted = family.with_head(base, base.names, "keep")
     anatomy = family.anatomy(fitted, net)
     method, _, depth = plan.partition(", freeze ")
     frozen = 0 if not depth else int(depth) if family.name == "yolo" else len(anatomy.stages) // 2
@@ -55,12 +55,12 @@ def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, 
     return Case(family, base, fitted, make_plan(make_method(method), anatomy, frozen), step, lean, gpu)
 
 
-def rehearsed(of: Case, step: Step, device: torch.device) -> tuple[nn.Module, Rehearsal]:
+def rehearsed(of: Case, step: Step, device: torch.device) -> tuple[nn.Module, DryRun]:
     """Return a row's model ready to train, and how it does."""
     model = copy.deepcopy(of.fitted)
     settle(attach(model, of.plan), of.plan)
     train_mode(model.train(), of.plan).to(device)
-    rehearsal = of.family.rehearse(model, of.base, step)
+    rehearsal = of.family.dry_run(model, of.base, step)
     if of.lean != "off":
         leanly.apply(model, of.lean)
     return model, rehearsal

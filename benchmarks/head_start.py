@@ -83,11 +83,17 @@ def run(out: Path, root: Path, name: str, method: str, start: str, seed: int) ->
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = family.read_data(str(root / arguments["data"]), base)
-        arguments["data"] = family.hold_back(data, Path(folder), SHARE)
+        arguments["data"] = family.holdout_split(data, Path(folder), SHARE)
         if start in SCALES:
             start_rows(stack, SCALES[start])
         made = visionpeft.train(**arguments, project=folder)
-    said = {"set": name, "method": method, "start": start, "seed": seed, "score": made.after[family.score(base.task)]}
+    said = {
+        "set": name,
+        "method": method,
+        "start": start,
+        "seed": seed,
+        "score": made.after[family.primary_metric(base.task)],
+    }
     files.write(file, json.dumps({**said, "history": made.history}) + "\n")
     print(f"{file.stem}: {said['score']}", flush=True)
 
@@ -107,7 +113,7 @@ def level(tower: nn.Module) -> Tensor:
 
 def start_rows(stack: ExitStack, scale: float | None) -> None:
     """Let new heads start with rows so many times as large, or level; detectors' with the prior of a class as bias."""
-    towers, classifier = yolo.fit, timm.Timm.fit
+    towers, classifier = yolo.fit, timm.Timm.with_head
 
     @torch.no_grad()
     def fit_towers(source: Any, names: dict[int, str], *more: Any) -> nn.Module:

@@ -207,7 +207,7 @@ def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
     except ImportError:
         raise Skip("this version of visionpeft cannot keep the frozen stages' outputs") from None
     family, base = network(row)
-    leading = family.leading(base, row.freeze, row.pixels)
+    leading = family.leading_stages(base, row.freeze, row.pixels)
     plan = planned(row, family, base.model)
     found = {row.peer: prepare(row, None, base.model, plan, device)}
     images = found[row.peer].given[0].cpu()

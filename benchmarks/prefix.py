@@ -79,7 +79,7 @@ def main() -> None:
     torch.manual_seed(0)
     family = find_family(f"{given.model}.yaml")
     base = family.load(f"{given.model}.yaml")
-    leading = family.leading(base, given.freeze, SIDE)
+    leading = family.leading_stages(base, given.freeze, SIDE)
     images, labels = torch.rand(BATCH, *leading.image), objects()
     kinds = {
         "fp32": Prefix(base.model, leading.modules, images, leading.read),

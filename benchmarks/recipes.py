@@ -58,7 +58,7 @@ def saved(
     source, arguments = (model, {"pretrained": False}) if timm else (model.replace(".pt", ".yaml"), {})
     base = family.load(source, **arguments)
     method = make_method(given.pop("method", None), {k: v for k, v in given.items() if k not in OWN}, given.get("freeze", 0))
-    fitted = family.fit(base, NAMES, head)
+    fitted = family.with_head(base, NAMES, head)
     plan = make_plan(method, family.anatomy(fitted, model), given.get("freeze", 0), given.get("bn"))
     attach.train_mode(attach.attach(fitted, plan), plan)
     if lean != "off":

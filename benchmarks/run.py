@@ -32,11 +32,11 @@ from visionpeft import scenes
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "imgsz": 320, "freeze": 10, "optimizer": "AdamW", "lr0": 1e-3, "device": "cpu"}
 CALLS = ("visionpeft", "ultralytics")
-_FAMILY, _TRAINER = "visionpeft.families.yolo.family:Yolo", "visionpeft.families.yolo.trainer:Tuned"
+_FAMILY, _TRAINER = "visionpeft.families.yolo.family:Yolo", "visionpeft.families.yolo.trainer:PeftTrainerMixin"
 PHASES = {  # of ours: where in the code each is, without what others inside it take
     "load the base": f"{_FAMILY}.load",
     "read the data": f"{_FAMILY}.read_data",
-    "fit and plan": f"{_FAMILY}.fit {_FAMILY}.anatomy visionpeft.api:make_plan",
+    "fit and plan": f"{_FAMILY}.with_head {_FAMILY}.anatomy visionpeft.api:make_plan",
     "measure before and after": f"{_FAMILY}.evaluate",
     "train: set up": f"{_TRAINER}.__init__ ultralytics.engine.trainer:BaseTrainer._setup_train",
     "train: steps, their data": f"{_TRAINER}.train",

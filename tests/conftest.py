@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
 from visionpeft.core import delta as deltas
-from visionpeft.core.anatomy import Anatomy, Evidence
+from visionpeft.core.anatomy import Anatomy, GradientStats
 from visionpeft.families.timm.trainer import _Loop
 from visionpeft.families.yolo.tasks import TASKS, build
-from visionpeft.families.yolo.trainer import Tuned
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 
@@ -90,7 +90,7 @@ def seen(anatomy: Anatomy, **lengths: float) -> Anatomy:
     """Return the anatomy with gradients as long as the weights; of stage 3, given ``s3=5.0``, five times as long."""
     gradient = {p.name: lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
     product = {p.name: p.numel * lengths.get(f"s{p.stage}", 1.0) for p in anatomy.params}
-    return dataclasses.replace(anatomy, evidence=Evidence(1, dict.fromkeys(gradient, 1.0), gradient, product))
+    return dataclasses.replace(anatomy, gradient_stats=GradientStats(1, dict.fromkeys(gradient, 1.0), gradient, product))
 
 
 def flat(output: object) -> list[Tensor]:
@@ -210,6 +210,6 @@ def loops(
     named = {"model": "timm/test_resnet", "model_args": {"checkpoint_path": str(weights)}, "imgsz": 32}
     squares = make_squares(tmp_path_factory.mktemp("squares"))
     return {
-        "yolo": (boxes, {**common, "model": checkpoint, "imgsz": 64}, Tuned, "_model_train"),
+        "yolo": (boxes, {**common, "model": checkpoint, "imgsz": 64}, PeftTrainerMixin, "_model_train"),
         "timm": (squares, {**common, **named}, _Loop, "_epoch"),
     }

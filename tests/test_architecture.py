@@ -14,6 +14,7 @@ from visionpeft.registry import METHODS
 ROOT = Path(visionpeft.__file__).parent
 LEVELS = {  # a room may import from rooms with a lower number only
     "errors": 0,
+    "deprecation": 0,
     "files": 1,
     "pickles": 1,
     "registry": 1,

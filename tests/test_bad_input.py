@@ -312,7 +312,7 @@ def test_a_classifier_says_what_it_leaves_out(tmp_path: Path, monkeypatch, caplo
     family = FAMILIES["yolo"]()
     base = family.load("yolo11n-cls.yaml")
     read = family.read_data("data", base)
-    family.judge(family.fit(base, read.names, "rebuild"), read, imgsz=32, device="cpu", workers=0)
+    family.evaluate(family.with_head(base, read.names, "rebuild"), read, imgsz=32, device="cpu", workers=0)
     assert caplog.messages == ["1 of 6 val images cannot be used and are left out: data/val/red/0.png"]
 
 
@@ -518,6 +518,6 @@ def test_methods_share_no_name_with_other_arguments() -> None:
 
     taken = set(inspect.signature(visionpeft.train).parameters)
     for family in FAMILIES.values():
-        taken |= set(family().arguments())
+        taken |= set(family().train_options())
     for name, cls in METHODS.items():
         assert not taken & {f.name for f in dataclasses.fields(cls)}, name

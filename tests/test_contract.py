@@ -14,7 +14,7 @@ from torch import nn
 
 from visionpeft.core import class_twins as twins
 from visionpeft.core import delta as deltas
-from visionpeft.core.anatomy import HEAD, Evidence
+from visionpeft.core.anatomy import HEAD, GradientStats
 from visionpeft.core.attach import attach, attached, detach, is_added, merge, mergeable, train_mode
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import Plan, fitting, make_plan
@@ -54,13 +54,13 @@ def step(model: nn.Module, plan: Plan, x: torch.Tensor, count: int = 2) -> None:
         optimizer.step()
 
 
-def evidence(model: nn.Module, x: torch.Tensor) -> Evidence:
+def evidence(model: nn.Module, x: torch.Tensor) -> GradientStats:
     """Return what a method that looks at data would see of a loss that every parameter has a part in."""
     model = copy.deepcopy(model).requires_grad_(True)
     sum((t.square().mean() for t in flat(model(x)) if t.requires_grad), torch.zeros(())).backward()
     pairs = {n: (p.detach(), p.grad) for n, p in model.named_parameters() if p.grad is not None}
     lengths = [{n: float(pair[i].norm()) for n, pair in pairs.items()} for i in (0, 1)]
-    return Evidence(len(x), *lengths, {n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()})
+    return GradientStats(len(x), *lengths, {n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()})
 
 
 USUAL = {"yolov8n-seg", "yolo11n-pose", "yolo26n-obb", "yolo11n-cls"}  # the other versions of these tasks are slow tests
@@ -82,10 +82,10 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
             make_plan(tuning, anatomy, freeze)
         assert method not in fitting(anatomy)
         return
-    if tuning.looks:
+    if tuning.needs_gradients:
         with pytest.raises(ConfigError, match="give data"):
             make_plan(tuning, anatomy, freeze)
-        anatomy = replace(anatomy, evidence=evidence(base, images))
+        anatomy = replace(anatomy, gradient_stats=evidence(base, images))
     plan = make_plan(tuning, anatomy, freeze)
     assert Plan.from_dict(plan.to_dict()) == plan and str(plan)
     state = {k: v.clone() for k, v in base.state_dict().items()}
@@ -98,7 +98,7 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == plan.trained_body + plan.trained_head
     after = predict(model, images)
-    assert tuning.starts_unchanged == close(after, before)
+    assert tuning.identity_at_init == close(after, before)
     with pytest.raises(ConfigError, match="attached already"):
         attach(model, plan)
 

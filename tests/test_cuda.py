@@ -164,8 +164,8 @@ def test_methods(method: str, name: str, net: Callable, tmp_path: Path) -> None:
     tuning, x = make_method(method), images().float().to(DEVICE)
     base = net(name).to(DEVICE)
     anatomy = FAMILIES[NETS[name][0]]().anatomy(base, name)
-    if tuning.looks:
-        anatomy = replace(anatomy, evidence=evidence(base, x))
+    if tuning.needs_gradients:
+        anatomy = replace(anatomy, gradient_stats=evidence(base, x))
     plan = make_plan(tuning, anatomy)
     state = {k: v.cpu().clone() for k, v in base.state_dict().items()}
     model = attach(base, plan)

@@ -20,7 +20,7 @@ from visionpeft.registry import FAMILIES, METHODS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "generated" not in p.parts)]
 OPTIONS = {f.name for cls in METHODS.values() for f in dataclasses.fields(cls)}
-OPTIONS |= {name for cls in FAMILIES.values() for name in cls().arguments()}
+OPTIONS |= {name for cls in FAMILIES.values() for name in cls().train_options()}
 
 
 def blocks(*languages: str) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ from torch import nn
 from . import files, hfpeft, scenes, schema, tables
 from .core import attach as attaching
 from .core import delta as deltas
-from .core.anatomy import Evidence
+from .core.anatomy import GradientStats
 from .core.base_model import LARGEST_IMAGE, Base, Data
 from .core.delta import Delta
 from .core.method import Method
@@ -33,15 +33,24 @@ from .core.plan import Plan, make_plan
 from .errors import ConfigError, DeltaError, Interrupted, ModelError, TrainingError, nearest, out_of_memory
 from .families.base import Family
 from .families.classification import still_readable
-from .families.frozen_stages import set_apart
-from .families.gradient_stats import with_evidence
+from .families.frozen_stages import prepare_frozen_stages
+from .families.gradient_stats import with_gradient_stats
 from .families.introspect import stage_modules
 from .lean.frozen_stages import put_on
 from .planning import Freeze, fit
 from .process import untouched
 from .registry import FAMILIES, METHODS
 from .schema import Malformed
-from .settings import check_names, check_settings, device_of, find_family, lasting, loader_arguments, split_options, views_of
+from .settings import (
+    check_names,
+    check_settings,
+    device_of,
+    find_family,
+    loader_arguments,
+    resolve_path,
+    split_options,
+    views_of,
+)
 from .training import checkpoint, run_folder, stopping
 from .training import plots as pictures
 from .training import trackers as tracking
@@ -233,7 +242,7 @@ def _train(
     **given: Any,
 ) -> Run:
     began = time.perf_counter()
-    source = given["model"] = lasting(given["model"])
+    source = given["model"] = resolve_path(given["model"])
     given["model_args"] = loader_arguments(given["model_args"])
     tracked = tracking.names(given["trackers"])
     family = find_family(source)
@@ -257,13 +266,13 @@ def _train(
     held.enter_context(still_readable(data))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given["seed"])
-        fitted = family.fit(base, data.names, settings["head"], **data.outputs)
+        fitted = family.with_head(base, data.names, settings["head"], **data.outputs)
         anatomy = family.anatomy(fitted, source)
         if evidence:  # a run that is resumed keeps its plan
-            anatomy = dataclasses.replace(anatomy, evidence=Evidence(**evidence))
+            anatomy = dataclasses.replace(anatomy, gradient_stats=GradientStats(**evidence))
         else:
             look = {"imgsz": settings["imgsz"], "batch": settings["batch"], "device": given["device"].split(",")[0]}
-            anatomy = with_evidence(anatomy, tuning, family, fitted, data, **look)
+            anatomy = with_gradient_stats(anatomy, tuning, family, fitted, data, **look)
         made = make_plan(tuning, anatomy, given["freeze"], given["bn"] or family.bn)
         attaching.attach(fitted, made)
     if made.opens and len(devices(given["device"])) > 1:
@@ -271,9 +280,9 @@ def _train(
             f"method '{tuning.name}' opens stages one after the other, which processes beside each other cannot follow; "
             "give one device"
         )
-    if settings["epochs"] < (least := math.ceil(1 / (1 - made.opened) - 1e-6)):
+    if settings["epochs"] < (least := math.ceil(1 / (1 - made.fully_unfrozen_at) - 1e-6)):
         raise ConfigError(
-            f"all of method '{tuning.name}' trains only after {made.opened:.0%} of the epochs, so "
+            f"all of method '{tuning.name}' trains only after {made.fully_unfrozen_at:.0%} of the epochs, so "
             f"epochs={settings['epochs']} never come to that; give at least {least}"
         )
     named = {"model": source, "data": str(given["data"]), "method": tuning.name}
@@ -282,7 +291,7 @@ def _train(
     began_with, origin = origin, run_folder.origin(header, made)
     if resumed and began_with:
         run_folder.unchanged(resumed, began_with, origin, source, str(given["data"]))
-    prefix, store = set_apart(family, base, data, made, {**settings, **given}, extra, views)
+    prefix, store = prepare_frozen_stages(family, base, data, made, {**settings, **given}, extra, views)
     if not quiet:
         print(made)
     folder = resumed or held.enter_context(run_folder.new(project, name, exist_ok, f"merged{family.suffix}"))
@@ -292,10 +301,10 @@ def _train(
     if use["batch"] < 1:  # to be found by Ultralytics for training
         use["batch"] = family.defaults["batch"]
     if before is None:
-        before = family.evaluate(fitted, data, **use)
+        before = family.evaluate(fitted, data, **use).metrics
     if prefix and apart is None:
-        apart = family.evaluate(put_on(copy.deepcopy(fitted), prefix), data, **use)
-    evidence = anatomy.evidence and dataclasses.asdict(anatomy.evidence)
+        apart = family.evaluate(put_on(copy.deepcopy(fitted), prefix), data, **use).metrics
+    evidence = anatomy.gradient_stats and dataclasses.asdict(anatomy.gradient_stats)
     scores = {"before": before, "before_apart": apart, "evidence": evidence}
     files.write(folder / "train.json", json.dumps({**arguments, **scores}, indent=2, default=str) + "\n")
     job = Job(
@@ -307,7 +316,7 @@ def _train(
         amp=given["amp"],
         seed=given["seed"],
         device=given["device"],
-        body_rate=family.body_rate * (1.0 if given["lr_scale"] is None else given["lr_scale"]),
+        body_lr_scale=family.body_lr_scale * (1.0 if given["lr_scale"] is None else given["lr_scale"]),
         resume=resumed is not None,
         quiet=quiet,
         extra=extra,
@@ -367,7 +376,7 @@ def _result(
             family.save_merged(attaching.merge(result), delta.header, job.merged)
     if method.merges:  # what is measured and drawn is the file; a model without a base has left it already
         result = family.open_merged(job.merged)
-    after = family.evaluate(result, job.data, **use)
+    after = family.evaluate(result, job.data, **use).metrics
     plan = job.plan
     run = Run(
         folder=job.folder,
@@ -401,8 +410,8 @@ def _measured(family: Family, job: Job, measured: Mapping[str, Any], apart: dict
     kept = {k: v for k, v in measured.items() if k != "views"}
     if job.prefix is None or apart is None:
         return kept
-    metric = family.score(job.base.task)
-    said = {"stages": job.plan.untouched, "dtype": str(job.prefix.stored).removeprefix("torch."), "metric": metric}
+    metric = family.primary_metric(job.base.task)
+    said = {"stages": job.plan.num_frozen_stages, "dtype": str(job.prefix.stored).removeprefix("torch."), "metric": metric}
     views = {"views": job.store.rounds.total, **measured["views"]} if job.store else {}
     return {**kept, "prefix": {**said, "exact": job.before[metric], "approximate": apart[metric], **views}}
 
@@ -413,7 +422,7 @@ def _pictures(
     """Draw what the run did: some validation images before and after beside their labels, and the curves."""
     how = job.plan.method + (f", freeze={job.plan.freeze}" if job.plan.freeze else "")
     title = f"{how} on {'/'.join(Path(job.header['data']['source']).parts[-2:])}"
-    score = family.score(job.base.task)
+    score = family.primary_metric(job.base.task)
     shown = {"imgsz": use["imgsz"], "device": use["device"]}
     columns = {
         "labels": family.draw(None, job.data, 4),
@@ -492,7 +501,7 @@ def _named_base(
 def _fitted(family: Family, base: Base, delta: Delta) -> nn.Module:
     """Return the base with a delta's head, the delta checked against it."""
     outputs = family.read_outputs(delta.header.get("outputs", {}))
-    fitted = family.fit(base, _names(delta.header), delta.header["head"], **outputs)
+    fitted = family.with_head(base, _names(delta.header), delta.header["head"], **outputs)
     deltas.check(delta, fitted, base.state)
     return fitted
 
@@ -542,7 +551,7 @@ def val(
     adapted = _adapted(delta, model, model_args)
     place, split = scenes.find(data), options.get("split", "val")
     checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
-    return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted, options), **options})
+    return adapted.family.evaluate(adapted.model, checked, **{**_val_use(adapted, options), **options}).metrics
 
 
 @dataclass(frozen=True)
@@ -607,22 +616,24 @@ def forgetting(
     place, split = scenes.find(data), options.get("split", "val")
     checked = family.read_data(place, base, split, train=False, allow_download=allow_download)
     use = {**_val_use(adapted, options), **options}
-    before = family.judge(base.model, checked, **use)
-    own = attaching.attach(family.fit(base, base.names, "keep", **checked.outputs), made, start=False)
+    before = family.evaluate(base.model, checked, **use)
+    own = attaching.attach(family.with_head(base, base.names, "keep", **checked.outputs), made, start=False)
     heads = tuple(f"{h}." for h in made.heads)
     body = {k: v for k, v in adapted.delta.tensors.items() if not k.startswith(heads)}
     deltas.apply(own, dataclasses.replace(adapted.delta, tensors=body), base.state).eval()
-    after = family.judge(own, checked, **use)
+    after = family.evaluate(own, checked, **use)
     attaching.detach(own, base.state)
     same = deltas.fingerprint(own.state_dict()) == adapted.delta.header["base"]["sha256"]
-    metric = family.score(base.task)
-    scores = before.evidence.by_class(), after.evidence.by_class()
+    metric = family.primary_metric(base.task)
+    scores = before.predictions.by_class(), after.predictions.by_class()
     return Forgetting(
         data=str(data),
         metric=metric,
         before=before.metrics[metric],
         after=after.metrics[metric],
-        detached=before.metrics[metric] if same else family.evaluate(own, checked, **use)[metric],  # bit for bit the base
+        detached=before.metrics[metric]
+        if same
+        else family.evaluate(own, checked, **use).metrics[metric],  # bit for bit the base
         per_class={base.names[i]: (round(scores[0][i], 5), round(scores[1][i], 5)) for i in scores[0]},
     )
 
@@ -673,7 +684,7 @@ def export(
     if format == "peft":
         if options:
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
-        opening = adapted.family.opening(adapted.base, adapted.delta.header)
+        opening = adapted.family.loading_snippet(adapted.base, adapted.delta.header)
         return hfpeft.write(adapted.model, adapted.delta, adapted.base, opening, out, exist_ok)
     return adapted.family.export(adapted.model, format, Path(out).resolve(), **{**_use(adapted, options), **options})
 
@@ -711,7 +722,7 @@ def import_peft(
     if model is None and not said:
         raise ConfigError(f"{folder} does not name the base that it was trained on; give it with model=...")
     named = said["base"] if said else {"model": None, "model_args": {}}
-    source, own = lasting(model or named["model"]), loader_arguments(model_args)
+    source, own = resolve_path(model or named["model"]), loader_arguments(model_args)
     given = {**named["model_args"], **own}
     family = find_family(source)
     base = _named_base(family, {**named, "model": source}, folder, model and source, own)
@@ -766,7 +777,7 @@ def list_families() -> list[str]:
 def _named_again(saved: Mapping[str, Any], model: str | Path | None, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return a resumed run's model and its arguments, or those that the user gives instead. What ``train.json`` names, which
     may be anybody's, is checked, see `Family.check_named`."""
-    source, named = lasting(model or saved["model"]), {k: v for k, v in saved["model_args"].items() if k not in own}
+    source, named = resolve_path(model or saved["model"]), {k: v for k, v in saved["model_args"].items() if k not in own}
     try:
         settled = find_family(source).check_named(None if model else source, named, own, scratch=True)
     except ModelError as error:
@@ -782,7 +793,7 @@ def _arguments_of(values: Mapping[str, Any]) -> dict[str, Any]:
         TrainingError: Something of it is missing, or of another type.
     """
     kinds = {**get_type_hints(train), **{k: Mapping[str, Any] for k in ("options", "method_settings", "before")}}
-    kinds |= {"before_apart": Mapping[str, Any] | None, "evidence": Evidence | None, "batch": float | None}
+    kinds |= {"before_apart": Mapping[str, Any] | None, "evidence": GradientStats | None, "batch": float | None}
     kinds |= dict.fromkeys(needed := ("model", "data", "method"), str)
     kinds |= {"model_args": Mapping[str, Any], "cache_limit": Real}  # there may be no limit
     kinds = {k: v for k, v in kinds.items() if k not in _PLACES}

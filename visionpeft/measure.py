@@ -316,7 +316,7 @@ class Meter:
         if "forward" in self._step and part == "data":
             self._stop()
 
-    def watch_again(self) -> None:
+    def rearm(self) -> None:
         """From here more trains: watch the next step, too, and let its bytes stand for the run's."""
         if self._watched is not None:
             self._watched, self._gradients, self._again = None, None, True

@@ -12,8 +12,8 @@ from .core.method import Method
 from .core.plan import Plan, make_plan
 from .errors import ConfigError
 from .families.base import Step
-from .families.frozen_stages import refuse_without_stages
-from .families.gradient_stats import with_evidence
+from .families.frozen_stages import require_frozen_stages
+from .families.gradient_stats import with_gradient_stats
 from .memory import forecast as forecasting
 from .memory import search as budget
 from .memory.forecast import Case, Forecast
@@ -25,8 +25,8 @@ from .settings import (
     device_of,
     find_family,
     fitted,
-    lasting,
     loader_arguments,
+    resolve_path,
     split_options,
     views_of,
 )
@@ -77,7 +77,7 @@ def plan(
     check_names(model=model, data=data)
     family = find_family(str(model))
     tuning, _ = split_options(family, method, freeze, options)
-    if seen and not tuning.looks:
+    if seen and not tuning.needs_gradients:
         given = next(iter(seen))
         raise ConfigError(f"{given} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
     base = family.load(str(model), **loader_arguments(model_args))
@@ -87,7 +87,7 @@ def plan(
         torch.manual_seed(settings["seed"])  # as `train` draws the head
         _, own, checked = fitted(family, base, data, head, allow_download)
     anatomy = family.anatomy(own, str(model))
-    anatomy = with_evidence(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
+    anatomy = with_gradient_stats(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
@@ -144,7 +144,7 @@ def forecast(
         VisionpeftError: As for `train`.
     """
     given = {k: v for k, v in locals().items() if k != "options"}
-    rehearsed = _Rehearsed(given, options)
+    rehearsed = ForecastSession(given, options)
     made = rehearsed.trace(rehearsed.plan, lean, rehearsed.settings["imgsz"])
     return made.at(rehearsed.settings["batch"])
 
@@ -201,7 +201,7 @@ def fit(
     """
     given = {k: v for k, v in locals().items() if k not in ("options", "memory")}
     amount = forecasting.parse_memory(memory)
-    rehearsed = _Rehearsed(given, options)
+    rehearsed = ForecastSession(given, options)
     settled = method or set(options) - set(rehearsed.extra) - set(IDLE)  # the rest are fields of a method
     return budget.search(
         rehearsed.anatomy,
@@ -217,7 +217,7 @@ def fit(
     )
 
 
-class _Rehearsed:
+class ForecastSession:
     """What forecasts of one model have in common."""
 
     def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
@@ -230,7 +230,7 @@ class _Rehearsed:
         self.tuning, extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
         self.views, self.extra = views_of(family, given.get("cache"), extra)
         with torch.random.fork_rng(devices=[]):  # random weights are as good as any
-            self.base = family.design(lasting(given["model"]), **loader_arguments(given["model_args"]))
+            self.base = family.load_architecture(resolve_path(given["model"]), **loader_arguments(given["model_args"]))
             defaults = family.defaults_for(self.base)
             said = {**idle, **{k: v for k, v in given.items() if v is not None}}
             self.settings = {k: said.get(k, v) for k, v in defaults.items()}
@@ -250,8 +250,10 @@ class _Rehearsed:
                 self.base, self.fitted, data = fitted(family, self.base, given["data"], given["head"], allowed)
         look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
         seen = family.anatomy(self.fitted, str(given["model"]))
-        self.anatomy = with_evidence(seen, self.tuning, family, self.fitted, data, **look)
-        self.objects, self.area = (OBJECTS, AREA) if data is None else family.objects(data, {**self.settings, **self.extra})
+        self.anatomy = with_gradient_stats(seen, self.tuning, family, self.fitted, data, **look)
+        self.objects, self.area = (
+            (OBJECTS, AREA) if data is None else family.max_objects(data, {**self.settings, **self.extra})
+        )
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0
         elif (objects := given["objects"]) is not None:
@@ -268,9 +270,9 @@ class _Rehearsed:
         """Return what a plan takes."""
         dtype, leading = self.given.get("prefix_dtype"), None
         if self.views or dtype:
-            refuse_without_stages(plan, self.views, dtype)
-            leading = self.family.leading(self.base, plan.untouched, imgsz)
-        widest = self.family.widest(imgsz, self.extra)
+            require_frozen_stages(plan, self.views, dtype)
+            leading = self.family.leading_stages(self.base, plan.num_frozen_stages, imgsz)
+        widest = self.family.max_size(imgsz, self.extra)
         step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area, widest)
         case = Case(
             self.family,

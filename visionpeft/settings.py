@@ -29,9 +29,9 @@ def find_family(source: str) -> Family:
     """
     families = [cls() for cls in FAMILIES.values()]
     for family in families:
-        if family.claims(source):
+        if family.supports(source):
             return family
-    known = [name for family in families for name in family.known()]
+    known = [name for family in families for name in family.model_names()]
     raise ModelError(
         f"no family knows the model '{source}'; give yolo11n.pt, a .pt file or timm/NAME.{nearest(source, known)}"
     )
@@ -70,7 +70,7 @@ def split_options(
         ConfigError: There is no such option.
     """
     if configured is not None:
-        if strange := set(options) - set(family.arguments()):
+        if strange := set(options) - set(family.train_options()):
             raise ConfigError(
                 f"'{min(strange)}' is no argument of the {family.name} family; the run's train.json was altered"
             )
@@ -78,7 +78,7 @@ def split_options(
     plain = make_method(method, {}, freeze)
     parts = getattr(plain, "methods", (plain,))
     fields = [f.name for part in parts for f in dataclasses.fields(part)]
-    arguments = set(family.arguments())
+    arguments = set(family.train_options())
     for name in options:
         if name in family.refused:
             raise ConfigError(f"'{name}' is not for train: {family.refused[name]}")
@@ -98,8 +98,8 @@ def views_of(family: Family, cache: Any, extra: dict[str, Any]) -> tuple[int, di
         if cache < 0:
             raise ConfigError(f"cache={cache} is not usable; give the number of views of every image to keep, 0 for none")
         return cache, extra
-    if "cache" not in family.arguments() or cache not in (True, "ram", "disk"):
-        own = ", or 'ram', 'disk' or True (keep the images)" if "cache" in family.arguments() else ""
+    if "cache" not in family.train_options() or cache not in (True, "ram", "disk"):
+        own = ", or 'ram', 'disk' or True (keep the images)" if "cache" in family.train_options() else ""
         raise ConfigError(f"cache={cache!r} is not known; give the number of views of every image to keep{own}")
     return 0, {**extra, "cache": cache}
 
@@ -150,10 +150,10 @@ def loader_arguments(given: Any) -> dict[str, Any]:
     """
     if not isinstance(given or {}, Mapping):
         raise ConfigError(f"model_args={given!r} is not usable; give names with values, e.g. {{'num_classes': 10}}")
-    return {k: lasting(v) if isinstance(v, str | Path) else v for k, v in (given or {}).items()}
+    return {k: resolve_path(v) if isinstance(v, str | Path) else v for k, v in (given or {}).items()}
 
 
-def lasting(source: str | Path) -> str:
+def resolve_path(source: str | Path) -> str:
     """Return the name of a model as it is, the path of a file so that it holds in any folder."""
     path = Path(source)
     return str(path.resolve()) if path.parent != Path(".") and path.is_file() else str(source)
@@ -168,4 +168,4 @@ def fitted(
         checked = family.read_data(scenes.find(data), base, allow_download=allow_download)
         names, outputs = checked.names, checked.outputs
         base, _ = family.suited(base, checked)
-    return base, family.fit(base, names, head or family.defaults_for(base)["head"], **outputs), checked
+    return base, family.with_head(base, names, head or family.defaults_for(base)["head"], **outputs), checked

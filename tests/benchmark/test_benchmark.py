@@ -35,7 +35,7 @@ from visionpeft.benchmark import grid, sweep
 from visionpeft.errors import ConfigError, DataError, DiskFull, OutOfMemory, TrainingError, VisionpeftError
 from visionpeft.families.predictions import Answers, Detections, unpack
 from visionpeft.families.timm.trainer import _Loop
-from visionpeft.families.yolo.trainer import Tuned
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.registry import FAMILIES
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "benchmark").glob("*.yaml"))
@@ -117,10 +117,10 @@ def test_the_score_of_any_resample_is_ultralytics_own(classes: int) -> None:
 def test_evidence_gives_the_score_that_was_reported(drawn: dict[str, Path]) -> None:
     family = FAMILIES["yolo"]()
     base = family.load("scenes/driving.pt")
-    judged = family.judge(base.model, family.read_data(str(drawn["old"]), base), **RUN)
+    judged = family.evaluate(base.model, family.read_data(str(drawn["old"]), base), **RUN)
     assert judged.metrics["mAP50-95"] > 0.1
-    assert judged.evidence.score() == pytest.approx(judged.metrics["mAP50-95"], abs=6e-6)  # which is rounded
-    assert len(judged.evidence.images) == 10
+    assert judged.predictions.score() == pytest.approx(judged.metrics["mAP50-95"], abs=6e-6)  # which is rounded
+    assert len(judged.predictions.images) == 10
 
 
 @pytest.mark.parametrize("task", ["seg", "obb", "pose", "cls"])
@@ -129,10 +129,10 @@ def test_every_task_leaves_evidence(task: str, tmp_path: Path) -> None:
     source = scenes.write(f"satellite-{task}", tmp_path / "set", train=2, val=2, size=64)
     base = family.load(f"yolov8n-{task}.yaml")
     data = family.read_data(str(source), base)
-    model = family.fit(base, data.names, "keep", **data.outputs)
-    judged = family.judge(model, data, imgsz=64, batch=2, device="cpu")
-    assert judged.evidence.score() == pytest.approx(judged.metrics[family.score(base.task)], abs=6e-6)
-    assert len(judged.evidence.images) == len(data.facts["val"])
+    model = family.with_head(base, data.names, "keep", **data.outputs)
+    judged = family.evaluate(model, data, imgsz=64, batch=2, device="cpu")
+    assert judged.predictions.score() == pytest.approx(judged.metrics[family.primary_metric(base.task)], abs=6e-6)
+    assert len(judged.predictions.images) == len(data.facts["val"])
     if task == "cls":
         assert 0 < judged.metrics["top1"] < 1  # of some, by chance
 
@@ -142,8 +142,8 @@ def test_a_classifiers_evidence(tiles: dict[str, Any]) -> None:
     base = family.load("timm/test_resnet", checkpoint_path=str(tiles["root"] / "net.safetensors"))
     data = family.read_data(str(tiles["root"] / "squares"))
     torch.manual_seed(3)
-    judged = family.judge(family.fit(base, data.names, "rebuild"), data, imgsz=32)
-    evidence = unpack(judged.evidence.pack())
+    judged = family.evaluate(family.with_head(base, data.names, "rebuild"), data, imgsz=32)
+    evidence = unpack(judged.predictions.pack())
     assert isinstance(evidence, Answers) and evidence.images[0] == "blue/0.png"
     assert evidence.score() == pytest.approx(judged.metrics["top1"], abs=6e-6)
     wrong = (evidence.label != evidence.guess).astype(int)
@@ -162,7 +162,7 @@ def test_forgetting_is_the_adapted_body_under_the_old_head(method: str, adapted:
     found = visionpeft.forgetting(run.delta, drawn["old"], device="cpu")
     own = visionpeft.load(run.delta)
     data = own.family.read_data(str(drawn["old"]), own.base)
-    before = own.family.evaluate(own.base.model, data, **RUN)
+    before = own.family.evaluate(own.base.model, data, **RUN).metrics
     assert found.before == found.detached == before["mAP50-95"] > 0.1
     if method == "head":  # its body is the base's, statistics included
         assert found.after == found.before and all(b == a for b, a in found.per_class.values())
@@ -173,7 +173,7 @@ def test_forgetting_is_the_adapted_body_under_the_old_head(method: str, adapted:
         merged = visionpeft.api.attaching.merge(copy.deepcopy(own.model)).state_dict()
         heads = tuple(f"{h}." for h in run.plan.heads)
         model.load_state_dict({**model.state_dict(), **{k: v for k, v in merged.items() if not k.startswith(heads)}})
-        assert found.after == own.family.evaluate(model, data, **RUN)["mAP50-95"]
+        assert found.after == own.family.evaluate(model, data, **RUN).metrics["mAP50-95"]
     assert np.mean([a for _, a in found.per_class.values()]) == pytest.approx(found.after, abs=1e-5)
     assert set(found.per_class) <= set(data.names.values()) and "change" in str(found)
 
@@ -198,7 +198,7 @@ def test_a_classifier_forgets(tiles: dict[str, Any], tmp_path: Path) -> None:
         {k: model.state_dict()[k] if k.startswith(heads) else v for k, v in own.model.state_dict().items()}
     )
     data = own.family.read_data(str(tiles["root"] / "squares"))
-    assert found.after == own.family.evaluate(model, data, imgsz=32)["top1"] < 1
+    assert found.after == own.family.evaluate(model, data, imgsz=32).metrics["top1"] < 1
     assert found.per_class.keys() == {"blue", "red"}
     with pytest.raises(DataError, match="'sky', which this model does not know"):
         visionpeft.forgetting(run.delta, other)
@@ -210,7 +210,7 @@ def test_a_seed_gives_every_method_the_same_batches(
     family: str, drawn: dict[str, Path], tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    prepare, step = Tuned.preprocess_batch, _Loop._step
+    prepare, step = PeftTrainerMixin.preprocess_batch, _Loop._step
 
     def note(trainer: Any, batch: dict) -> dict:
         seen.append(batch["img"].clone())
@@ -220,7 +220,7 @@ def test_a_seed_gives_every_method_the_same_batches(
         seen.append(images.clone())
         return step(loop, images, labels)
 
-    monkeypatch.setattr(Tuned, "preprocess_batch", note)
+    monkeypatch.setattr(PeftTrainerMixin, "preprocess_batch", note)
     monkeypatch.setattr(_Loop, "_step", note_step)
     net: dict[str, Any] = {"model": "timm/test_resnet", "model_args": {"checkpoint_path": tiles["root"] / "net.safetensors"}}
     net = {"data": tiles["root"] / "squares", **net, **RUN, "imgsz": 32}

@@ -207,7 +207,7 @@ def test_an_alpha_that_cannot_scale(settings: dict, anatomy) -> None:
 def test_ssf_edits_norms_in_their_own_stage(anatomy) -> None:
     plan = make_plan(make_method("ssf"), anatomy("yolo11n"), 10)
     norms = {p.name.rpartition(".")[0] for p in anatomy("yolo11n").body if p.role == "norm.weight" and p.stage >= 10}
-    assert {e.module for e in plan.edits} == norms and plan.untouched == 10
+    assert {e.module for e in plan.edits} == norms and plan.num_frozen_stages == 10
     assert plan.trained_body == sum(p.numel for p in anatomy("yolo11n").body if p.role.startswith("norm") and p.stage >= 10)
 
 

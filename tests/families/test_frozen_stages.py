@@ -26,7 +26,7 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.base_model import Base
 from visionpeft.errors import ConfigError, Interrupted
 from visionpeft.families.timm import trainer as loop
-from visionpeft.families.yolo.family import Tuned
+from visionpeft.families.yolo.family import PeftTrainerMixin
 from visionpeft.lean import frozen_stages as prefixes
 from visionpeft.lean.frozen_stages import Apart, Prefix, Skipped, put_on, take_off
 from visionpeft.registry import FAMILIES
@@ -57,7 +57,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cut(model: nn.Module, name: str, stages: int, dtype: torch.dtype = torch.float32, side: int = 64, **more: Any) -> Prefix:
     family = FAMILIES[NETS[name][0]]()
-    leading = family.leading(Base(name, model, "", {}, {"channels": 3}), stages, side)
+    leading = family.leading_stages(Base(name, model, "", {}, {"channels": 3}), stages, side)
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(3))
     return Prefix(model, leading.modules, x, leading.read, dtype, **more)
 
@@ -269,7 +269,7 @@ def test_the_change_in_score_is_measured_on_the_model_that_trains(squares: Path,
 def test_resumed_equals_uninterrupted(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch, stop: int) -> None:
     args = {"model": checkpoint, "freeze": 10, "cache": 2, "close_mosaic": 1, "project": tmp_path / "runs", **SMALL}
     whole = visionpeft.train(boxes, name="whole", **args)
-    with ctrl_c(Tuned, "_model_train", after=stop), pytest.raises(Interrupted):
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=stop), pytest.raises(Interrupted):
         visionpeft.train(boxes, name="parts", **args)
     monkeypatch.setenv("VISIONPEFT_CACHE", str(tmp_path / "another"))  # the views are gone, and made again
     equal(whole, visionpeft.train(resume=tmp_path / "runs" / "parts", quiet=True))
@@ -293,13 +293,13 @@ def test_each_epoch_reads_another_view_and_the_last_ones_views_without_mosaic(
     boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[int, int, int]] = []
-    real = views.Views.__getitem__
+    real = views.CachedFeatureDataset.__getitem__
 
     def note(self: Any, index: int) -> Any:
         read.append((self.epoch, index, int(self._made.places[self._rounds.at(self.epoch), index])))
         return real(self, index)
 
-    monkeypatch.setattr(views.Views, "__getitem__", note)
+    monkeypatch.setattr(views.CachedFeatureDataset, "__getitem__", note)
     args = {**SMALL, "epochs": 6, "close_mosaic": 3, "cache": 2, "freeze": 22, "method": "head"}
     visionpeft.train(boxes, model=checkpoint, project=tmp_path / "runs", **args)
     rows = {(epoch, image): row for epoch, image, row in read}
@@ -312,7 +312,7 @@ def test_each_epoch_reads_another_view_and_the_last_ones_views_without_mosaic(
 def test_a_second_run_reads_what_the_first_has_stored(squares: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
     first = train_resnet(squares, tmp_path / "runs", cache=2)
     [file] = files(cache)
-    monkeypatch.setattr(view_file.Filling, "write", lambda *_: pytest.fail("the views are there"))
+    monkeypatch.setattr(view_file.CacheWriter, "write", lambda *_: pytest.fail("the views are there"))
     second = train_resnet(squares, tmp_path / "runs", cache=2, weight_decay=0.05)
     assert files(cache) == [file] and second.measured["prefix"]["fill_seconds"] == 0
     assert first.measured["prefix"]["fill_seconds"] > 0
@@ -400,7 +400,7 @@ def test_a_full_disk_is_refused_before_anything_is_made(squares: Path, tmp_path:
 def test_what_fails_while_it_is_written_leaves_nothing(
     squares: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    real, calls = view_file.Filling._append, []
+    real, calls = view_file.CacheWriter._append, []
 
     def fails(*args: Any) -> int:
         calls.append(1)
@@ -408,7 +408,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(
             raise error
         return real(*args)
 
-    monkeypatch.setattr(view_file.Filling, "_append", fails)
+    monkeypatch.setattr(view_file.CacheWriter, "_append", fails)
     with pytest.raises((ConfigError, Interrupted), match="is full; give a smaller cache|interrupted"):
         train_resnet(squares, tmp_path / "runs", cache=2)
     assert not files(cache)
@@ -427,7 +427,7 @@ def test_the_views_used_longest_ago_make_room(squares: Path, tmp_path: Path, cac
 
 
 def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
-    store = views.Store(tmp_path / "views" / "a.views", views.Rounds(1), limit=1e-6)
+    store = views.Store(tmp_path / "views" / "a.views", views.ViewSchedule(1), limit=1e-6)
     (tmp_path / "views").mkdir()
     new, old = (tmp_path / "views" / name for name in (".b.1.views", ".c.2.views"))
     for file in (new, old):

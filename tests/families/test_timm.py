@@ -271,7 +271,7 @@ def test_head_learns_at_lr0_and_the_rest_at_lr_scale(squares: Path, base, tmp_pa
     run = visionpeft.train(squares, **base("test_vit", img_size=32), method="full", project=tmp_path, **arguments)
     groups = torch.load(run.folder / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"]
     rates = {g["lr_scale"]: g["lr"] for g in groups}
-    assert rates == pytest.approx({1.0: 1e-4, 0.5 * Timm.body_rate: 0.5 * Timm.body_rate * 1e-4})
+    assert rates == pytest.approx({1.0: 1e-4, 0.5 * Timm.body_lr_scale: 0.5 * Timm.body_lr_scale * 1e-4})
     assert {g["weight_decay"] for g in groups} == {0.0, 0.05} and len(groups) == 4
 
 
@@ -391,11 +391,11 @@ def test_classes_of_a_merged_file_keep_their_rows(lora: visionpeft.Run) -> None:
     family = Timm()
     base = family.load("timm/test_resnet", checkpoint_path=lora.merged)
     assert base.names == {0: "blue", 1: "red"}
-    kept: Any = family.fit(base, {0: "green", 1: "blue", 2: "red"}, "keep")
+    kept: Any = family.with_head(base, {0: "green", 1: "blue", 2: "red"}, "keep")
     own: Any = base.model
     assert torch.equal(kept.fc.weight[1:], own.fc.weight) and kept.fc.bias.shape == (3,)
-    assert torch.equal(family.fit(base, base.names, "keep").fc.weight, own.fc.weight)
-    assert not torch.equal(family.fit(base, base.names, "rebuild").fc.weight, own.fc.weight)
+    assert torch.equal(family.with_head(base, base.names, "keep").fc.weight, own.fc.weight)
+    assert not torch.equal(family.with_head(base, base.names, "rebuild").fc.weight, own.fc.weight)
 
 
 def test_other_data_must_have_known_classes(lora: visionpeft.Run, squares: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.attach import is_added
 from visionpeft.data import check
 from visionpeft.errors import DataError, Interrupted, ModelError, TrainingError
-from visionpeft.families.yolo.family import Tuned, Yolo
+from visionpeft.families.yolo.family import PeftTrainerMixin, Yolo
 from visionpeft.methods.lora import LoraConfig
 from visionpeft.registry import FAMILIES
 
@@ -76,7 +76,7 @@ def test_full_with_freeze_is_ultralytics_own(boxes: Path, checkpoint: Path, tmp_
 def test_resumed_equals_uninterrupted(boxes: Path, checkpoint: Path, tmp_path: Path, stop: int, nbs: int) -> None:
     args = {**SMALL, "epochs": 3, "close_mosaic": 2, "nbs": nbs, "mosaic": 1.0, "method": "lora", "r": 2}
     whole = visionpeft.train(boxes, model=checkpoint, project=tmp_path, name="whole", **args)
-    with ctrl_c(Tuned, "_model_train", after=stop), pytest.raises(Interrupted, match="go on with resume="):
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=stop), pytest.raises(Interrupted, match="go on with resume="):
         visionpeft.train(boxes, model=checkpoint, project=tmp_path, name="parts", **args)
     rest = visionpeft.train(resume=tmp_path / "parts")
     one, two = (torch.load(r.folder / "checkpoint.pt", weights_only=True) for r in (whole, rest))
@@ -97,7 +97,7 @@ def test_lean_keeps_less_and_learns_the_same(boxes: Path, checkpoint: Path, tmp_
     levels, real = [], lean.apply
     monkeypatch.setattr(lean, "apply", lambda model, level: levels.append(level) or real(model, level))
     flags = [f"--{k}={v}" for k, v in {**arguments, "lean": "memory", "name": "flags"}.items()]
-    with ctrl_c(Tuned, "_model_train", after=1), pytest.raises(SystemExit) as stopped:
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=1), pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--data", str(boxes), "--model", str(checkpoint), *flags])
     assert stopped.value.code == 130
     runs["flags"] = visionpeft.train(resume=tmp_path / "flags")
@@ -144,7 +144,7 @@ def test_two_processes(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatc
     one = visionpeft.train(boxes, model=checkpoint, project=tmp_path, **args)
     with monkeypatch.context() as patch:
         patch.setattr(BaseTrainer, "train", on_cpu)
-        patch.setattr(Tuned, "ddp", property(lambda self: True, lambda self, value: None), raising=False)
+        patch.setattr(PeftTrainerMixin, "ddp", property(lambda self: True, lambda self, value: None), raising=False)
         two = visionpeft.train(boxes, model=checkpoint, project=tmp_path, **args)
         with pytest.raises(TrainingError, match="no longer a number"):
             visionpeft.train(boxes, model=checkpoint, project=tmp_path, **{**args, "box": 1e38})
@@ -164,10 +164,10 @@ def test_two_processes(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatc
 def test_interrupted_before_the_first_epoch_ends(
     boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ctrl_c(trainer: Tuned) -> None:
+    def ctrl_c(trainer: PeftTrainerMixin) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Tuned, "optimizer_step", ctrl_c)
+    monkeypatch.setattr(PeftTrainerMixin, "optimizer_step", ctrl_c)
     with pytest.raises(Interrupted, match="start anew"):
         visionpeft.train(boxes, model=checkpoint, project=tmp_path, **SMALL)
     with pytest.raises(TrainingError, match="nothing to resume|no run to resume"):
@@ -329,7 +329,7 @@ def test_old_classes_keep_their_rows(checkpoint: Path, boxes: Path, tmp_path: Pa
     data.write_text(f"train: {boxes.parent}/images/train\nval: {boxes.parent}/images/val\nnames: [other, class 7]\n")
     family = visionpeft.api.find_family(str(checkpoint))
     base = family.load(str(checkpoint))
-    model = family.fit(base, family.read_data(str(data)).names, "keep")
+    model = family.with_head(base, family.read_data(str(data)).names, "keep")
     for kept, old in zip(model.model[-1].cv3, base.model.model[-1].cv3, strict=True):
         assert torch.equal(kept[-1].weight[1], old[-1].weight[7]) and not torch.equal(kept[-1].weight[0], old[-1].weight[0])
 

@@ -126,11 +126,11 @@ def test_exported_files_see_the_same(run: tuple, tmp_path: Path) -> None:
 
 def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path) -> None:
     """A classifier too, whose images have no mosaic to go on with."""
-    from visionpeft.families.yolo.family import Tuned
+    from visionpeft.families.yolo.family import PeftTrainerMixin
 
     args = {**SMALL, "epochs": 3, "method": "lora", "r": 2, "project": tmp_path, "model": bases["yolo26n-cls"]}
     whole = visionpeft.train(sets["classify"], name="whole", **args)
-    with ctrl_c(Tuned, "_model_train", after=2), pytest.raises(Interrupted, match="go on with resume="):
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=2), pytest.raises(Interrupted, match="go on with resume="):
         visionpeft.train(sets["classify"], name="parts", **args)
     rest = visionpeft.train(resume=tmp_path / "parts", quiet=True)
     one, two = (torch.load(r.folder / "checkpoint.pt", weights_only=True)["ema"] for r in (whole, rest))

@@ -88,7 +88,7 @@ def adapted(net, images) -> Callable[..., tuple[nn.Module, deltas.Delta, Base]]:
 
     def make(name: str, method: str, dtype: str = "fp32", **options: Any) -> tuple[nn.Module, deltas.Delta, Base]:
         base, names, family = base_of(name, net(name)), {0: "a", 1: "b", 2: "c"}, family_of(name)
-        model = family.fit(base, names, "rebuild")
+        model = family.with_head(base, names, "rebuild")
         plan = make_plan(make_method(method, options), family.anatomy(model, name), bn="train")
         train_mode(attach(model, plan), plan)
         learn(model, images)
@@ -101,19 +101,19 @@ def adapted(net, images) -> Callable[..., tuple[nn.Module, deltas.Delta, Base]]:
 def rebuilt(delta: deltas.Delta, base: Base, name: str) -> nn.Module:
     """The base with a delta on it, as `load` makes it."""
     names = {int(i): n for i, n in delta.header["names"].items()}
-    model = family_of(name).fit(base, names, delta.header["head"])
+    model = family_of(name).with_head(base, names, delta.header["head"])
     return deltas.apply(attach(model, delta.plan, start=False), delta, base.state).eval()
 
 
 def theirs(base: Base, name: str, folder: Path, classes: int = 3) -> Any:
     """What peft makes of a folder, on the base with a new head of other random values."""
-    model = family_of(name).fit(base, {i: str(i) for i in range(classes)}, "rebuild")
+    model = family_of(name).with_head(base, {i: str(i) for i in range(classes)}, "rebuild")
     return peft.PeftModel.from_pretrained(model, str(folder))
 
 
 def trained_by_peft(name: str, base: Base, config: Callable[..., peft.PeftConfig], folder: Path, x: Tensor) -> nn.Module:
     """A net that peft has adapted and saved, as peft opens it again."""
-    start = family_of(name).fit(base, {i: str(i) for i in range(3)}, "rebuild")
+    start = family_of(name).with_head(base, {i: str(i) for i in range(3)}, "rebuild")
     layers = [n for n, m in start.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and getattr(m, "groups", 1) == 1]
     layers = [n for n in layers if n != HEADS[name]]
     regex = "|".join(map(re.escape, layers))
@@ -199,7 +199,7 @@ def test_a_detector_of_peft(net, images, tmp_path) -> None:
     base = base_of("yolo11n", net("yolo11n"))
     config = peft.LoraConfig(r=2, target_modules=r"model\.[2-8]\..*conv", modules_to_save=["model.23"])
     for names in (base.names, {0: "0", 1: "1"}):
-        start = family_of("yolo11n").fit(base, names, "keep")
+        start = family_of("yolo11n").with_head(base, names, "keep")
         model = peft.get_peft_model(copy.deepcopy(start), config)
         learn(model.eval(), images)
         model.save_pretrained(str(folder := tmp_path / str(len(names))))
@@ -299,7 +299,7 @@ def test_outputs_without_weights_are_no_dora_of_peft(net, images, tmp_path) -> N
     with torch.no_grad():
         base.model.get_submodule("blocks.1.mlp.fc1").weight[0] = 0
     family = family_of("vit_tiny")
-    model = family.fit(base, base.names, "keep")
+    model = family.with_head(base, base.names, "keep")
     plan = make_plan(make_method("dora"), family.anatomy(model, "vit_tiny"))
     learn(train_mode(attach(model, plan), plan), images)
     with torch.no_grad():
@@ -340,7 +340,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
     """A small transformer and an adapter that peft has saved of it."""
     torch.manual_seed(0)
     base = base_of("vit_tiny", NETS["vit_tiny"][1]())
-    start = family_of("vit_tiny").fit(base, {0: "a", 1: "b", 2: "c"}, "rebuild")
+    start = family_of("vit_tiny").with_head(base, {0: "a", 1: "b", 2: "c"}, "rebuild")
     config = peft.LoraConfig(r=2, target_modules=["qkv", "fc1"], modules_to_save=["head"])
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     peft.get_peft_model(start, config).save_pretrained(str(folder))
@@ -521,7 +521,7 @@ def test_names_stay_text_in_the_readme(run: visionpeft.Run, tmp_path) -> None:
     base = dataclasses.replace(loaded.base, source=evil)
     header = {**loaded.delta.header, "names": {"0": evil, "1": "b"}}
     header["base"] = {**header["base"], "model": evil, "model_args": {"a=1); import os; (b": evil}}
-    opening = loaded.family.opening(base, header)
+    opening = loaded.family.loading_snippet(base, header)
     delta = dataclasses.replace(loaded.delta, header=header)
     folder = hfpeft.write(loaded.model, delta, loaded.base, opening, tmp_path / "evil")
     card = (folder / "README.md").read_text()
@@ -649,8 +649,8 @@ def same_as_built(family: Any, base: Base, names: dict[int, str], head: str, mod
     header = header_of(base, names, head)
     header["base"]["model_args"] = model_args or {}
     used: dict[str, Any] = {}
-    exec(family.opening(base, header), used)
-    fitted = family.fit(base, names, head)
+    exec(family.loading_snippet(base, header), used)
+    fitted = family.with_head(base, names, head)
     heads = tuple(f"{h}." for h in family.anatomy(base.model, base.source).heads)
     ours, its = fitted.state_dict(), used["model"].state_dict()
     assert {k: v.shape for k, v in its.items()} == {k: v.shape for k, v in ours.items()}

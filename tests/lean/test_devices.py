@@ -154,7 +154,7 @@ def test_steps(name: str, method: str, net) -> None:
     with fake_gpu() as fake, answers:
         answers.yes = True
         model = lean.apply(train_mode(sent(model, fake), plan))
-        rehearsal = family.rehearse(model, of, Step(2, 64, "AdamW", True, 3, 0.02))
+        rehearsal = family.dry_run(model, of, Step(2, 64, "AdamW", True, 3, 0.02))
         answers.true, answers.number = rehearsal.true, rehearsal.number
         given = rehearsal.batch()
         given = {k: v.to(GPU) for k, v in given.items()} if isinstance(given, dict) else tuple(v.to(GPU) for v in given)

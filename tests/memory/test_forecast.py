@@ -44,8 +44,8 @@ def bench() -> ModuleType:
 
 def case(net: str, method: str, lean: str = "off", imgsz: int = 96, objects: int = 5, **more: Any) -> Case:
     family = find_family(net)
-    base = family.design(net)
-    fitted = family.fit(base, base.names, "keep")
+    base = family.load_architecture(net)
+    fitted = family.with_head(base, base.names, "keep")
     plan = make_plan(make_method(method), family.anatomy(fitted, net), more.pop("freeze", 0))
     step = Step(1, imgsz, more.pop("optimizer", "AdamW"), False, objects, 0.02, **more)
     return Case(family, base, fitted, plan, step, lean, gpu=False)
@@ -145,7 +145,7 @@ def test_gpu() -> None:
 def test_objects_of_data(tmp_path: Path) -> None:
     data = Yolo().read_data(str(make_boxes(tmp_path)))  # two in every image
     seen = {
-        name: Yolo().objects(data, {"epochs": 3, **settings})[0]
+        name: Yolo().max_objects(data, {"epochs": 3, **settings})[0]
         for name, settings in {
             "alone": {"mosaic": 0.0},
             "mosaic": {},
@@ -154,7 +154,7 @@ def test_objects_of_data(tmp_path: Path) -> None:
         }.items()
     }
     assert seen == {"alone": 2, "mosaic": 8, "mixup": 16, "both": 4}
-    assert 0.03 < Yolo().objects(data, {"epochs": 3})[1] < 0.15
+    assert 0.03 < Yolo().max_objects(data, {"epochs": 3})[1] < 0.15
 
 
 def test_no_trace(tmp_path: Path, loops: dict) -> None:

@@ -22,7 +22,7 @@ from visionpeft.core.plan import make_plan, plan_table
 from visionpeft.errors import ConfigError, Interrupted, OutOfMemory, TrainingError
 from visionpeft.families.gradient_stats import gather
 from visionpeft.families.yolo.tasks import TASKS
-from visionpeft.families.yolo.trainer import Tuned
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.registry import FAMILIES
 from visionpeft.training.job import Job
 
@@ -39,7 +39,10 @@ def test_last_is_the_stages_before_the_head(name: str, stages: set[int], net) ->
     assert {p.stage for p in anatomy.params if p.name in plan.train} == {*stages, HEAD}
     assert {s.stage for s in anatomy.statistics if s.name not in plan.still} <= {*stages, HEAD}
     everything = make_plan(make_method("full"), anatomy, freeze=min(stages))
-    assert (plan.train, plan.still) == (everything.train, everything.still) and plan.untouched == everything.untouched
+    assert (plan.train, plan.still) == (
+        everything.train,
+        everything.still,
+    ) and plan.num_frozen_stages == everything.num_frozen_stages
 
 
 def test_surgical_takes_the_stages_with_the_longest_gradients(net) -> None:
@@ -99,9 +102,9 @@ def test_budget_too_small_for_a_rank(net) -> None:
 # --------------------------------------------------------------------------------------------------------------- evidence
 def test_evidence_is_of_the_mean_gradient(squares: Path, tmp_path: Path) -> None:
     family: Any = FAMILIES["timm"]()
-    base = family.design("timm/test_vit", img_size=32)
+    base = family.load_architecture("timm/test_vit", img_size=32)
     data = family.read_data(str(squares), base)
-    model = family.fit(base, data.names, "rebuild")
+    model = family.with_head(base, data.names, "rebuild")
     anatomy = family.anatomy(model, "test_vit")
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     made = gather(family, model, data, anatomy, imgsz=32, batch=4)
@@ -119,9 +122,9 @@ def test_evidence_is_of_the_mean_gradient(squares: Path, tmp_path: Path) -> None
 
 def test_evidence_where_memory_is_short_or_images_are_few(squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family: Any = FAMILIES["timm"]()
-    base = family.design("timm/test_vit", img_size=32)
+    base = family.load_architecture("timm/test_vit", img_size=32)
     data = family.read_data(str(squares), base)
-    model = family.fit(base, data.names, "rebuild")
+    model = family.with_head(base, data.names, "rebuild")
     look = partial(gather, family, model, data, family.anatomy(model, "test_vit"), imgsz=32)
     whole, odd = look(batch=16), look(batch=5)
     assert whole.images == odd.images == look(batch=-1).images == 16
@@ -146,9 +149,9 @@ def test_statistics_stay_still_while_it_looks(
     name: str, squares: Path, boxes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family: Any = FAMILIES[name]()
-    base = family.design({"timm": "timm/test_resnet", "yolo": "yolo11n.yaml"}[name])
+    base = family.load_architecture({"timm": "timm/test_resnet", "yolo": "yolo11n.yaml"}[name])
     data = family.read_data(str({"timm": squares, "yolo": boxes}[name]), base)
-    model = family.fit(base, data.names, "rebuild")
+    model = family.with_head(base, data.names, "rebuild")
     anatomy, state, real = family.anatomy(model, ""), copy.deepcopy(model.state_dict()), family.losses
 
     def losses(own: Any, *args: Any, **more: Any) -> Any:
@@ -166,22 +169,22 @@ def test_statistics_stay_still_while_it_looks(
 def test_evidence_of_every_task(version: str, task: str, net, tmp_path: Path) -> None:
     family: Any = FAMILIES["yolo"]()
     suffix = {"detect": "", "segment": "-seg", "classify": "-cls"}.get(task, f"-{task}")
-    base = family.design(f"yolo{version}n{suffix}.yaml")
+    base = family.load_architecture(f"yolo{version}n{suffix}.yaml")
     source = make_squares(tmp_path) if task == "classify" else make_boxes(tmp_path, task)
     data = family.read_data(str(source), base)
-    model = family.fit(base, data.names, "keep", **data.outputs)
+    model = family.with_head(base, data.names, "keep", **data.outputs)
     anatomy = family.anatomy(model, "net")
     made = gather(family, model, data, anatomy, imgsz=64, batch=4)
     assert made.images == (16 if task == "classify" else 8)
     assert all(made.gradient.get(p.name, 0) > 0 for p in anatomy.body if p.role == "weight")
-    assert len(make_plan(make_method("surgical"), dataclasses.replace(anatomy, evidence=made)).train) > 2
+    assert len(make_plan(make_method("surgical"), dataclasses.replace(anatomy, gradient_stats=made)).train) > 2
 
 
 def test_a_loss_that_is_no_number(squares: Path) -> None:
     family: Any = FAMILIES["timm"]()
-    base = family.design("timm/test_resnet")
+    base = family.load_architecture("timm/test_resnet")
     data = family.read_data(str(squares), base)
-    model = family.fit(base, data.names, "rebuild")
+    model = family.with_head(base, data.names, "rebuild")
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match="is no number before training"):
@@ -229,12 +232,12 @@ def test_gradual_opens_group_after_group(net) -> None:
         assert plan.rate(p.name) == pytest.approx(2.0 ** (p.stage - 4))
     assert all(plan.opens[s.name] == pytest.approx(shares[s.stage]) for s in anatomy.statistics)
     assert not any(p.name in plan.opens for p in anatomy.params if p.stage == HEAD)
-    assert plan.closed(0.25) == {n for n, share in plan.opens.items() if share > 0.25}
+    assert plan.still_frozen(0.25) == {n for n, share in plan.opens.items() if share > 0.25}
     assert "50%" in str(plan) and [r.opens for r in plan.rows] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     most = make_plan(make_method("gradual", {"groups": 1000}), anatomy)
     assert most.opens == pytest.approx({**plan.opens}) and most.rates.keys() == plan.rates.keys()
     frozen = make_plan(make_method("gradual"), anatomy, freeze=3)
-    assert frozen.opened == 0.5  # of two stages, too
+    assert frozen.fully_unfrozen_at == 0.5  # of two stages, too
     assert set(frozen.opens) <= {*frozen.train, *(s.name for s in anatomy.statistics)}
     assert not any(p.name in frozen.opens for p in anatomy.params if 0 <= p.stage < 3)
 
@@ -246,7 +249,7 @@ def test_patience_of_ultralytics_counts_once_all_trains(loops, tmp_path: Path, m
         trainer.best_fitness = 0.5
         return {key: 0.0 for key in trainer.metrics}, 0.5
 
-    monkeypatch.setattr(Tuned, "validate", validate)
+    monkeypatch.setattr(PeftTrainerMixin, "validate", validate)
     settings = {**arguments, "method": "gradual", "groups": 2, "epochs": 6, "patience": 1, "project": tmp_path}
     assert len(visionpeft.train(data, **settings).history) == 4
 
@@ -257,7 +260,7 @@ def test_what_another_method_trains_from_the_start_does_not_wait(net) -> None:
     assert set(plan.opens) & set(plan.train) == {p.name for p in anatomy.body if not p.role.endswith("bias")}
     last = make_plan(make_method("last"), anatomy)
     both = make_plan(make_method("gradual+last"), anatomy)
-    assert plan.rows[0].opens == plan.opened == 0.5 and "from" in plan_table(plan, 60)
+    assert plan.rows[0].opens == plan.fully_unfrozen_at == 0.5 and "from" in plan_table(plan, 60)
     assert not set(both.opens) & {*last.train, *(s.name for s in anatomy.statistics if s.name not in last.still)}
 
 
@@ -265,7 +268,7 @@ def test_gradual_where_parts_are_frozen_by_name(net) -> None:
     anatomy = anatomy_of(net, "yolo11n")
     alone = ["model.0.conv", "model.0.bn.weight", "model.0.bn.bias"]  # of this stage, statistics move and nothing trains
     plan = make_plan(make_method("gradual"), anatomy, freeze=alone)
-    assert plan.opens["model.0.bn"] == plan.opened == 0.5
+    assert plan.opens["model.0.bn"] == plan.fully_unfrozen_at == 0.5
     with pytest.raises(ConfigError, match="leaves nothing to train at first"):
         make_plan(make_method("gradual"), anatomy, freeze="model.23")
 
@@ -301,9 +304,9 @@ def test_what_waits_does_not_move(family: str, loops, tmp_path: Path, monkeypatc
     assert {*states[0]["wanted"]} == {n for n in plan.train if n not in plan.opens}
     assert {*states[2]["wanted"]} == {*plan.train}
     for number, state in enumerate(states):
-        closed = plan.closed(number / 4)
+        closed = plan.still_frozen(number / 4)
         assert state["wanted"] == {*plan.train} - closed and state["still"] >= closed - {*plan.train}
-        waited = plan.closed((number - 1) / 4) if number else {*plan.opens}
+        waited = plan.still_frozen((number - 1) / 4) if number else {*plan.opens}
         for key, value in state["values"].items():
             owner_name = key.rpartition(".")[0]
             if key in waited or (owner_name in waited and key.endswith(("running_mean", "running_var"))):

@@ -23,12 +23,12 @@ from visionpeft.errors import ConfigError, DataError, Interrupted, Stopped, Trai
 from visionpeft.families.base import Family
 from visionpeft.families.timm.trainer import _Loop
 from visionpeft.families.yolo.family import Yolo
-from visionpeft.families.yolo.trainer import Tuned
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.training import checkpoint as checkpoints
 from visionpeft.training import run_folder
 from visionpeft.training.shuffling import Order
 
-STEP = {"yolo": (Tuned, "optimizer_step"), "timm": (_Loop, "_step")}
+STEP = {"yolo": (PeftTrainerMixin, "optimizer_step"), "timm": (_Loop, "_step")}
 SMALL = {"epochs": 2, "batch": 4, "device": "cpu", "workers": 0, "quiet": True}
 RESNET = {"model": "timm/test_resnet", "model_args": {"pretrained": False}, "method": "full", "imgsz": 32, **SMALL}
 
@@ -161,7 +161,7 @@ def test_a_run_whose_base_has_moved_is_resumed(checkpoint: Path, tmp_path: Path,
     data, base, folder = make_boxes(tmp_path / "data"), tmp_path / "base.pt", tmp_path / "train"
     shutil.copy(checkpoint, base)
     given = {**SMALL, "model": base, "method": "lora", "r": 2, "imgsz": 64, "cache_limit": math.inf, "batch": 4}
-    with ctrl_c(Tuned, "_model_train", after=1), pytest.raises(Interrupted):
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=1), pytest.raises(Interrupted):
         visionpeft.train(data, project=tmp_path, **given)
     base.rename(tmp_path / "moved.pt")
     said = json.loads((folder / "train.json").read_text())
@@ -201,7 +201,7 @@ def test_resumed_on_something_else(checkpoint: Path, tmp_path: Path, brief: None
     data, base = make_boxes(tmp_path / "data"), tmp_path / "base.pt"
     shutil.copy(checkpoint, base)
     label, folder = tmp_path / "data" / "labels" / "train" / "0.txt", tmp_path / "train"
-    with ctrl_c(Tuned, "_model_train", after=1), pytest.raises(Interrupted):
+    with ctrl_c(PeftTrainerMixin, "_model_train", after=1), pytest.raises(Interrupted):
         visionpeft.train(data, model=base, method="lora", r=2, imgsz=64, project=tmp_path, **SMALL)
     saved, content = checkpoints.load(folder / "checkpoint.pt"), torch.load(checkpoint, weights_only=False)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     adapted = api.load(run.delta, **own) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
     use = _use(run, family)
-    judged = family.judge(model, data, **use, workers=run.arguments["workers"])
+    judged = family.evaluate(model, data, **use, workers=run.arguments["workers"])
     shown = {k: use[k] for k in ("imgsz", "device")}
     old, retained = cell.spec["retain"], None
     if old and adapted:
@@ -77,12 +77,12 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
         "cell": cell.spec,
         "names": cell.names,
         "task": base.task,
-        "score": family.score(base.task),
+        "score": family.primary_metric(base.task),
         "run": run.to_dict(),
         "chosen": chosen,
         "states": {"bn": run.plan.bn, **{k: run.arguments[k] for k in ("head", "lean")}},
         "retained": retained,
-        "evidence": judged.evidence.pack(),
+        "evidence": judged.predictions.pack(),
         "interval": None,
         "pictures": {
             "labels": [_jpeg(p) for p in family.draw(None, data, _PICTURES)],
@@ -101,12 +101,12 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
     arguments = {**cell.arguments(), **cell.spec["trial"]}
     family, base, data = _opened(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        arguments["data"] = family.hold_back(data, Path(folder), SHARE)
+        arguments["data"] = family.holdout_split(data, Path(folder), SHARE)
         score: float | None = None
         error = ""
         try:
             run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
-            score = run.after[family.score(base.task)]
+            score = run.after[family.primary_metric(base.task)]
         except (OutOfMemory, Interrupted):
             raise
         except TrainingError as wrong:  # a rate that diverges is a result, the worst

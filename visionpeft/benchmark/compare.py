@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..families.predictions import ImageEvidence, unpack
+from ..families.predictions import ImagePredictions, unpack
 from ..tables import escaped, size
 from .grid import hash_of
 
@@ -203,7 +203,7 @@ class _Drawn:
         """Return a cell's score in each resample of its images."""
         if (key := cell["hash"]) not in self._scores:
             try:
-                evidence: ImageEvidence = unpack(cell["evidence"])
+                evidence: ImagePredictions = unpack(cell["evidence"])
             except DataError as error:
                 raise DataError(f"{key}.json: {error}; run its cell anew") from error
             count = len(evidence.images)

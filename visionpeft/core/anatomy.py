@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .. import deprecation
 from ..errors import ConfigError
 
 HEAD = -1  # the stage index of what belongs to the task head
@@ -90,7 +91,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class GradientStats:
     """What the training loss on some of the training images says of a model's own parameters, before any has moved."""
 
     images: int
@@ -113,12 +114,14 @@ class Anatomy:
     blocks: tuple[Block, ...]
     attentions: tuple[Attention, ...]
     statistics: tuple[Statistics, ...]
-    evidence: Evidence | None = None  # for methods that look at data before they plan
+    gradient_stats: GradientStats | None = None  # for methods that look at data before they plan
 
     @property
     def body(self) -> tuple[Param, ...]:
         """The parameters outside the head."""
         return tuple(p for p in self.params if p.stage != HEAD)
+
+    evidence = deprecation.alias("Anatomy.evidence", "gradient_stats")
 
     def without(self, gone: Callable[[Any], bool]) -> Anatomy:
         """Return the anatomy less every part for which `gone(part)` holds."""

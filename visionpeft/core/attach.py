@@ -87,7 +87,7 @@ def train_mode(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module
         progress: The share of the training that is done.
     """
     model.train()
-    closed = plan.closed(progress).difference(plan.train)
+    closed = plan.still_frozen(progress).difference(plan.train)
     for name in (*plan.still, *closed):
         model.get_submodule(name).eval()
     return model
@@ -101,7 +101,7 @@ def settle(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
         plan: What trains, and from when on.
         progress: The share of the training that is done; by default all of the plan is open.
     """
-    wanted = set(plan.train) - plan.closed(progress)
+    wanted = set(plan.train) - plan.still_frozen(progress)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted or is_added(name))
     return model
@@ -122,7 +122,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"{', '.join(sorted(names))} cannot be merged into the base's weights; use the delta file with load()"
         )
-    for module in [m for m in model.modules() if twins.wears(m, Delta)]:
+    for module in [m for m in model.modules() if twins.has_mixin(m, Delta)]:
         fold(module)
     return _release(model)
 

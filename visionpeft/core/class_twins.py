@@ -24,7 +24,7 @@ def mixins(cls: type) -> tuple[type, ...]:
     return cls.__dict__.get("_mixins", ())
 
 
-def wears(module: nn.Module, mixin: type) -> bool:
+def has_mixin(module: nn.Module, mixin: type) -> bool:
     """Say whether `module` is a twin with `mixin`."""
     return mixin in mixins(type(module))
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from .. import schema
+from .. import deprecation, schema
 from ..errors import ConfigError, nearest
 from ..registry import METHODS
 from .anatomy import Anatomy, Param
@@ -39,6 +39,16 @@ class Edit:
     def build(self) -> torch.nn.Module:
         """Make the part, on torch's current default device."""
         return METHODS[self.method].build(**self.settings)
+
+
+_RENAMED = {  # attributes of methods, as those of users may still call them
+    "worth": "expected_gain",
+    "staged": "search_freeze_depths",
+    "looks": "needs_gradients",
+    "reads_map": "needs_token_grid",
+    "lengthens": "adds_tokens",
+    "starts_unchanged": "identity_at_init",
+}
 
 
 @dataclass(frozen=True)
@@ -65,19 +75,25 @@ class Method:
     bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
     lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
-    starts_unchanged: ClassVar[bool] = True  # attaching changes no output
-    worth: ClassVar[float | None] = (
+    identity_at_init: ClassVar[bool] = True  # attaching changes no output
+    expected_gain: ClassVar[float | None] = (
         None  # share of full's gain over the head alone (benchmarks/worth.py); None: `fit` looks past it
     )
-    reads_map: ClassVar[bool] = False  # it takes a token sequence for the map that it was
-    lengthens: ClassVar[bool] = False  # it adds tokens to a sequence
-    staged: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
+    needs_token_grid: ClassVar[bool] = False  # it takes a token sequence for the map that it was
+    adds_tokens: ClassVar[bool] = False  # it adds tokens to a sequence
+    search_freeze_depths: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
     peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft has nothing that computes the same
     peft_fields: ClassVar[frozenset[str]] = frozenset()  # of peft's configuration: those that `from_peft` understands
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        for old in _RENAMED.keys() & vars(cls):
+            deprecation.warn(f"{cls.__name__}.{old}", _RENAMED[old])
+            setattr(cls, _RENAMED[old], vars(cls)[old])
+
     @property
-    def looks(self) -> bool:
-        """Whether it reads `Anatomy.evidence`: the gradients of a few batches, before it plans."""
+    def needs_gradients(self) -> bool:
+        """Whether it reads `Anatomy.gradient_stats`: the gradients of a few batches, before it plans."""
         return False
 
     @property
@@ -165,7 +181,7 @@ class Combined(Method):
         names = [m.name for m in self.parts]
         if len(set(names)) < len(names) or not names:
             raise ConfigError(f"method '{self.name}' names {'a method twice; name each once' if names else 'none'}")
-        longer, readers = [m.name for m in self.parts if m.lengthens], [m.name for m in self.parts if m.reads_map]
+        longer, readers = [m.name for m in self.parts if m.adds_tokens], [m.name for m in self.parts if m.needs_token_grid]
         if longer and readers:
             raise ConfigError(
                 f"'{longer[0]}' adds tokens to the sequence that '{readers[0]}' takes for a map; use one of the two"
@@ -184,12 +200,12 @@ class Combined(Method):
         return all(m.merges for m in self.methods)
 
     @property
-    def starts_unchanged(self) -> bool:  # type: ignore[override]
-        return all(m.starts_unchanged for m in self.methods)
+    def identity_at_init(self) -> bool:  # type: ignore[override]
+        return all(m.identity_at_init for m in self.methods)
 
     @property
-    def looks(self) -> bool:
-        return any(m.looks for m in self.methods)
+    def needs_gradients(self) -> bool:
+        return any(m.needs_gradients for m in self.methods)
 
     @property
     def parts(self) -> tuple[Method, ...]:

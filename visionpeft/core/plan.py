@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .. import schema, tables
+from .. import deprecation, schema, tables
 from ..errors import ConfigError, nearest, printable
 from ..registry import METHODS
 from .anatomy import HEAD, Anatomy, Unfit
@@ -72,7 +72,7 @@ class Plan:
         return self.rows[-1].trained + self.rows[-1].added
 
     @property
-    def untouched(self) -> int:
+    def num_frozen_stages(self) -> int:
         """How many stages, counted from the first, come before all that trains, is edited or has moving statistics.
 
         Those without parameters at their end do not count: nothing is gained by them.
@@ -92,13 +92,17 @@ class Plan:
         return sum(r.params for r in self.rows[:-1])
 
     @property
-    def opened(self) -> float:
+    def fully_unfrozen_at(self) -> float:
         """The share of the training after which all of it trains."""
         return max(self.opens.values(), default=0.0)
 
-    def closed(self, progress: float) -> set[str]:
+    def still_frozen(self, progress: float) -> set[str]:
         """Return the parameters, and modules with statistics, that still wait when this share of the training is done."""
         return {name for name, share in self.opens.items() if share > progress + 1e-9}
+
+    untouched = deprecation.alias("Plan.untouched", "num_frozen_stages")
+    opened = deprecation.alias("Plan.opened", "fully_unfrozen_at")
+    closed = deprecation.alias("Plan.closed", "still_frozen")
 
     def rate(self, parameter: str) -> float:
         """Return a body parameter's learning rate, relative to that of full fine-tuning; added parts' parameters too."""
@@ -131,7 +135,7 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
 
     Args:
         method: How to tune.
-        anatomy: The model's facts; with evidence, if the method looks at data (`Method.looks`).
+        anatomy: The model's facts; with evidence, if the method looks at data (`Method.needs_gradients`).
         freeze: Where not to: the first N stages, a list of stage indices, or names of stages or modules.
         bn: "frozen" or "train": whether running statistics outside the head move. By default as the method
             says. In frozen stages they always stay still, in the head they always move.
@@ -143,7 +147,7 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     if bn not in ("frozen", "train"):
         raise ConfigError(f"bn='{bn}' is not known; it is 'frozen' or 'train'")
     frozen = _freezer(anatomy, freeze)
-    if method.looks and anatomy.evidence is None:
+    if method.needs_gradients and anatomy.gradient_stats is None:
         raise ConfigError(f"with these settings '{method.name}' looks at training images before it plans; give data")
     open_anatomy = anatomy.without(frozen)
     rates: dict[str, float] = {}
@@ -189,7 +193,9 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     )
 
 
-def given_plan(method: Method, anatomy: Anatomy, edits: Sequence[Edit], train: Iterable[str], moved: Iterable[str]) -> Plan:
+def plan_from_trained(
+    method: Method, anatomy: Anatomy, edits: Sequence[Edit], train: Iterable[str], moved: Iterable[str]
+) -> Plan:
     """Return the plan of a model that was trained elsewhere: what it edits and trains is known, nothing is decided.
 
     Args:
@@ -224,7 +230,7 @@ def fitting(anatomy: Anatomy) -> list[str]:
 
 
 def _fits(method: Method, anatomy: Anatomy) -> bool:
-    if method.looks and anatomy.evidence is None:
+    if method.needs_gradients and anatomy.gradient_stats is None:
         return bool(anatomy.stages)  # what it would choose is not known yet
     try:
         for part in method.parts:

@@ -17,23 +17,23 @@ from ..core.anatomy import Anatomy
 from ..core.base_model import Base, Data
 from ..errors import DeltaError
 from ..schema import Malformed
-from ..training.feature_cache import Rounds
+from ..training.feature_cache import ViewSchedule
 from ..training.job import Job
 from ..training.plots import Picture
-from .predictions import ImageEvidence
+from .predictions import ImagePredictions
 
 
 # -------------------------------------------------------------------------------------------------- what passes between
 @dataclass(frozen=True)
-class Judged:
+class EvalResult:
     """What an evaluation found."""
 
     metrics: dict[str, float]
-    evidence: ImageEvidence  # of each image
+    predictions: ImagePredictions  # of each image
 
 
 @dataclass(frozen=True)
-class Leading:
+class LeadingStages:
     """The first stages of a model."""
 
     modules: Sequence[str]  # paths; together they are the stages
@@ -55,7 +55,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """A training step on made-up data. It may run on tensors without content, so nothing in it may depend on values but
     by `true`."""
 
@@ -80,22 +80,22 @@ class Family(ABC):
     name: ClassVar[str]
     suffix: ClassVar[str]  # of a merged file
     defaults: ClassVar[dict[str, Any]]  # of train(), where the user says nothing
-    body_rate: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
+    body_lr_scale: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
     refused: ClassVar[Mapping[str, str]] = {}  # the library's arguments that train() does not take, with what to do instead
     evaluated: ClassVar[frozenset[str]] = frozenset()  # the further arguments by which a run's validation goes, too
     outputs: ClassVar[type] = NoOutputs  # a dataclass: what a head may be made for beside the classes
     bn: ClassVar[str | None] = None  # whether the body's running statistics move by default; None: as the method says
 
     @abstractmethod
-    def claims(self, source: str) -> bool:
+    def supports(self, source: str) -> bool:
         """Say whether `source` names one of this family's models."""
 
     @abstractmethod
-    def known(self) -> Iterable[str]:
+    def model_names(self) -> Iterable[str]:
         """Return model names to suggest."""
 
     @abstractmethod
-    def arguments(self) -> Iterable[str]:
+    def train_options(self) -> Iterable[str]:
         """Return the names of the further training arguments that pass through."""
 
     def defaults_for(self, base: Base) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Family(ABC):
         return dict(self.defaults)
 
     @abstractmethod
-    def score(self, task: str) -> str:
+    def primary_metric(self, task: str) -> str:
         """Return the name of the metric that stands for the others."""
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def design(self, source: str, **options: Any) -> Base:
+    def load_architecture(self, source: str, **options: Any) -> Base:
         """Return a base as `load` does, but with random weights where its own would have to be fetched.
 
         Raises:
@@ -150,16 +150,16 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+    def max_objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
         """Return how many labelled objects the fullest image of a run of these settings holds, augmentation included, and
         what share of an image one of them covers, on average."""
 
-    def widest(self, imgsz: int, settings: Mapping[str, Any]) -> int:
+    def max_size(self, imgsz: int, settings: Mapping[str, Any]) -> int:
         """Return the size of the largest images that a run of these settings trains on."""
         return imgsz
 
     @abstractmethod
-    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+    def dry_run(self, model: nn.Module, base: Base, step: Step) -> DryRun:
         """Return a training step of a model that a plan is attached to, on made-up data."""
 
     @abstractmethod
@@ -188,7 +188,7 @@ class Family(ABC):
         return base, {}
 
     @abstractmethod
-    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
+    def with_head(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         """Return a copy of the base whose head is made for `names`, and for a data set's `outputs`."""
 
     def read_outputs(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,11 +208,11 @@ class Family(ABC):
         """Read a model's facts."""
 
     @abstractmethod
-    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
+    def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
         """Return what the model's first stages (at least one) consist of, to run them apart from the rest or not at all."""
 
     @abstractmethod
-    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
         """Say how a run of these settings would store `views` views of every image.
 
         Raises:
@@ -220,7 +220,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def augmentation_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return those settings on which an augmented view of an image may depend, beside image size and seed."""
 
     @abstractmethod
@@ -248,15 +248,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> EvalResult:
         """Evaluate a model on the data's validation part."""
 
-    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> dict[str, float]:
-        """Return the metrics of a model on the data's validation part."""
-        return self.judge(model, data, **options).metrics
-
     @abstractmethod
-    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+    def holdout_split(self, data: Data, folder: Path, share: float) -> str:
         """Split a set's training part by the hash of its file names, and leave what reads it in `folder`.
 
         Args:
@@ -281,7 +277,7 @@ class Family(ABC):
         """Write the model in a deployment format ("onnx", "torchscript")."""
 
     @abstractmethod
-    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+    def loading_snippet(self, base: Base, header: Mapping[str, Any]) -> str:
         """Return lines of Python that make ``model`` without visionpeft: the base, its head made as a delta's header says.
 
         The head's values need not be those of the delta.

@@ -22,7 +22,7 @@ from .base import Family
 FORMAT = 1  # of stored views; another one when they are computed otherwise
 
 
-def set_apart(
+def prepare_frozen_stages(
     family: Family, base: Base, data: Data, plan: Plan, settings: Mapping[str, Any], extra: Mapping[str, Any], views: int
 ) -> tuple[Prefix | None, Store | None]:
     """Return what runs the frozen stages, and where their outputs lie or will lie; None where neither is asked for.
@@ -44,11 +44,11 @@ def set_apart(
         return None, None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise ConfigError(f"cache_limit={limit} is not usable; it must be a number of GB above 0")
-    refuse_without_stages(plan, views, dtype)
+    require_frozen_stages(plan, views, dtype)
     if views and len(devices(settings["device"])) > 1:
         raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
-    rounds = family.rounds(views, {**settings, **extra, "task": base.task})
-    leading = family.leading(base, plan.untouched, settings["imgsz"])
+    rounds = family.view_schedule(views, {**settings, **extra, "task": base.task})
+    leading = family.leading_stages(base, plan.num_frozen_stages, settings["imgsz"])
     stored = DTYPES[dtype or "bf16"]
     example = torch.rand(2, *leading.image, generator=torch.Generator().manual_seed(0))
     prefix = Prefix(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
@@ -63,7 +63,7 @@ def set_apart(
         data=data.fingerprint,  # names, sizes and labels
         images=content(data.facts["train"]),
         input=base.facts,  # the mean and so on that images are prepared with
-        augmentation=family.augmentation(extra),
+        augmentation=family.augmentation_settings(extra),
         rounds=rounds,
         seed=settings["seed"],
     )
@@ -75,7 +75,7 @@ def set_apart(
     return prefix, store
 
 
-def refuse_without_stages(plan: Plan, views: int, dtype: str | None) -> None:
+def require_frozen_stages(plan: Plan, views: int, dtype: str | None) -> None:
     """Refuse a plan whose first stage trains, where stages are to run apart.
 
     Raises:
@@ -83,7 +83,7 @@ def refuse_without_stages(plan: Plan, views: int, dtype: str | None) -> None:
     """
     if dtype is not None and dtype not in tuple(DTYPES):
         raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
-    if not plan.untouched:
+    if not plan.num_frozen_stages:
         given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"
         raise ConfigError(
             f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.anatomy import Anatomy, Evidence
+from ..core.anatomy import Anatomy, GradientStats
 from ..core.base_model import Data
 from ..core.method import Method
 from ..errors import TrainingError, out_of_memory
@@ -18,7 +18,7 @@ from .base import Family
 BATCHES, IMAGES = 8, 16  # batches, and images in each at most
 
 
-def with_evidence(
+def with_gradient_stats(
     anatomy: Anatomy, method: Method, family: Family, model: nn.Module, data: Data | None, **look: Any
 ) -> Anatomy:
     """Return the anatomy as a method plans with it: with evidence where it looks at data, and there are some.
@@ -28,14 +28,14 @@ def with_evidence(
         method: That is going to plan.
         family: As for `gather`, like all that follow.
     """
-    if not (method.looks and data):
+    if not (method.needs_gradients and data):
         return anatomy
-    return dataclasses.replace(anatomy, evidence=gather(family, model, data, anatomy, **look))
+    return dataclasses.replace(anatomy, gradient_stats=gather(family, model, data, anatomy, **look))
 
 
 def gather(
     family: Family, model: nn.Module, data: Data, anatomy: Anatomy, *, imgsz: int, batch: int, device: str = "cpu"
-) -> Evidence:
+) -> GradientStats:
     """Return the evidence of a fitted model's gradients; the model is not changed.
 
     Args:
@@ -67,7 +67,7 @@ def gather(
             size, count = size // 2, count * 2  # as many images, in smaller batches
 
 
-def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, count: int) -> Evidence:
+def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, count: int) -> GradientStats:
     made = 0
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +81,7 @@ def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, c
             made += 1
     with torch.no_grad():
         pairs = {n: (p.float(), p.grad.float() / made) for n, p in model.named_parameters() if p.grad is not None}
-        return Evidence(
+        return GradientStats(
             images=min(size * made, len(data.facts["train"])),
             weight={n: float(w.norm()) for n, (w, _) in pairs.items()},
             gradient={n: float(g.norm()) for n, (_, g) in pairs.items()},

@@ -21,7 +21,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class ImageEvidence(ABC):
+class ImagePredictions(ABC):
     """What a model said of each image of a set, beside what is there.
 
     The images are in the order of their names, whatever order they were seen in, so that two models' evidence of one set can
@@ -47,7 +47,7 @@ class ImageEvidence(ABC):
 
 
 @dataclass(frozen=True)
-class Answers(ImageEvidence):
+class Answers(ImagePredictions):
     """One class for each image."""
 
     kind: ClassVar[str] = "classify"
@@ -68,7 +68,7 @@ class Answers(ImageEvidence):
 
 
 @dataclass(frozen=True)
-class Detections(ImageEvidence):
+class Detections(ImagePredictions):
     """Boxes (or outlines, or poses) found in each image, and at which of ten overlaps each is a true one."""
 
     kind: ClassVar[str] = "detect"
@@ -145,8 +145,8 @@ class Detections(ImageEvidence):
         return self._precision(None)
 
 
-def unpack(packed: Mapping[str, str]) -> ImageEvidence:
-    """Make evidence again from what `ImageEvidence.pack` returned.
+def unpack(packed: Mapping[str, str]) -> ImagePredictions:
+    """Make evidence again from what `ImagePredictions.pack` returned.
 
     Raises:
         DataError: It is none.

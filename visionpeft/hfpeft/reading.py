@@ -15,7 +15,7 @@ from ..core.attach import attach
 from ..core.base_model import Base, Data
 from ..core.delta import Delta
 from ..core.method import Edit, Method, PeftLayer
-from ..core.plan import given_plan
+from ..core.plan import plan_from_trained
 from ..errors import ConfigError, DeltaError, MismatchError
 from ..families.base import Family
 from ..families.introspect import observe
@@ -71,7 +71,7 @@ def adopt(adapter: Adapter, family: Family, base: Base, header: Mapping[str, Any
     constants = sorted(train - {p.name for p in anatomy.params})  # of the head, which peft trains as a whole
     more = (Param(name, own[name].numel(), "other", HEAD) for name in constants)
     anatomy = replace(anatomy, params=(*anatomy.params, *more))
-    attach(model, given_plan(method, anatomy, [edit for edit, _ in edits], train, statistics), start=False)
+    attach(model, plan_from_trained(method, anatomy, [edit for edit, _ in edits], train, statistics), start=False)
     own = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for edit, tensors in edits:
@@ -111,7 +111,7 @@ def _fitted(adapter: Adapter, family: Family, base: Base, data: Data | None) -> 
     inside = tuple(f"{h}." for h in family.anatomy(base.model, base.source).heads)
     given = {k: v for k, v in adapter.tensors.items() if k.startswith(inside)}
     for names, head, outputs in _heads(adapter, base, data, given):
-        model = family.fit(base, names, head, **outputs)
+        model = family.with_head(base, names, head, **outputs)
         own = {k: v for k, v in model.state_dict().items() if k.startswith(inside)}
         fits = all(own[k].shape == v.shape for k, v in given.items() if k in own)
         if fits and (names == base.names or given.keys() >= own.keys()):  # a new head is nowhere but in the folder

@@ -82,7 +82,7 @@ def apply(model: nn.Module, level: str = "memory") -> nn.Module:
 
 def remove(model: nn.Module) -> nn.Module:
     """Take `apply` back, in place; no effect on a model that is not lean. Returns the model."""
-    if twins.wears(model, Lean):
+    if twins.has_mixin(model, Lean):
         twins.take_off(model, Lean)
         for name in Lean.__annotations__:
             del model.__dict__[name]

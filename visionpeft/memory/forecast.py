@@ -36,7 +36,7 @@ from ..core.attach import attach, settle, train_mode
 from ..core.base_model import Base
 from ..core.plan import Plan
 from ..errors import ConfigError
-from ..families.base import Family, Leading, Rehearsal, Step
+from ..families.base import DryRun, Family, LeadingStages, Step
 from ..lean.frozen_stages import DTYPES, Prefix, put_on, take_off
 from ..lean.products import layout
 from ..measure import PeakBytes, held
@@ -337,7 +337,7 @@ class Case:
     step: Step  # its batch does not count
     lean: str = "auto"  # a level, or "off"
     gpu: bool = True  # which needs an allowance, and computes in half precision otherwise than a CPU
-    leading: Leading | None = None  # the frozen stages, where they run apart from the rest
+    leading: LeadingStages | None = None  # the frozen stages, where they run apart from the rest
     prefix_dtype: str | None = None  # their precision
     cached: bool = False  # whether their outputs are read from the disk instead
     devices: int = 1  # that share a batch
@@ -382,7 +382,7 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
         settle(attach(model, case.plan, start=False), case.plan)
         train_mode(model.train(), case.plan)
         answers.yes = True
-        rehearsal = case.family.rehearse(model, case.base, step)
+        rehearsal = case.family.dry_run(model, case.base, step)
         if tell and rehearsal.loops:
             return None
         weights = held(list(model.parameters()), list(model.buffers()))
@@ -469,7 +469,7 @@ def _autocast(amp: bool, gpu: bool) -> Iterator[None]:
             yield
 
 
-def _from_vectors(rehearsal: Rehearsal, vectors: Tensor) -> Rehearsal:
+def _from_vectors(rehearsal: DryRun, vectors: Tensor) -> DryRun:
     """Return a rehearsal whose training batches hold stored outputs of the frozen stages in place of images."""
 
     def batch() -> Any:

@@ -168,11 +168,11 @@ def search(
 def _plans(anatomy: Anatomy, method: Method | None, freeze: Any, bn: str | None) -> Iterator[tuple[Plan, float]]:
     """Yield plans with what each is worth, the best first."""
     stages = len(anatomy.stages)
-    named = [method] if method else [make_method(n) for n, cls in METHODS.items() if cls.worth is not None]
+    named = [method] if method else [make_method(n) for n, cls in METHODS.items() if cls.expected_gain is not None]
     found, refused = [], None
     for one in named:
         worth = _worth(one)
-        deep = [round(stages * share) for share in DEPTHS] if one.staged else []
+        deep = [round(stages * share) for share in DEPTHS] if one.search_freeze_depths else []
         for depth in [freeze] if freeze is not None else [0, *deep]:
             try:
                 plan = make_plan(one, anatomy, depth, bn)
@@ -187,7 +187,7 @@ def _plans(anatomy: Anatomy, method: Method | None, freeze: Any, bn: str | None)
 
 
 def _worth(method: Method) -> float:
-    return max((part.worth or 0.0) for part in method.parts)
+    return max((part.expected_gain or 0.0) for part in method.parts)
 
 
 _DEPTH = 0.5  # what freezing all of the body costs of a method's worth, from benchmarks/worth.py

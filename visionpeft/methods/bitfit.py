@@ -14,7 +14,7 @@ from ..registry import METHODS
 @METHODS.register("bitfit")
 @dataclass(frozen=True)
 class BitFitConfig(Method):
-    worth: ClassVar[float | None] = 0.43
+    expected_gain: ClassVar[float | None] = 0.43
     lr_scale: ClassVar[float] = 5.0
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:

@@ -27,7 +27,7 @@ class ConvAdapterConfig(Method):
     placement: str = "parallel"  # "parallel": from the block's input (its output where it reads no one map), or "sequential"
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layer[34].*"
 
-    reads_map: ClassVar[bool] = True
+    needs_token_grid: ClassVar[bool] = True
     lr_scale: ClassVar[float] = 15.0
     merges: ClassVar[bool] = False
 

@@ -18,7 +18,7 @@ from .lora import LoraConfig, LowRank
 @METHODS.register("dora")
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
-    worth: ClassVar[float | None] = None
+    expected_gain: ClassVar[float | None] = None
     peft_dora: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

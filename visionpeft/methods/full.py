@@ -14,8 +14,8 @@ from ..registry import METHODS
 @METHODS.register("full")
 @dataclass(frozen=True)
 class FullConfig(Method):
-    worth: ClassVar[float | None] = 1.0
-    staged: ClassVar[bool] = True
+    expected_gain: ClassVar[float | None] = 1.0
+    search_freeze_depths: ClassVar[bool] = True
     bn: ClassVar[str] = "train"
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:

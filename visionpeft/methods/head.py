@@ -12,4 +12,4 @@ from ..registry import METHODS
 @METHODS.register("head")
 @dataclass(frozen=True)
 class HeadConfig(Method):
-    worth: ClassVar[float | None] = 0.0
+    expected_gain: ClassVar[float | None] = 0.0

@@ -31,7 +31,7 @@ class LoraConfig(UpdateConfig):
     budget: str | float = ""  # "2%" of what is not frozen of the body: ranks by the gradients of some training images, not r
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
-    worth: ClassVar[float | None] = 0.93
+    expected_gain: ClassVar[float | None] = 0.93
     peft_type: ClassVar[str] = "LORA"
     peft_dora: ClassVar[bool] = False  # peft has DoRA as an option of its LoRA
     peft_fields: ClassVar[frozenset[str]] = frozenset({"r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights"})
@@ -52,7 +52,7 @@ class LoraConfig(UpdateConfig):
                 raise ConfigError(f"{self.name}: budget gives every layer its rank, and so does rank_pattern; leave one out")
 
     @property
-    def looks(self) -> bool:
+    def needs_gradients(self) -> bool:
         return self.budget != ""
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:
@@ -68,9 +68,9 @@ class LoraConfig(UpdateConfig):
         al. 2025, https://arxiv.org/abs/2502.12171): one rank after the other goes to the layer with the most sensitivity for
         each parameter that it would then have (D'Hondt's rule). What scales an update is the same as without a budget.
         """
-        if not self.looks:
+        if not self.needs_gradients:
             return self
-        assert anatomy.evidence  # make_plan sees to it
+        assert anatomy.gradient_stats  # make_plan sees to it
         whole = replace(self, budget="", small_layers=0.0, oversize="skip", rank_pattern={})
         left = self._share() * sum(p.numel for p in anatomy.body)
         left -= sum(p.numel for p in anatomy.body if p.role.startswith("norm") and self.train_norms)
@@ -80,7 +80,7 @@ class LoraConfig(UpdateConfig):
         def offer(layer: Layer, rank: int, before: int) -> None:
             at = replace(whole, r=rank)
             if at.fits(layer):
-                product = anatomy.evidence.product.get(f"{layer.name}.weight", 0.0)  # type: ignore[union-attr]
+                product = anatomy.gradient_stats.product.get(f"{layer.name}.weight", 0.0)  # type: ignore[union-attr]
                 cost = at.trained(layer)
                 heapq.heappush(queue, (-product / cost, layer.name, rank, cost - before, layer))
 

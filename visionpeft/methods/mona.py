@@ -23,7 +23,7 @@ class MonaConfig(Method):
     mona_dropout: float = 0.1  # probability with which the bottleneck's values are dropped while training
     blocks: str = "all"  # "all", or a regular expression for names or classes of blocks: "C3k2|C2PSA", "layers.[23].*"
 
-    reads_map: ClassVar[bool] = True
+    needs_token_grid: ClassVar[bool] = True
     lr_scale: ClassVar[float] = 5.0
     merges: ClassVar[bool] = False
 

@@ -23,7 +23,7 @@ class PrefixConfig(Method):
 
     lr_scale: ClassVar[float] = 30.0
     merges: ClassVar[bool] = False
-    starts_unchanged: ClassVar[bool] = False
+    identity_at_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.check("num_virtual_tokens", self.num_virtual_tokens, 1, 1000)

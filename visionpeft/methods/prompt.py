@@ -24,8 +24,8 @@ class PromptConfig(Method):
 
     lr_scale: ClassVar[float] = 3.3
     merges: ClassVar[bool] = False
-    lengthens: ClassVar[bool] = True
-    starts_unchanged: ClassVar[bool] = False
+    adds_tokens: ClassVar[bool] = True
+    identity_at_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.check("num_virtual_tokens", self.num_virtual_tokens, 1, 1000)

@@ -17,13 +17,13 @@ class SurgicalConfig(StagesConfig):
     stages: int = 2  # how many train: chosen by the gradients of a few batches of training images
 
     @property
-    def looks(self) -> bool:
+    def needs_gradients(self) -> bool:
         return True
 
     def order(self, anatomy: Anatomy) -> Sequence[int]:
-        assert anatomy.evidence  # make_plan sees to it
+        assert anatomy.gradient_stats  # make_plan sees to it
         ratios: dict[int, list[float]] = {stage: [] for stage in sorted({p.stage for p in anatomy.body})}
         for p in anatomy.body:
-            if length := anatomy.evidence.weight.get(p.name):  # of what is zero, no ratio says anything
-                ratios[p.stage].append(anatomy.evidence.gradient[p.name] / length)
+            if length := anatomy.gradient_stats.weight.get(p.name):  # of what is zero, no ratio says anything
+                ratios[p.stage].append(anatomy.gradient_stats.gradient[p.name] / length)
         return sorted(ratios, key=lambda stage: -statistics.mean(ratios[stage] or [0.0]))

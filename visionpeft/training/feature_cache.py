@@ -26,13 +26,13 @@ from ..lean.frozen_stages import Prefix
 from ..process import random_states, set_random_states
 from ..tables import size
 from . import feature_cache_file as view_file
-from .feature_cache_file import Filling, together
+from .feature_cache_file import CacheWriter, together
 
 _SPARE = 10**9  # bytes that are left free for the rest of the run
 
 
 @dataclass(frozen=True)
-class Rounds:
+class ViewSchedule:
     """How many views of every image are stored: of the run's first epochs, and of its last ones, augmented otherwise."""
 
     first: int
@@ -42,7 +42,7 @@ class Rounds:
 
     @property
     def total(self) -> int:
-        """Views of one image."""
+        """CachedFeatureDataset of one image."""
         return self.first + self.last
 
     def at(self, epoch: int) -> int:
@@ -57,7 +57,7 @@ class Store:
     """Where a run's views lie, and what they may take."""
 
     file: Path
-    rounds: Rounds
+    rounds: ViewSchedule
     limit: float  # GB that all stored views together may take
 
     def check_room(self, count: int) -> None:
@@ -112,7 +112,7 @@ def key(**facts: Any) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- reading them
-class Views(Dataset):
+class CachedFeatureDataset(Dataset):
     """A data set with stored vectors instead of its images; all else is as the augmented views had it.
 
     Args:
@@ -161,7 +161,7 @@ class Views(Dataset):
                 said = f"computing {count} views of {len(dataset)} images into {store.file} ({size(needs)})"
                 print(said, file=sys.stderr)
             first = store.rounds.first
-            job = Filling(dataset, store.rounds.total, first, prefix, prepare, seed, batch, workers, close)
+            job = CacheWriter(dataset, store.rounds.total, first, prefix, prepare, seed, batch, workers, close)
             with _polite(store), _random_states_kept():
                 files.replace(store.file, job.write)
             self.report["fill_seconds"] = round(time.perf_counter() - began, 2)

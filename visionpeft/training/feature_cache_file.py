@@ -62,7 +62,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class Made:
-    """Views that were computed."""
+    """CachedFeatureDataset that were computed."""
 
     vectors: Tensor  # one row per view, (rows, length)
     places: Tensor  # the row of every view of every image, (views, images)
@@ -123,7 +123,7 @@ def _crc(file: Path, end: int) -> int:
 
 # ---------------------------------------------------------------------------------------------------------- computing them
 @dataclass
-class Filling:
+class CacheWriter:
     """Computes all views of a data set, and writes them."""
 
     dataset: Any

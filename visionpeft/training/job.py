@@ -38,7 +38,7 @@ class Job:
     imgsz: int
     batch: int
     lr0: float
-    body_rate: float  # learning rate of the body in full fine-tuning, relative to lr0
+    body_lr_scale: float  # learning rate of the body in full fine-tuning, relative to lr0
     optimizer: str
     device: str
     workers: int
@@ -74,12 +74,12 @@ class Job:
             before = sum(p.requires_grad for p in model.parameters())
             settle(model, self.plan, progress)
             if sum(p.requires_grad for p in model.parameters()) != before:
-                meter.watch_again()
+                meter.rearm()
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
         inside_head = parameter.startswith(tuple(f"{h}." for h in self.plan.heads))
-        return 1.0 if inside_head else self.body_rate * self.plan.rate(parameter)
+        return 1.0 if inside_head else self.body_lr_scale * self.plan.rate(parameter)
 
     def kind(self, parameter: str) -> tuple[float, float]:
         """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for

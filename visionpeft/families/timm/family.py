@@ -33,10 +33,10 @@ from ...errors import ConfigError, DataError, ModelError, nearest
 from ...pickles import objection
 from ...registry import FAMILIES
 from ...schema import Malformed
-from ...training.feature_cache import Rounds
+from ...training.feature_cache import ViewSchedule
 from ...training.job import Job
 from ...training.plots import Picture, spread
-from ..base import Family, Judged, Leading, Rehearsal, Step
+from ..base import DryRun, EvalResult, Family, LeadingStages, Step
 from ..classification import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
 from ..introspect import observe
 from ..predictions import Answers
@@ -77,22 +77,22 @@ class Timm(Family):
         "workers": 4,
         "head": "rebuild",
     }
-    body_rate: ClassVar[float] = 0.6  # a new classifier may learn faster than the pretrained body should change
+    body_lr_scale: ClassVar[float] = 0.6  # a new classifier may learn faster than the pretrained body should change
     bn: ClassVar[str | None] = "frozen"  # a batch's statistics of small late maps are noise (benchmarks/defaults.md)
 
-    def claims(self, source: str) -> bool:
+    def supports(self, source: str) -> bool:
         return source.startswith("timm/") or timm.is_model(source)
 
-    def known(self) -> Iterable[str]:
+    def model_names(self) -> Iterable[str]:
         return [f"timm/{name}" for name in timm.list_models()]
 
-    def arguments(self) -> Iterable[str]:
+    def train_options(self) -> Iterable[str]:
         return list(loop.Recipe.__dataclass_fields__)
 
     def defaults_for(self, base: Base) -> dict[str, Any]:
         return {**self.defaults, "imgsz": base.facts["imgsz"]}
 
-    def score(self, task: str) -> str:
+    def primary_metric(self, task: str) -> str:
         return "top1"
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ class Timm(Family):
         model.names = _class_names(model, options)
         return Base(source, model, "classify", dict(model.names), _facts(model), bool(pretrained))
 
-    def design(self, source: str, **options: Any) -> Base:
+    def load_architecture(self, source: str, **options: Any) -> Base:
         if options.get("checkpoint_path") is not None and Path(options["checkpoint_path"]).is_file():
             return self.load(source, **options)
         return self.load(source, **{**options, "checkpoint_path": None, "pretrained": False})
@@ -130,7 +130,7 @@ class Timm(Family):
         return read_folders(source, split, train=train)
 
     # --------------------------------------------------------------------------------------------------------- the model
-    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
+    def with_head(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         model: Any = copy.deepcopy(base.model)
         if head == "keep" and dict(names) == base.names:
             return model
@@ -148,19 +148,19 @@ class Timm(Family):
     def anatomy(self, model: nn.Module, name: str) -> Anatomy:
         return read_anatomy(model, self.name, name)
 
-    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
-        return Leading(leading(base.model, stages), (), (3, imgsz, imgsz))
+    def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
+        return LeadingStages(leading(base.model, stages), (), (3, imgsz, imgsz))
 
-    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
         return loop.rounds(views, settings)
 
-    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def augmentation_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return loop.augmentation(settings)
 
-    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+    def max_objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
         return 0, 0.0
 
-    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
+    def dry_run(self, model: nn.Module, base: Base, step: Step) -> DryRun:
         if step.imgsz != base.facts["imgsz"]:
             _check_size(base.model, step.imgsz, base.facts["imgsz"])
         return loop.rehearse(model, step)
@@ -182,7 +182,7 @@ class Timm(Family):
                 f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(names.values())}"
             )
 
-    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> EvalResult:
         use = _use(options, imgsz=None, batch=32, device=None, workers=0)
         device = loop.select_device(use["device"])
         own: Any = copy.deepcopy(model).to(device)
@@ -193,9 +193,9 @@ class Timm(Family):
         images = Images(items, transform(own, use["imgsz"]))
         guesses: list[int] = []
         metrics = score(own, loader(images, use["batch"], use["workers"]), len(index), guesses=guesses)
-        return Judged(metrics, Answers.gather([f for f, _ in items], [i for _, i in items], guesses))
+        return EvalResult(metrics, Answers.gather([f for f, _ in items], [i for _, i in items], guesses))
 
-    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+    def holdout_split(self, data: Data, folder: Path, share: float) -> str:
         return split_folders(data, folder, share)
 
     @torch.no_grad()
@@ -241,7 +241,7 @@ class Timm(Family):
             warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
             return files.replace(out, write)
 
-    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+    def loading_snippet(self, base: Base, header: Mapping[str, Any]) -> str:
         name, given = base.source.removeprefix("timm/"), header["base"]["model_args"]
         arguments = {**given, "num_classes": len(base.names)}
         if path := given.get("checkpoint_path"):

@@ -31,11 +31,11 @@ from ...measure import Meter, held
 from ...process import random_states, set_random_states
 from ...training import checkpoint
 from ...training.distributed import check_shares, devices, launch
-from ...training.feature_cache import Rounds, Views
+from ...training.feature_cache import CachedFeatureDataset, ViewSchedule
 from ...training.job import Job, keep_best
 from ...training.progress import Progress
 from ...training.shuffling import Order
-from ..base import Family, Rehearsal, Step
+from ..base import DryRun, Family, Step
 from ..classification import Images, loader, score, still_readable
 
 
@@ -102,7 +102,7 @@ def check(settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def rounds(views: int, settings: Mapping[str, Any]) -> Rounds:
+def rounds(views: int, settings: Mapping[str, Any]) -> ViewSchedule:
     """Return how `views` views of every image are stored: all are augmented alike.
 
     Raises:
@@ -110,7 +110,7 @@ def rounds(views: int, settings: Mapping[str, Any]) -> Rounds:
     """
     if views and (mixing := next((name for name in ("mixup", "cutmix") if settings.get(name)), None)):
         raise ConfigError(f"{mixing}={settings[mixing]} mixes images, but with cache there are none to mix; leave one out")
-    return Rounds(min(views, settings["epochs"]))
+    return ViewSchedule(min(views, settings["epochs"]))
 
 
 def augmentation(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,14 +194,14 @@ class _Loop:
     def __init__(self, family: Family, job: Job, recipe: Recipe, accelerator: Accelerator, transform: Callable):
         self.family, self.job, self.recipe, self.accelerator = family, job, recipe, accelerator
         set_seed(job.seed)
-        own = family.fit(job.base, job.data.names, job.head)
+        own = family.with_head(job.base, job.data.names, job.head)
         images: Any = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
         held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
         self.average = Average(self.own, recipe.ema)
         job.equip(self.own)
         if job.prefix and job.store:
-            images = Views(
+            images = CachedFeatureDataset(
                 images,
                 job.store,
                 job.prefix,
@@ -240,7 +240,7 @@ class _Loop:
         set_seed(self.job.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
         shown = self.accelerator.is_main_process and not self.job.quiet
-        progress = Progress(self.job.epochs, self.family.score(self.job.base.task), shown)
+        progress = Progress(self.job.epochs, self.family.primary_metric(self.job.base.task), shown)
         if self.accelerator.is_main_process:
             self.job.trackers.open(start)
         with progress, still_readable(self.job.data), self.job.stop.awaited(), checkpoint.Writer() as self.writer:
@@ -257,7 +257,7 @@ class _Loop:
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
-        waited = math.ceil(self.job.plan.opened * self.job.epochs - 1e-6) - 1  # the last epoch of waiting
+        waited = math.ceil(self.job.plan.fully_unfrozen_at * self.job.epochs - 1e-6) - 1  # the last epoch of waiting
         return epoch - max(self.best["epoch"], waited) >= self.recipe.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
@@ -311,7 +311,7 @@ class _Loop:
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
         """Write the delta if this epoch is the best so far, then the checkpoint."""
         self.history.append({"epoch": epoch + 1, "train/loss": round(loss, 5), **metrics})
-        result, before = metrics[self.family.score(self.job.base.task)], self.best
+        result, before = metrics[self.family.primary_metric(self.job.base.task)], self.best
         best = (result, -metrics["loss"]) > (before["score"], -before["loss"])  # small sets soon tie: then the loss decides
         if best:
             self.best = {"epoch": epoch, "score": result, "loss": metrics["loss"]}
@@ -383,7 +383,7 @@ class _Loop:
         return saved["epoch"] + 1
 
 
-def rehearse(model: nn.Module, step: Step) -> Rehearsal:
+def rehearse(model: nn.Module, step: Step) -> DryRun:
     """Return a training step of a classifier on made-up data."""
     criterion = nn.CrossEntropyLoss()
 
@@ -399,7 +399,7 @@ def rehearse(model: nn.Module, step: Step) -> Rehearsal:
 
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     average = held(checkpoint.live(model))
-    return Rehearsal(batch, loss, validate, _optimizer_of(step.optimizer, groups, lr=1e-3), average)
+    return DryRun(batch, loss, validate, _optimizer_of(step.optimizer, groups, lr=1e-3), average)
 
 
 # ------------------------------------------------------------------------------------------------------------- the pieces

@@ -18,7 +18,7 @@ from ultralytics.utils.tal import SegTaskAlignedAssigner
 
 from ...core.base_model import Base, Data
 from ...measure import held
-from ..base import Rehearsal, Step
+from ..base import DryRun, Step
 from .output import quiet
 from .tasks import TASKS, Task, rows_of
 
@@ -26,7 +26,7 @@ _PER_OBJECT = 10  # anchors that Ultralytics assigns to a labelled object at mos
 _SHARED = {"obb"}  # tasks whose validation batches are not twice those of training
 
 
-def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
+def rehearse(model: Any, base: Base, step: Step) -> DryRun:
     """Return a training step on made-up data.
 
     Args:
@@ -109,7 +109,7 @@ def rehearse(model: Any, base: Base, step: Step) -> Rehearsal:
         chosen = step.objects * min(assigned, inside)
         return math.prod(shape[:-1]) * math.ceil(anchors * (1 - math.exp(-chosen / anchors)))
 
-    return Rehearsal(
+    return DryRun(
         batch, loss, validate, _optimizer(model, step.optimizer), average, true, lambda: number, loops=task.name == "segment"
     )
 

@@ -46,13 +46,13 @@ from ...pickles import objection
 from ...registry import FAMILIES
 from ...scenes import find
 from ...training.distributed import check_shares
-from ...training.feature_cache import Rounds
+from ...training.feature_cache import ViewSchedule
 from ...training.job import Job
 from ...training.plots import Picture, spread
-from ..base import Family, Judged, Leading, Rehearsal, Step
+from ..base import DryRun, EvalResult, Family, LeadingStages, Step
 from ..classification import FOLDERS, draw, few, held_back, read_folders, split_folders
 from ..introspect import observe, read_layers, read_params, read_statistics, read_stride
-from . import dry_run as yolo_rehearsal
+from . import dry_run as dry_run
 from .batches import batches
 from .output import aside, quiet
 from .pictures import labelled, predicted
@@ -68,7 +68,7 @@ from .sources import (
     read_set,
 )
 from .tasks import TASKS, Outputs, Task, build, check_content, fit, outputs_of, pose_length, rows_of, task_of
-from .trainer import Tuned, brief, check_hooks, images, readable, usable, warn_of_lost
+from .trainer import PeftTrainerMixin, brief, check_hooks, images, readable, usable, warn_of_lost
 
 log = logging.getLogger(__name__)
 
@@ -123,22 +123,22 @@ class Yolo(Family):
         ("classes", "conf", "iou", "max_det", "agnostic_nms", "overlap_mask", "mask_ratio")
     )
 
-    def claims(self, source: str) -> bool:
+    def supports(self, source: str) -> bool:
         path = Path(source)
         if source.startswith("timm/") or path.suffix not in (".pt", ".yaml", ".yml", ""):
             return False
         return path.suffix != "" or path.stem.lower().startswith(("yolo", "rtdetr"))
 
-    def known(self) -> Iterable[str]:
+    def model_names(self) -> Iterable[str]:
         return [f"yolo{v}{s}.pt" for v in ("v8", "11", "26") for s in "nsmlx"]
 
-    def arguments(self) -> Iterable[str]:
+    def train_options(self) -> Iterable[str]:
         return sorted(set(DEFAULT_CFG_DICT) - _OURS - set(self.refused))
 
     def defaults_for(self, base: Base) -> dict[str, Any]:
         return {**self.defaults, "imgsz": TASKS[base.task].imgsz}
 
-    def score(self, task: str) -> str:
+    def primary_metric(self, task: str) -> str:
         return TASKS[task].score
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -201,7 +201,7 @@ class Yolo(Family):
             check_named(source, scratch)
         return {}
 
-    def design(self, source: str, **options: Any) -> Base:
+    def load_architecture(self, source: str, **options: Any) -> Base:
         design = Path(source).with_suffix(".yaml").name
         return self.load(source if Path(find(source)).is_file() or not known(design) else design, **options)
 
@@ -259,7 +259,7 @@ class Yolo(Family):
             return base, {}
         return _reading(base, channels, data.source), {"channels": channels}
 
-    def fit(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
+    def with_head(self, base: Base, names: Mapping[int, str], head: str, **outputs: Any) -> nn.Module:
         return fit(base.model, names, base.facts["channels"], head, outputs)
 
     def anatomy(self, model: Any, name: str) -> Anatomy:
@@ -314,7 +314,7 @@ class Yolo(Family):
             statistics=read_statistics(model, stage_of),
         )
 
-    def leading(self, base: Base, stages: int, imgsz: int) -> Leading:
+    def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
         model: Any = base.model
         read: set[int] = set()
         for module in model.model[stages:]:
@@ -322,9 +322,9 @@ class Yolo(Family):
             read |= {s if s >= 0 else module.i + s for s in sources}
         side = check_imgsz(imgsz, stride := max(int(model.stride.max()), 32), floor=stride, max_dim=1)  # as when it trains
         names = [f"model.{i}" for i in range(stages)]
-        return Leading(names, [names[i] for i in sorted(read) if i < stages], (base.facts["channels"], side, side))
+        return LeadingStages(names, [names[i] for i in sorted(read) if i < stages], (base.facts["channels"], side, side))
 
-    def rounds(self, views: int, settings: Mapping[str, Any]) -> Rounds:
+    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
         use = {**DEFAULT_CFG_DICT, **{k: v for k, v in settings.items() if v is not None}}
         clashes = {"compile": "the frozen stages run apart from the rest"}
         if views:
@@ -337,20 +337,20 @@ class Yolo(Family):
         closing, share = max(use["epochs"] - use["close_mosaic"], 0), get_split_fraction(use["fraction"], "train")
         mixes = any(use[name] for name in ("mosaic", "mixup", "cutmix", "copy_paste"))
         if not (mixes and use["close_mosaic"]) or use["task"] == "classify":
-            return Rounds(min(views, use["epochs"]), share=share)
-        return Rounds(min(views, closing), min(views, use["epochs"] - closing), closing, share)
+            return ViewSchedule(min(views, use["epochs"]), share=share)
+        return ViewSchedule(min(views, closing), min(views, use["epochs"] - closing), closing, share)
 
-    def augmentation(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def augmentation_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in settings.items() if k not in _NO_VIEW}
 
-    def objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
-        return yolo_rehearsal.objects(data, settings)
+    def max_objects(self, data: Data, settings: Mapping[str, Any]) -> tuple[int, float]:
+        return dry_run.objects(data, settings)
 
-    def widest(self, imgsz: int, settings: Mapping[str, Any]) -> int:
+    def max_size(self, imgsz: int, settings: Mapping[str, Any]) -> int:
         return math.ceil(imgsz * (1 + (settings.get("multi_scale") or 0.0)))
 
-    def rehearse(self, model: nn.Module, base: Base, step: Step) -> Rehearsal:
-        return yolo_rehearsal.rehearse(model, base, step)
+    def dry_run(self, model: nn.Module, base: Base, step: Step) -> DryRun:
+        return dry_run.rehearse(model, base, step)
 
     # ------------------------------------------------------------------------------------------------------------ the run
     def losses(self, model: Any, data: Data, *, imgsz: int, batch: int, count: int) -> Iterator[Tensor]:
@@ -364,8 +364,8 @@ class Yolo(Family):
     def train(self, job: Job) -> None:
         check_hooks(cls := TASKS[job.base.task].trainer)
         # to a class that calls itself a trainer, Ultralytics adds every tracker that is installed; ours are asked for
-        name = f"Tuned{cls.__name__.removesuffix('Trainer')}"
-        trainer = type(name, (Tuned, cls), {"job": job})(overrides=_overrides(job))
+        name = f"Peft{cls.__name__.removesuffix('Trainer')}"
+        trainer = type(name, (PeftTrainerMixin, cls), {"job": job})(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -378,7 +378,7 @@ class Yolo(Family):
                 f"{brief(list(names.values()))}; give data with the same classes in the same order"
             )
 
-    def judge(self, model: nn.Module, data: Data, **options: Any) -> Judged:
+    def evaluate(self, model: nn.Module, data: Data, **options: Any) -> EvalResult:
         self.check_classes(model.names, data)  # type: ignore[arg-type]
         task = TASKS[data.task]
         channels, own = data.facts.get("channels", 3), getattr(model, "yaml", {}).get("channels", 3)
@@ -395,9 +395,11 @@ class Yolo(Family):
                 stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
         share = get_split_fraction(args.get("fraction", 1.0), args.get("split", "val"))
         warn_of_lost(data, "val", validator.dataloader.dataset, share)
-        return Judged({name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator))
+        return EvalResult(
+            {name: round(float(stats[key]), 5) for key, name in task.metrics.items()}, task.evidence(validator)
+        )
 
-    def hold_back(self, data: Data, folder: Path, share: float) -> str:
+    def holdout_split(self, data: Data, folder: Path, share: float) -> str:
         if data.task == "classify":
             return split_folders(data, folder, share)
         back = held_back({Path(f).name for f in data.facts["train"]}, share)
@@ -441,7 +443,7 @@ class Yolo(Family):
 
         return files.replace(out, write)
 
-    def opening(self, base: Base, header: Mapping[str, Any]) -> str:
+    def loading_snippet(self, base: Base, header: Mapping[str, Any]) -> str:
         cls, design = TASKS[base.task].model.__name__, {"nc": len(header["names"])}
         design |= {k: v for k, v in header.get("outputs", {}).items() if k == "kpt_shape"}
         lines = ["from ultralytics import YOLO", f"from ultralytics.nn.tasks import {cls}"]

@@ -20,7 +20,7 @@ from ...core.class_twins import plain
 from ...core.delta import MOST_CLASSES
 from ...errors import DataError, ModelError
 from ...schema import Malformed
-from ..predictions import Answers, Detections, ImageEvidence
+from ..predictions import Answers, Detections, ImagePredictions
 from .output import quiet
 from .sources import check_design
 from .validator import sparing
@@ -73,7 +73,7 @@ class Task:
         fits = self.fits(len(row), outputs.get("kpt_shape", (0, 0)))
         return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.row}"
 
-    def evidence(self, validator: Any) -> ImageEvidence:
+    def evidence(self, validator: Any) -> ImagePredictions:
         """Return what a validator that has run saw of each image."""
         dataset = validator.dataloader.dataset
         if self.name != "classify":

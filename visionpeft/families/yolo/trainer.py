@@ -35,7 +35,7 @@ from ...measure import Meter
 from ...process import random_states, set_random_states
 from ...training import checkpoint
 from ...training.distributed import failure, started, told
-from ...training.feature_cache import Views
+from ...training.feature_cache import CachedFeatureDataset
 from ...training.job import Job, keep_best
 from ...training.progress import Progress
 from ..classification import leave_out, still_readable
@@ -46,7 +46,7 @@ from .tasks import TASKS, Task, fit
 log = logging.getLogger(__name__)
 
 
-class Tuned:
+class PeftTrainerMixin:
     """Mixin over an Ultralytics trainer: attaches the plan, keeps it in force, and writes deltas instead of pickles."""
 
     job: Job
@@ -147,9 +147,9 @@ class Tuned:
         """Return a loader of stored views of the images that `loader` loads."""
 
         def prepare(samples: Any) -> torch.Tensor:
-            return super(Tuned, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
+            return super(PeftTrainerMixin, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
 
-        views = Views(
+        views = CachedFeatureDataset(
             dataset := loader.dataset,
             self.job.store,
             self.job.prefix,
@@ -213,7 +213,7 @@ class Tuned:
         self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
         progress = self.epoch / self.epochs  # which with time= is not the job's number, but found on the way
         self.job.open(unwrap_model(self.model), progress, self._meter)
-        if progress < self._plan.opened:  # patience counts once all of the plan trains
+        if progress < self._plan.fully_unfrozen_at:  # patience counts once all of the plan trains
             self.stopper.best_epoch = self.epoch + 1
         self._batch = 0
         if self.job.store:
@@ -328,7 +328,7 @@ HOOKS = (
 
 
 def check_hooks(trainer: type) -> None:
-    """Refuse an Ultralytics that no longer calls what `Tuned` overrides: a freeze would silently not hold.
+    """Refuse an Ultralytics that no longer calls what `PeftTrainerMixin` overrides: a freeze would silently not hold.
 
     Raises:
         ModelError: It is too new, or too old.

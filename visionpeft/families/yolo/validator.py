@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Sparing:
+class FastNmsMixin:
     """Mixin over an Ultralytics validator: boxes that are certain to be dropped are not compared with each other.
 
     An image's detections are the best `max_det` boxes that no better box overlaps, so they do not depend on the boxes that
@@ -50,4 +50,4 @@ class Sparing:
 
 def sparing(validator: type[Any]) -> type[Any]:
     """Return a validator class of Ultralytics that spares what cannot change its numbers."""
-    return type(f"Sparing{validator.__name__}", (Sparing, validator), {"__module__": __name__})
+    return type(f"FastNms{validator.__name__}", (FastNmsMixin, validator), {"__module__": __name__})
