@@ -6,6 +6,10 @@ import warnings
 from typing import Any
 
 
+class Renamed(FutureWarning):
+    """Something is used by its old name. (A `FutureWarning`, which Python shows to users, unlike a `DeprecationWarning`.)"""
+
+
 def warn(old: str, new: str, stacklevel: int = 3) -> None:
     """Say that something has another name now.
 
@@ -14,7 +18,7 @@ def warn(old: str, new: str, stacklevel: int = 3) -> None:
         new: As it is called.
         stacklevel: As for `warnings.warn`; 3 is whoever called the caller.
     """
-    warnings.warn(f"{old} is now called {new}; the old name will go with visionpeft 0.3", DeprecationWarning, stacklevel)
+    warnings.warn(f"{old} is now called {new}; the old name will go with visionpeft 0.3", Renamed, stacklevel)
 
 
 def alias(old: str, new: str) -> Any:

@@ -1,13 +1,16 @@
-"""The verbs before a run: plan, forecast, fit."""
+"""The verbs before a run: plan, forecast, suggest."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import deprecation
+from .config import Freeze, TrainConfig
 from .core.method import Method
 from .core.plan import Plan, make_plan
 from .errors import ConfigError
@@ -15,26 +18,13 @@ from .families.base import Step
 from .families.frozen_stages import require_frozen_stages
 from .families.gradient_stats import with_gradient_stats
 from .memory import forecast as forecasting
-from .memory import search as budget
+from .memory import search
 from .memory.forecast import Case, Forecast
 from .memory.search import Fit
 from .process import untouched
-from .settings import (
-    check_names,
-    check_settings,
-    device_of,
-    find_family,
-    fitted,
-    loader_arguments,
-    resolve_path,
-    split_options,
-    views_of,
-)
+from .settings import build_with_head, device_of, find_family, loader_arguments, resolve_path, split_options
 from .training.distributed import check_shares, devices
 
-Freeze = int | Sequence[int | str]
-# arguments of train() on which memory does not depend
-IDLE = "lr0 lr_scale workers seed delta_dtype cache_limit trackers quiet project name exist_ok save_every".split()
 OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 
@@ -73,21 +63,18 @@ def plan(
     Raises:
         VisionpeftError: As for `train`.
     """
-    seen = {k: v for k, v in (("imgsz", imgsz), ("batch", batch), ("seed", seed)) if v is not None}
-    check_names(model=model, data=data)
+    config = TrainConfig.from_call(locals())
     family = find_family(str(model))
-    tuning, _ = split_options(family, method, freeze, options)
-    if seen and not tuning.needs_gradients:
-        given = next(iter(seen))
-        raise ConfigError(f"{given} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
+    tuning, config = split_options(family, config)
+    if not tuning.needs_gradients and (seen := [k for k in ("imgsz", "batch", "seed") if getattr(config, k) is not None]):
+        raise ConfigError(f"{seen[0]} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
     base = family.load(str(model), **loader_arguments(model_args))
-    settings = {"seed": 0, **family.defaults_for(base), **seen}
-    check_settings(settings, {"seed": settings["seed"]})
+    settled = config.settled({"seed": 0, **family.defaults_for(base)})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings["seed"])  # as `train` draws the head
-        _, own, checked = fitted(family, base, data, head, allow_download)
+        torch.manual_seed(settled.seed)  # as `train` draws the head
+        _, own, checked = build_with_head(family, base, settled)
     anatomy = family.anatomy(own, str(model))
-    anatomy = with_gradient_stats(anatomy, tuning, family, own, checked, imgsz=settings["imgsz"], batch=settings["batch"])
+    anatomy = with_gradient_stats(anatomy, tuning, family, own, checked, imgsz=settled.imgsz, batch=settled.batch)
     return make_plan(tuning, anatomy, freeze, bn or family.bn)
 
 
@@ -107,7 +94,7 @@ def forecast(
     device: str | int | Sequence[int] | None = None,
     amp: bool | str | None = None,
     cache: int | str | bool = 0,
-    prefix_dtype: str | None = None,
+    frozen_dtype: str | None = None,
     lean: str = "auto",
     objects: int | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -130,7 +117,7 @@ def forecast(
         device: "cpu", or else a GPU is meant, whether there is one or not.
         amp: As for `train`; by default half precision on a GPU.
         cache: As for `train`.
-        prefix_dtype: As for `train`.
+        frozen_dtype: As for `train`.
         lean: As for `train`.
         objects: Labelled objects in the fullest image, where there are no data to count them in; by default 40.
         model_args: As for `train`.
@@ -143,14 +130,13 @@ def forecast(
     Raises:
         VisionpeftError: As for `train`.
     """
-    given = {k: v for k, v in locals().items() if k != "options"}
-    rehearsed = ForecastSession(given, options)
-    made = rehearsed.trace(rehearsed.plan, lean, rehearsed.settings["imgsz"])
-    return made.at(rehearsed.settings["batch"])
+    session = ForecastSession(TrainConfig.from_call(locals()), objects)
+    made = session.trace(session.plan, lean, session.config.imgsz)
+    return made.at(session.config.batch)
 
 
 @untouched(alone=True)
-def fit(
+def suggest(
     memory: str | float,
     *,
     model: str | Path = "yolo11n.pt",
@@ -199,64 +185,84 @@ def fit(
         ConfigError: Nothing fits; the sentence says the least that does.
         VisionpeftError: As for `train`.
     """
-    given = {k: v for k, v in locals().items() if k not in ("options", "memory")}
-    amount = forecasting.parse_memory(memory)
-    rehearsed = ForecastSession(given, options)
-    settled = method or set(options) - set(rehearsed.extra) - set(IDLE)  # the rest are fields of a method
-    return budget.search(
-        rehearsed.anatomy,
+    given = {**locals(), "freeze": freeze or 0, "lean": lean or "auto"}
+    return search_memory(TrainConfig.from_call(given), objects, freeze=freeze, lean=lean)
+
+
+def fit(*args: Any, **kwargs: Any) -> Fit:
+    """`suggest`, by its old name."""
+    deprecation.warn("fit", "suggest")
+    return suggest(*args, **kwargs)
+
+
+def search_memory(
+    config: TrainConfig, objects: int | None = None, *, freeze: Freeze | None = None, lean: str | None = None
+) -> Fit:
+    """Return what of a configuration's open settings fits into its `memory`, best first.
+
+    Args:
+        config: What is given in it stays.
+        objects: As for `forecast`.
+        freeze: The only depth to look at; None: several.
+        lean: The only level to look at; None: all.
+    """
+    amount = forecasting.parse_memory(config.memory or "")
+    session = ForecastSession(config, objects)
+    fields = config.options.keys() - session.config.options.keys()  # of a method
+    return search.search(
+        session.anatomy,
         amount,
-        rehearsed.trace,
-        imgsz=rehearsed.settings["imgsz"],
-        batch=rehearsed.settings["batch"],
-        method=rehearsed.tuning if settled else None,
+        session.trace,
+        imgsz=session.config.imgsz,
+        batch=session.config.batch,
+        method=session.tuning if config.method or fields else None,
         freeze=freeze,
-        bn=bn or rehearsed.family.bn,
+        bn=config.bn or session.family.bn,
         lean=lean,
-        fixed=[k for k in ("imgsz", "batch") if given[k] is not None],
+        fixed=[k for k in ("imgsz", "batch") if getattr(config, k) is not None],
     )
 
 
 class ForecastSession:
-    """What forecasts of one model have in common."""
+    """One model and its configuration, of which several plans are forecast.
 
-    def __init__(self, given: Mapping[str, Any], options: Mapping[str, Any]):
-        check_names(model=given["model"], data=given["data"])
-        self.given = given
+    Args:
+        config: As for `train`.
+        objects: Labelled objects in the fullest image, where there are no data to count them in.
+    """
+
+    def __init__(self, config: TrainConfig, objects: int | None = None):
         self.validation: dict[int, Sequence[tuple[int, int]]] = {}
-        self.family = family = find_family(str(given["model"]))
-        idle = {k: v for k, v in options.items() if k in IDLE}  # of train's arguments, those that memory does not depend on
-        options = {k: v for k, v in options.items() if k not in idle}
-        self.tuning, extra = split_options(family, given["method"], given["freeze"] or 0, options, given)
-        self.views, self.extra = views_of(family, given.get("cache"), extra)
+        self.family = family = find_family(str(config.model))
+        own = [*(f.name for f in dataclasses.fields(config)), "objects"]
+        self.tuning, config = split_options(family, config, own)
         with torch.random.fork_rng(devices=[]):  # random weights are as good as any
-            self.base = family.load_architecture(resolve_path(given["model"]), **loader_arguments(given["model_args"]))
-            defaults = family.defaults_for(self.base)
-            said = {**idle, **{k: v for k, v in given.items() if v is not None}}
-            self.settings = {k: said.get(k, v) for k, v in defaults.items()}
-            check_settings(self.settings, said)
-            self.devices, self.gpu = _devices(given["device"])
-            amp = given["amp"]
-            family.check({**self.settings, **self.extra, "device": "cpu", "amp": amp, "seed": idle.get("seed", 0)})
-            self.amp = amp == "bf16" if not self.gpu else amp not in (False, "fp32")
-            if self.settings["batch"] < 1:
-                raise ConfigError(f"batch={self.settings['batch']} is found on the GPU; give a number of images")
-            self.settings["batch"] = int(self.settings["batch"])
-            check_shares(",".join(["cpu"] * self.devices), self.settings["batch"])
-            self.fitted, data = self.base.model, None
-            if given["data"]:  # else it is the base's own head
-                torch.manual_seed(idle.get("seed", 0))  # as `train` draws the head
-                allowed = given["allow_download"]
-                self.base, self.fitted, data = fitted(family, self.base, given["data"], given["head"], allowed)
-        look = {"imgsz": self.settings["imgsz"], "batch": self.settings["batch"]}
-        seen = family.anatomy(self.fitted, str(given["model"]))
+            base = family.load_architecture(resolve_path(str(config.model)), **loader_arguments(config.model_args))
+            settled = config.settled({"seed": 0, **family.defaults_for(base)})
+            self.devices, self.gpu = _devices(config.device)
+            family.check(dataclasses.replace(settled, device="cpu"))
+            self.amp = config.amp == "bf16" if not self.gpu else config.amp not in (False, "fp32")
+            if settled.batch < 1:
+                raise ConfigError(f"batch={settled.batch} is found on the GPU; give a number of images")
+            self.config = dataclasses.replace(settled, batch=int(settled.batch))
+            check_shares(",".join(["cpu"] * self.devices), self.config.batch)
+            torch.manual_seed(settled.seed)  # as `train` draws the head
+            if config.data:
+                self.base, self.fitted, data = build_with_head(family, base, settled)
+            else:  # it is the base's own head
+                self.base, self.fitted, data = base, base.model, None
+        look = {"imgsz": self.config.imgsz, "batch": self.config.batch}
+        seen = family.anatomy(self.fitted, str(config.model))
         self.anatomy = with_gradient_stats(seen, self.tuning, family, self.fitted, data, **look)
-        self.objects, self.area = (
-            (OBJECTS, AREA) if data is None else family.max_objects(data, {**self.settings, **self.extra})
+        counted = (
+            (OBJECTS, AREA)
+            if data is None
+            else family.max_objects(data, {"epochs": self.config.epochs, **self.config.options})
         )
+        self.objects, self.area = counted
         if self.base.task == "classify":
             self.objects, self.area = 0, 0.0
-        elif (objects := given["objects"]) is not None:
+        elif objects is not None:
             if isinstance(objects, bool) or not isinstance(objects, int) or objects < 1:
                 raise ConfigError(f"objects={objects} is not usable; it must be a whole number of at least 1")
             self.objects = objects
@@ -264,16 +270,16 @@ class ForecastSession:
     @property
     def plan(self) -> Plan:
         """The plan of what was given."""
-        return make_plan(self.tuning, self.anatomy, self.given["freeze"], self.given["bn"] or self.family.bn)
+        return make_plan(self.tuning, self.anatomy, self.config.freeze, self.config.bn or self.family.bn)
 
     def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.Trace:
         """Return what a plan takes."""
-        dtype, leading = self.given.get("prefix_dtype"), None
-        if self.views or dtype:
-            require_frozen_stages(plan, self.views, dtype)
+        config, leading = self.config, None
+        if config.views or config.frozen_dtype:
+            require_frozen_stages(plan, config.views, config.frozen_dtype)
             leading = self.family.leading_stages(self.base, plan.num_frozen_stages, imgsz)
-        widest = self.family.max_size(imgsz, self.extra)
-        step = Step(1, imgsz, self.settings["optimizer"], self.amp, self.objects, self.area, widest)
+        widest = self.family.max_size(imgsz, config.options)
+        step = Step(1, imgsz, config.optimizer, self.amp, self.objects, self.area, widest)
         case = Case(
             self.family,
             self.base,
@@ -283,10 +289,10 @@ class ForecastSession:
             lean,
             self.gpu,
             leading,
-            dtype,
-            cached=bool(self.views),
+            config.frozen_dtype,
+            cached=bool(config.views),
             devices=self.devices,
-            nbs=self.extra.get("nbs", 0),
+            nbs=config.options.get("nbs", 0),
         )
         if plan.edits or case.leading:
             return forecasting.trace(case)

@@ -138,7 +138,7 @@ def test_classifiers_train_with_one_kernel(tmp_path: Path, monkeypatch: pytest.M
     real = _Loop.run
 
     def look(loop: _Loop) -> None:
-        seen[loop.job.optimizer] = loop.optimizer.param_groups[0].get("fused")
+        seen[loop.job.config.optimizer] = loop.optimizer.param_groups[0].get("fused")
         real(loop)
 
     monkeypatch.setattr(_Loop, "run", look)

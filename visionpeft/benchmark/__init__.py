@@ -1,7 +1,5 @@
 """Many runs of `train` beside each other: a grid of model, data, method, freeze and seed; one JSON file per cell."""
 
-from .compare import Row, compare, markdown, table
-from .results import read
-from .sweep import run
+from .. import _lazy
 
-__all__ = ["Row", "compare", "markdown", "read", "run", "table"]
+__getattr__, __dir__, __all__ = _lazy.attach(__name__)

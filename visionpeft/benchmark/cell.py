@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from .. import api, files, scenes
+from ..config import TrainConfig
 from ..core.base_model import Base, Data
 from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
 from ..families.base import Family
@@ -65,8 +66,8 @@ def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | N
     own = {k: arguments[k] for k in ("model", "model_args") if k in arguments}
     adapted = api.load(run.delta, **own) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
-    use = _use(run, family)
-    judged = family.evaluate(model, data, **use, workers=run.arguments["workers"])
+    use = family.evaluation_options(TrainConfig.from_file(run.arguments).settled({}))
+    judged = family.evaluate(model, data, **use)
     shown = {k: use[k] for k in ("imgsz", "device")}
     old, retained = cell.spec["retain"], None
     if old and adapted:
@@ -192,14 +193,6 @@ def _epochs(run: Run, images: int, seconds: float) -> int:
     if each is None:
         raise ConfigError(f"{_PROBE} epochs have one step only, too few to measure its time; give a smaller batch")
     return max(int(seconds / each), 1)
-
-
-def _use(run: Run, family: Family) -> dict[str, Any]:
-    """Return what to evaluate with: as `train` did."""
-    said = run.arguments
-    batch = said["batch"] if said["batch"] >= 1 else family.defaults["batch"]  # found by Ultralytics for training
-    further = {k: v for k, v in said["options"].items() if k in family.evaluated}
-    return {"imgsz": said["imgsz"], "batch": batch, "device": said["device"].split(",")[0], **further}
 
 
 def _environment(run: Run) -> dict[str, Any]:

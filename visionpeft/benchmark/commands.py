@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 
 from ..errors import printable
-from .compare import table
-from .results import read
-from .sweep import run
 
 
 def benchmark(
@@ -54,6 +51,10 @@ def benchmark(
     quiet
         Show no progress.
     """
+    from .comparison import table
+    from .results import read
+    from .sweep import run
+
     if config is None:
         print(table(read(out)))
         return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import json
 import shlex
@@ -13,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import api, scenes
+from .. import scenes
+from ..config import OPTIONS, RENAMED, TrainConfig
 from ..core.base_model import Base
 from ..errors import ConfigError
 from ..families.base import Family
@@ -23,7 +23,6 @@ from ..settings import find_family, split_options
 
 AXES = ("model", "data", "method", "freeze", "seed")
 OWN = ("name", "retain", "search", "equal", "against")  # of the benchmark, not of train()
-_NOT = ("project", "name", "exist_ok", "resume", "quiet")  # of train()'s arguments, those that a sweep settles itself
 EQUAL = ("epochs", "time")
 
 
@@ -257,10 +256,10 @@ def _cell(
 
 def _check(family: Family, method: str, freeze: Any, options: Mapping[str, Any]) -> None:
     """Refuse options that no training run of this method and family would take, before any has started."""
-    if settled := next((name for name in _NOT if name in options), None):
+    if settled := next((name for name in options if name in OPTIONS and OPTIONS[name].placement), None):
         raise ConfigError(f"'{settled}' is settled by the sweep; leave it out of the config")
-    taken = set(inspect.signature(api.train).parameters) - {"options", *_NOT}
-    split_options(family, method, freeze, {k: v for k, v in options.items() if k not in taken}, [*taken, *OWN])
+    others = {k: v for k, v in options.items() if k not in (*OPTIONS, *RENAMED)}
+    split_options(family, TrainConfig(method=method, freeze=freeze, options=others), [*OPTIONS, *OWN])
 
 
 def _name(data: str) -> str:

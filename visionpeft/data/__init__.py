@@ -1,7 +1,5 @@
 """Data sets: checked before training, and converted to Ultralytics' format."""
 
-from .checking import check
-from .converting import Conversion, convert
-from .report import Finding, Report, Split
+from .. import _lazy
 
-__all__ = ["Conversion", "Finding", "Report", "Split", "check", "convert"]
+__getattr__, __dir__, __all__ = _lazy.attach(__name__)

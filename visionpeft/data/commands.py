@@ -1,4 +1,4 @@
-"""`visionpeft data`: the commands that look at data sets and convert them."""
+"""`visionpeft data`: the commands that look at data sets and convert them. They import what they need when they run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
-
-from .. import scenes
-from .checking import check as check_data
-from .converting import convert as convert_data
 
 app = App(
     name="data",
@@ -42,6 +38,8 @@ def check(path: str, *, task: str | None = None, imgsz: int = 640, sheet: str | 
     json_
         Print the report as JSON.
     """
+    from .checking import check as check_data
+
     report = check_data(path, task, imgsz=imgsz, sheet=sheet)
     print(json.dumps(report.to_dict(), indent=2) if json_ else report)
     return 0 if report.ok else 1
@@ -96,6 +94,8 @@ def convert(
     json_
         Print the report as JSON.
     """
+    from .converting import convert as convert_data
+
     made = convert_data(
         source,
         out,
@@ -140,4 +140,6 @@ def draw(
     seed
         The same one draws the same pictures.
     """
+    from .. import scenes
+
     print(scenes.write(name.removeprefix("scenes/"), out, train=train, val=val, size=size, seed=seed))

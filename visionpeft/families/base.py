@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import schema
+from ..config import SettledConfig
 from ..core.anatomy import Anatomy
 from ..core.base_model import Base, Data
 from ..errors import DeltaError
@@ -107,7 +108,7 @@ class Family(ABC):
         """Return the name of the metric that stands for the others."""
 
     @abstractmethod
-    def check(self, settings: Mapping[str, Any]) -> None:
+    def check(self, config: SettledConfig) -> None:
         """Refuse settings that training would stumble over later: values, optimizer, device.
 
         Raises:
@@ -212,8 +213,8 @@ class Family(ABC):
         """Return what the model's first stages (at least one) consist of, to run them apart from the rest or not at all."""
 
     @abstractmethod
-    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
-        """Say how a run of these settings would store `views` views of every image.
+    def view_schedule(self, views: int, config: SettledConfig, task: str) -> ViewSchedule:
+        """Say how a run would store `views` views of every image, for a model of this task.
 
         Raises:
             ConfigError: Something in the settings is at odds with stored views; with 0, with stages that run apart.
@@ -263,6 +264,13 @@ class Family(ABC):
         Returns:
             A source for `read_data`: its validation part are the images held back, its training part the others.
         """
+
+    def evaluation_options(self, config: SettledConfig) -> dict[str, Any]:
+        """Return what a run is measured with: as it trains, on its first device."""
+        batch = config.batch if config.batch >= 1 else self.defaults["batch"]  # to be found for training
+        own = {k: v for k, v in config.options.items() if k in self.evaluated}
+        device = config.device.split(",")[0]
+        return {"imgsz": config.imgsz, "batch": batch, "workers": config.workers, "device": device, **own}
 
     @abstractmethod
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:

@@ -3,12 +3,11 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
+from ..config import SettledConfig
 from ..core import delta as deltas
 from ..core.base_model import Base, Data
 from ..core.plan import Plan
@@ -23,7 +22,7 @@ FORMAT = 1  # of stored views; another one when they are computed otherwise
 
 
 def prepare_frozen_stages(
-    family: Family, base: Base, data: Data, plan: Plan, settings: Mapping[str, Any], extra: Mapping[str, Any], views: int
+    family: Family, base: Base, data: Data, plan: Plan, config: SettledConfig
 ) -> tuple[Prefix | None, Store | None]:
     """Return what runs the frozen stages, and where their outputs lie or will lie; None where neither is asked for.
 
@@ -32,23 +31,21 @@ def prepare_frozen_stages(
         base: The model; its frozen stages stay as they are in it.
         data: What it trains on.
         plan: What trains.
-        settings: Arguments of train.
-        extra: Further arguments, the family's own.
-        views: How many of every image are to be stored.
+        config: Of the run.
 
     Raises:
         ConfigError: The first stage trains, something is at odds with it, or there is no room for the views.
     """
-    dtype, limit = settings["prefix_dtype"], settings["cache_limit"]
+    dtype, limit, views = config.frozen_dtype, config.cache_limit, config.views
     if dtype is None and not views:
         return None, None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise ConfigError(f"cache_limit={limit} is not usable; it must be a number of GB above 0")
     require_frozen_stages(plan, views, dtype)
-    if views and len(devices(settings["device"])) > 1:
-        raise ConfigError(f"device='{settings['device']}' does not go with cache, which serves one device; leave one out")
-    rounds = family.view_schedule(views, {**settings, **extra, "task": base.task})
-    leading = family.leading_stages(base, plan.num_frozen_stages, settings["imgsz"])
+    if views and len(devices(config.device)) > 1:
+        raise ConfigError(f"device='{config.device}' does not go with cache, which serves one device; leave one out")
+    rounds = family.view_schedule(views, config, base.task)
+    leading = family.leading_stages(base, plan.num_frozen_stages, config.imgsz)
     stored = DTYPES[dtype or "bf16"]
     example = torch.rand(2, *leading.image, generator=torch.Generator().manual_seed(0))
     prefix = Prefix(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
@@ -63,9 +60,9 @@ def prepare_frozen_stages(
         data=data.fingerprint,  # names, sizes and labels
         images=content(data.facts["train"]),
         input=base.facts,  # the mean and so on that images are prepared with
-        augmentation=family.augmentation_settings(extra),
+        augmentation=family.augmentation_settings(config.options),
         rounds=rounds,
-        seed=settings["seed"],
+        seed=config.seed,
     )
     store = Store(cache() / "views" / f"{name}.views", rounds, limit)
     if not store.file.is_file():
@@ -82,9 +79,9 @@ def require_frozen_stages(plan: Plan, views: int, dtype: str | None) -> None:
         ConfigError: It does, or `dtype` is not known.
     """
     if dtype is not None and dtype not in tuple(DTYPES):
-        raise ConfigError(f"prefix_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
+        raise ConfigError(f"frozen_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
     if not plan.num_frozen_stages:
-        given = f"cache={views}" if views else f"prefix_dtype='{dtype}'"
+        given = f"cache={views}" if views else f"frozen_dtype='{dtype}'"
         raise ConfigError(
             f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
             f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"

@@ -234,7 +234,7 @@ def _check(model: nn.Module, prefix: Prefix, outputs: dict[str, Tensor], results
 
 
 def _apart(why: str) -> str:
-    return f"the frozen stages of this model cannot run apart from the rest ({why}); leave cache and prefix_dtype out"
+    return f"the frozen stages of this model cannot run apart from the rest ({why}); leave cache and frozen_dtype out"
 
 
 def _tensors(value: Any) -> list[Tensor]:

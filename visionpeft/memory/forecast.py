@@ -338,7 +338,7 @@ class Case:
     lean: str = "auto"  # a level, or "off"
     gpu: bool = True  # which needs an allowance, and computes in half precision otherwise than a CPU
     leading: LeadingStages | None = None  # the frozen stages, where they run apart from the rest
-    prefix_dtype: str | None = None  # their precision
+    frozen_dtype: str | None = None  # their precision
     cached: bool = False  # whether their outputs are read from the disk instead
     devices: int = 1  # that share a batch
     nbs: int = 0  # images whose gradients are accumulated, where a step has fewer
@@ -387,8 +387,8 @@ def _run(case: Case, batch: int, tell: bool, validation: Sequence[tuple[int, int
             return None
         weights = held(list(model.parameters()), list(model.buffers()))
         if case.leading:
-            computing = DTYPES[case.prefix_dtype or "fp32"]
-            stored = DTYPES[case.prefix_dtype or "bf16"] if case.cached else computing
+            computing = DTYPES[case.frozen_dtype or "fp32"]
+            stored = DTYPES[case.frozen_dtype or "bf16"] if case.cached else computing
             images = torch.zeros(2, *case.leading.image)
             prefix = Prefix(plain, case.leading.modules, images, case.leading.read, computing, stored)
             weights += prefix.bytes

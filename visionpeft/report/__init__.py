@@ -1,5 +1,5 @@
 """From the results of a benchmark to one page of HTML and a table in Markdown."""
 
-from .writing import write
+from .. import _lazy
 
-__all__ = ["write"]
+__getattr__, __dir__, __all__ = _lazy.attach(__name__)

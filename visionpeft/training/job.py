@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import lean, measure
+from ..config import SettledConfig
 from ..core import delta as deltas
 from ..core.attach import merge, settle, train_mode
 from ..core.base_model import Base, Data
@@ -28,44 +29,30 @@ from .trackers import Trackers
 class Job:
     """One training run, all questions settled."""
 
+    config: SettledConfig
     base: Base
     data: Data
     plan: Plan
     folder: Path
     merged: Path  # where the plain merged checkpoint goes
-    head: str  # "keep" or "rebuild"
-    epochs: int
-    imgsz: int
-    batch: int
-    lr0: float
     body_lr_scale: float  # learning rate of the body in full fine-tuning, relative to lr0
-    optimizer: str
-    device: str
-    workers: int
-    seed: int
-    amp: bool | str | None
     resume: bool
-    quiet: bool  # show nothing while it trains
-    delta_dtype: str  # of trained weights in the delta: "fp16" or "fp32"
-    extra: dict[str, Any]  # the family's own arguments
     header: dict[str, Any]  # what the delta will say of itself
     before: dict[str, float]  # metrics before training
     save_merged: Callable[[nn.Module, Mapping[str, Any], Path], Path]  # of the family
     trackers: Trackers  # where the numbers of its epochs go
     prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
-    lean: str = "off"  # a level of lean, or "off"
     stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
     origin: str = ""  # base, data and plan, for the checkpoint
     stop: Stop = field(default_factory=Stop)  # what signals ask for
-    save_every: float = 0.0  # minutes after which a checkpoint is due within an epoch; 0: never
 
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
         if self.prefix:
             put_on(model, self.prefix)
-        if self.lean != "off":
-            lean.apply(model, self.lean)
+        if self.config.lean != "off":
+            lean.apply(model, self.config.lean)
 
     def open(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
         """Put the model in training mode for an epoch that begins after this share of the run: what opens later waits."""
@@ -88,7 +75,7 @@ class Job:
 
     def saves_now(self, writer: Writer) -> bool:
         """Say between two steps whether a checkpoint is due: a signal came, or the last is old."""
-        return bool(self.stop.asked) or 0 < self.save_every * 60 <= writer.age
+        return bool(self.stop.asked) or 0 < self.config.save_every * 60 <= writer.age
 
     def leave_if_asked(self, writer: Writer) -> None:
         """End the run where a signal asks for it, once all is written.
@@ -124,5 +111,5 @@ def keep_best(job: Job, model: nn.Module, metrics: Mapping[str, float | None], e
     """Copy the best epoch's delta; of a model without a base, its merged checkpoint. Returns what writes it."""
     header = {**job.header, "metrics": {"before": job.before, "after": dict(metrics)}, "epoch": epoch}
     if job.base.pretrained:
-        return partial(deltas.write, job.delta, deltas.collect(model, job.base.state, header, job.delta_dtype))
+        return partial(deltas.write, job.delta, deltas.collect(model, job.base.state, header, job.config.delta_dtype))
     return partial(job.save_merged, merge(copy.deepcopy(model).cpu()), header, job.merged)

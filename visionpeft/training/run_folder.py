@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import files, schema
+from ..config import TrainConfig
 from ..core import delta as deltas
+from ..core.anatomy import GradientStats
 from ..core.plan import Plan
 from ..errors import ConfigError, TrainingError
 from . import checkpoint
@@ -21,6 +24,31 @@ _CHANGED = {
     "data": "images or labels of {data} were added, removed or replaced",
     "plan": "what it trains is planned otherwise (its train.json was edited, or another version made it)",
 }
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that goes on, as its folder tells of it.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its options.
+        method_settings: All settings of its method.
+        done: Whether all of its epochs are trained.
+        origin: What it is made of, see `origin`; None: nothing says it.
+        before: What was measured before it trained; None: not yet.
+        before_apart: The same with the frozen stages run in lower precision.
+        gradient_stats: What its method planned by.
+    """
+
+    folder: Path
+    config: TrainConfig
+    method_settings: Mapping[str, Any]
+    done: bool
+    origin: str | None
+    before: dict[str, float] | None
+    before_apart: Mapping[str, Any] | None
+    gradient_stats: GradientStats | None
 
 
 @contextmanager
@@ -52,8 +80,8 @@ def taken(folder: Path) -> ConfigError:
 
 
 @contextmanager
-def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Iterator[dict[str, Any]]:
-    """Find and hold the folder of a run to go on with; gives its arguments, and "resumed", "done" and "origin".
+def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Iterator[Resumed]:
+    """Find and hold the folder of a run to go on with.
 
     Raises:
         TrainingError: There is none, or nothing is left to do.
@@ -70,7 +98,7 @@ def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Itera
     if not (folder / "train.json").is_file():
         raise _unreadable(folder)
     with _held(folder):
-        yield _arguments(folder)
+        yield _read(folder)
 
 
 def origin(header: Mapping[str, Any], plan: Plan) -> str:
@@ -105,7 +133,7 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _arguments(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> Resumed:
     try:
         given = schema.check(dict[str, Any], schema.parse((folder / "train.json").read_bytes()))
     except (OSError, schema.Malformed) as error:
@@ -113,7 +141,29 @@ def _arguments(folder: Path) -> dict[str, Any]:
     saved = checkpoint.load(folder / "checkpoint.pt")
     if saved["done"] and _complete(folder):
         raise TrainingError(f"{folder} has trained all of its epochs and is complete; nothing is left to resume")
-    return {**given, "resumed": folder, "done": saved["done"], "origin": saved.get("origin") or _origin_of_delta(folder)}
+    try:
+        if "method_settings" not in given:
+            raise schema.Malformed("it has no method_settings")
+        kinds: dict[str, Any] = {
+            "method_settings": Mapping[str, Any],
+            "before": Mapping[str, Any],
+            "before_apart": Mapping[str, Any] | None,
+        }
+        kinds |= {"evidence": GradientStats | None}
+        found = {name: schema.check(kind, given[name], name) for name, kind in kinds.items() if name in given}
+        config = TrainConfig.from_file(given)
+    except schema.Malformed as error:
+        raise TrainingError(f"{folder} cannot be resumed: of its train.json, {error}; start anew") from error
+    return Resumed(
+        folder,
+        config,
+        found["method_settings"],
+        saved["done"],
+        saved.get("origin") or _origin_of_delta(folder),
+        found.get("before"),
+        found.get("before_apart"),
+        found.get("evidence"),
+    )
 
 
 def _unreadable(folder: Path) -> TrainingError:

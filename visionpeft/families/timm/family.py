@@ -24,6 +24,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ... import files, schema
+from ...config import SettledConfig
 from ...core.anatomy import Anatomy
 from ...core.attach import attached, merge, mergeable
 from ...core.base_model import Base, Data
@@ -95,8 +96,8 @@ class Timm(Family):
     def primary_metric(self, task: str) -> str:
         return "top1"
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        loop.check(settings)
+    def check(self, config: SettledConfig) -> None:
+        loop.check(config)
 
     def load(self, source: str, **options: Any) -> Base:
         name = source.removeprefix("timm/")
@@ -151,8 +152,8 @@ class Timm(Family):
     def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
         return LeadingStages(leading(base.model, stages), (), (3, imgsz, imgsz))
 
-    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
-        return loop.rounds(views, settings)
+    def view_schedule(self, views: int, config: SettledConfig, task: str) -> ViewSchedule:
+        return loop.rounds(views, config)
 
     def augmentation_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         return loop.augmentation(settings)

@@ -25,6 +25,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ...config import SettledConfig
 from ...core.attach import attach, settle
 from ...errors import ConfigError, TrainingError, nearest
 from ...measure import Meter, held
@@ -71,19 +72,17 @@ class Recipe:
                 raise ConfigError(f"{field.name}={value!r} is not usable; it must be {allowed}")
 
 
-def check(settings: Mapping[str, Any]) -> Recipe:
-    """Return the recipe among settings; refuse what training would stumble over.
+def check(config: SettledConfig) -> Recipe:
+    """Return the recipe among a run's options; refuse what training would stumble over.
 
     Raises:
         ConfigError: One of them cannot be used.
     """
-    recipe = Recipe(**{k: v for k, v in settings.items() if k in Recipe.__dataclass_fields__})
-    if not isinstance(settings["batch"], int) or settings["batch"] < 1:
-        raise ConfigError(
-            f"batch={settings['batch']} is not usable; for timm models it must be a whole number of at least 1"
-        )
-    if (recipe.mixup or recipe.cutmix) and settings["batch"] % 2:
-        raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={settings['batch']} is odd; give an even one")
+    recipe = Recipe(**{k: v for k, v in config.options.items() if k in Recipe.__dataclass_fields__})
+    if not isinstance(config.batch, int) or config.batch < 1:
+        raise ConfigError(f"batch={config.batch} is not usable; for timm models it must be a whole number of at least 1")
+    if (recipe.mixup or recipe.cutmix) and config.batch % 2:
+        raise ConfigError(f"mixup and cutmix mix pairs of images, but batch={config.batch} is odd; give an even one")
     try:
         create_transform(32, is_training=True, auto_augment=recipe.auto_augment or None)
     except (AssertionError, KeyError, ValueError, TypeError) as error:
@@ -91,26 +90,28 @@ def check(settings: Mapping[str, Any]) -> Recipe:
             f"auto_augment={recipe.auto_augment!r} is not one of timm's policies; give e.g. 'rand-m9-mstd0.5-inc1'"
         ) from error
     known = [str(n) for n in timm.optim.list_optimizers()]
-    if settings["optimizer"].lower() not in known:
-        hint = nearest(settings["optimizer"], known)
-        raise ConfigError(f"optimizer='{settings['optimizer']}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
-    if timm.optim.get_optimizer_info(settings["optimizer"].lower()).second_order:
-        raise ConfigError(f"optimizer='{settings['optimizer']}' needs second derivatives, which training does not make")
-    check_shares(settings["device"], settings["batch"])
-    for name in devices(settings["device"]):
-        _precision(settings["amp"], select_device(name).type == "cpu")
+    if config.optimizer.lower() not in known:
+        hint = nearest(config.optimizer, known)
+        raise ConfigError(f"optimizer='{config.optimizer}' is not one of timm's, e.g. adamw, sgd, lamb.{hint}")
+    if timm.optim.get_optimizer_info(config.optimizer.lower()).second_order:
+        raise ConfigError(f"optimizer='{config.optimizer}' needs second derivatives, which training does not make")
+    check_shares(config.device, config.batch)
+    for name in devices(config.device):
+        _precision(config.amp, select_device(name).type == "cpu")
     return recipe
 
 
-def rounds(views: int, settings: Mapping[str, Any]) -> ViewSchedule:
+def rounds(views: int, config: SettledConfig) -> ViewSchedule:
     """Return how `views` views of every image are stored: all are augmented alike.
 
     Raises:
         ConfigError: A setting does not go with stored views.
     """
-    if views and (mixing := next((name for name in ("mixup", "cutmix") if settings.get(name)), None)):
-        raise ConfigError(f"{mixing}={settings[mixing]} mixes images, but with cache there are none to mix; leave one out")
-    return ViewSchedule(min(views, settings["epochs"]))
+    if views and (mixing := next((name for name in ("mixup", "cutmix") if config.options.get(name)), None)):
+        raise ConfigError(
+            f"{mixing}={config.options[mixing]} mixes images, but with cache there are none to mix; leave one out"
+        )
+    return ViewSchedule(min(views, config.epochs))
 
 
 def augmentation(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,10 +160,11 @@ def run(family: Family, job: Job, transform: Callable[[nn.Module, int, Recipe | 
         TrainingError: The loss is no number, or nothing is left to resume.
         ConfigError: An argument is not usable.
     """
-    if len(names := devices(job.device)) > 1:
-        each = dataclasses.replace(job, device="cpu" if names[0] == "cpu" else "")
-        return launch(run, family, each, transform, device=job.device, folder=job.folder)
-    recipe = check({**job.extra, "batch": job.batch, "optimizer": job.optimizer, "device": job.device, "amp": job.amp})
+    if len(names := devices(job.config.device)) > 1:
+        config = dataclasses.replace(job.config, device="cpu" if names[0] == "cpu" else "")
+        each = dataclasses.replace(job, config=config)
+        return launch(run, family, each, transform, device=job.config.device, folder=job.folder)
+    recipe = check(job.config)
     ours = not AcceleratorState._shared_state
     accelerator = _accelerator(job, recipe)
     loop = None
@@ -193,10 +195,10 @@ class _Loop:
 
     def __init__(self, family: Family, job: Job, recipe: Recipe, accelerator: Accelerator, transform: Callable):
         self.family, self.job, self.recipe, self.accelerator = family, job, recipe, accelerator
-        set_seed(job.seed)
-        own = family.with_head(job.base, job.data.names, job.head)
-        images: Any = Images(job.data.facts["train"], transform(own, job.imgsz, recipe))
-        held_out = Images(job.data.facts["val"], transform(own, job.imgsz, None))
+        set_seed(job.config.seed)
+        own = family.with_head(job.base, job.data.names, job.config.head)
+        images: Any = Images(job.data.facts["train"], transform(own, job.config.imgsz, recipe))
+        held_out = Images(job.data.facts["val"], transform(own, job.config.imgsz, None))
         self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
         self.average = Average(self.own, recipe.ema)
         job.equip(self.own)
@@ -206,15 +208,15 @@ class _Loop:
                 job.store,
                 job.prefix,
                 lambda samples: torch.stack([image for image, _ in samples]).to(accelerator.device),
-                seed=job.seed,
-                batch=job.batch,
-                workers=job.workers,
-                quiet=job.quiet,
+                seed=job.config.seed,
+                batch=job.config.batch,
+                workers=job.config.workers,
+                quiet=job.config.quiet,
             )
-        self.images, workers = images, 0 if job.store else job.workers
+        self.images, workers = images, 0 if job.store else job.config.workers
         self.model = accelerator.prepare(self.own) if accelerator.num_processes > 1 else self.own
-        self.batch = max(job.batch // accelerator.num_processes, 1)
-        self.generator = torch.Generator().manual_seed(job.seed)
+        self.batch = max(job.config.batch // accelerator.num_processes, 1)
+        self.generator = torch.Generator().manual_seed(job.config.seed)
         # a last batch of one image is left out: BatchNorm cannot train on it
         alone = len(images) % self.batch == 1 and len(images) > self.batch > 1
         self.order = Order(
@@ -222,7 +224,7 @@ class _Loop:
         )
         how: dict[str, Any] = {"batch_sampler": self.order, "num_workers": workers, "pin_memory": _cuda(accelerator)}
         self.batches = accelerator.prepare(DataLoader(images, generator=self.generator, **how))
-        self.held_out = accelerator.prepare(loader(held_out, self.batch, job.workers))
+        self.held_out = accelerator.prepare(loader(held_out, self.batch, job.config.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, recipe))
         kept = {"optimizer": self.optimizer, "average": self.average.model}
         self.meter = Meter(self.own, accelerator.device, stages=job.stages, **kept)
@@ -237,14 +239,14 @@ class _Loop:
 
     def run(self) -> None:
         """Train from where the run stands to its end."""
-        set_seed(self.job.seed, device_specific=True)
+        set_seed(self.job.config.seed, device_specific=True)
         start = self._resume() if self.job.resume else 0
-        shown = self.accelerator.is_main_process and not self.job.quiet
-        progress = Progress(self.job.epochs, self.family.primary_metric(self.job.base.task), shown)
+        shown = self.accelerator.is_main_process and not self.job.config.quiet
+        progress = Progress(self.job.config.epochs, self.family.primary_metric(self.job.base.task), shown)
         if self.accelerator.is_main_process:
             self.job.trackers.open(start)
         with progress, still_readable(self.job.data), self.job.stop.awaited(), checkpoint.Writer() as self.writer:
-            for epoch in range(start, self.job.epochs):
+            for epoch in range(start, self.job.config.epochs):
                 progress.start(epoch, len(self.batches))
                 loss = self._epoch(epoch, lambda loss: progress.batch(loss, self.meter.memory))
                 metrics = score(self.average.model, self.held_out, len(self.job.data.names), self.accelerator)
@@ -257,12 +259,12 @@ class _Loop:
 
     def _patient(self, epoch: int) -> bool:
         """Say whether the score has not risen for so long that the run stops."""
-        waited = math.ceil(self.job.plan.fully_unfrozen_at * self.job.epochs - 1e-6) - 1  # the last epoch of waiting
+        waited = math.ceil(self.job.plan.fully_unfrozen_at * self.job.config.epochs - 1e-6) - 1  # the last epoch of waiting
         return epoch - max(self.best["epoch"], waited) >= self.recipe.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once, or on what is left where the run was stopped within the epoch; return the mean loss."""
-        self.job.open(self.own, epoch / self.job.epochs, self.meter)
+        self.job.open(self.own, epoch / self.job.config.epochs, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         at, self.within = self.within, Within()
@@ -304,8 +306,8 @@ class _Loop:
         if not math.isfinite(loss):
             after = f"; the last good epoch can be resumed from {self.job.folder}" if self.history else ""
             raise TrainingError(
-                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.lr0}) or lr_scale, or "
-                f"give amp=False{after}"
+                f"the loss is no longer a number in epoch {epoch + 1}: lower lr0 (it is {self.job.config.lr0}) or "
+                f"lr_scale, or give amp=False{after}"
             )
 
     def _save(self, epoch: int, loss: float, metrics: dict[str, float]) -> None:
@@ -321,7 +323,7 @@ class _Loop:
         group = self.optimizer.param_groups[0]
         self.job.trackers.log(self.history[-1], group["lr"] / group["lr_scale"], self.meter.memory)
         kept = [keep_best(self.job, self.average.model, metrics, epoch + 1)] if best else []
-        done = epoch + 1 >= self.job.epochs or self._patient(epoch)
+        done = epoch + 1 >= self.job.config.epochs or self._patient(epoch)
         content = self._content(epoch=epoch, done=done, sampler=self.generator.get_state())
         self.writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
 
@@ -373,7 +375,7 @@ class _Loop:
             set_random_states(saved["random"])
             ahead = [saved["random"]]
         else:  # they are the main process's; the others' only have to differ
-            set_seed(self.job.seed + 1000 * (saved["epoch"] + 1), device_specific=True)
+            set_seed(self.job.config.seed + 1000 * (saved["epoch"] + 1), device_specific=True)
         if within := dict(saved.get("within") or {}):
             # the order is of all processes' batches, of which each takes its own
             self.order.go_to(
@@ -404,11 +406,11 @@ def rehearse(model: nn.Module, step: Step) -> DryRun:
 
 # ------------------------------------------------------------------------------------------------------------- the pieces
 def _accelerator(job: Job, recipe: Recipe) -> Accelerator:
-    cpu = select_device(job.device).type == "cpu"
-    accumulate = max(round(recipe.nbs / job.batch), 1)
+    cpu = select_device(job.config.device).type == "cpu"
+    accumulate = max(round(recipe.nbs / job.config.batch), 1)
     return Accelerator(
         cpu=cpu,
-        mixed_precision=_precision(job.amp, cpu),
+        mixed_precision=_precision(job.config.amp, cpu),
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(non_blocking=not cpu),
     )
@@ -457,7 +459,7 @@ def _optimizer(model: Any, job: Job, recipe: Recipe) -> torch.optim.Optimizer:
             groups.setdefault((*job.kind(key), decays), []).append(parameter)
     # timm's schedules multiply what they set by the group's lr_scale
     made = [{"params": p, "lr_scale": rate, "weight_decay": recipe.weight_decay * d} for (rate, _, d), p in groups.items()]
-    return _optimizer_of(job.optimizer, made, lr=job.lr0, momentum=recipe.momentum)
+    return _optimizer_of(job.config.optimizer, made, lr=job.config.lr0, momentum=recipe.momentum)
 
 
 def _optimizer_of(name: str, groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
@@ -471,14 +473,14 @@ def _optimizer_of(name: str, groups: list[dict[str, Any]], **settings: Any) -> t
 
 
 def _schedule(optimizer: Any, job: Job, recipe: Recipe, per_epoch: int) -> Any:
-    warmup = min(3.0, job.epochs / 10) if recipe.warmup_epochs < 0 else min(recipe.warmup_epochs, job.epochs)
+    warmup = min(3.0, job.config.epochs / 10) if recipe.warmup_epochs < 0 else min(recipe.warmup_epochs, job.config.epochs)
     return create_scheduler_v2(
         optimizer,
         "cosine" if recipe.cos_lr else "poly",
         decay_rate=1.0,  # of "poly": its power
-        num_epochs=job.epochs,
-        min_lr=job.lr0 * recipe.lrf,
-        warmup_lr=job.lr0 / 100,
+        num_epochs=job.config.epochs,
+        min_lr=job.config.lr0 * recipe.lrf,
+        warmup_lr=job.config.lr0 / 100,
         warmup_epochs=round(warmup * per_epoch) / per_epoch,  # type: ignore[arg-type]
         step_on_epochs=False,
         updates_per_epoch=per_epoch,

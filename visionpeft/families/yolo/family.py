@@ -33,6 +33,7 @@ from ultralytics.utils.patches import imread
 from ultralytics.utils.torch_utils import select_device
 
 from ... import files
+from ...config import SettledConfig
 from ...core.anatomy import HEAD, Anatomy, Attention, Block, Stage
 from ...core.attach import attached, merge, mergeable
 from ...core.base_model import LARGEST_IMAGE, Base, Data
@@ -141,16 +142,17 @@ class Yolo(Family):
     def primary_metric(self, task: str) -> str:
         return TASKS[task].score
 
-    def check(self, settings: Mapping[str, Any]) -> None:
-        name = settings["optimizer"]
+    def check(self, config: SettledConfig) -> None:
+        name = config.optimizer
         if name.lower() not in map(str.lower, _OPTIMIZERS):
             raise ConfigError(f"optimizer='{name}' is not known; give {', '.join(_OPTIMIZERS)}.{nearest(name, _OPTIMIZERS)}")
-        if (amp := settings["amp"]) not in (None, True, False, "bf16", "fp32"):
+        if (amp := config.amp) not in (None, True, False, "bf16", "fp32"):
             raise ConfigError(f"amp={amp!r} is not known; it is True (fp16), 'bf16' or False")
-        check_shares(settings["device"], settings["batch"])
+        check_shares(config.device, config.batch)
+        settings = {**_shared(config), **config.options}
         with usable(settings):
-            get_cfg(overrides={k: v for k, v in settings.items() if k in DEFAULT_CFG_DICT and v is not None})
-            select_device(settings["device"], verbose=False)
+            get_cfg(overrides={k: v for k, v in settings.items() if v is not None})
+            select_device(config.device, verbose=False)
 
     def load(self, source: str, **options: Any) -> Base:
         if strange := ", ".join(options.keys() - {"channels"}):
@@ -324,19 +326,20 @@ class Yolo(Family):
         names = [f"model.{i}" for i in range(stages)]
         return LeadingStages(names, [names[i] for i in sorted(read) if i < stages], (base.facts["channels"], side, side))
 
-    def view_schedule(self, views: int, settings: Mapping[str, Any]) -> ViewSchedule:
-        use = {**DEFAULT_CFG_DICT, **{k: v for k, v in settings.items() if v is not None}}
+    def view_schedule(self, views: int, config: SettledConfig, task: str) -> ViewSchedule:
+        given = {k: v for k, v in config.options.items() if v is not None}
+        use = {**DEFAULT_CFG_DICT, **given, "epochs": config.epochs}
         clashes = {"compile": "the frozen stages run apart from the rest"}
         if views:
             clashes |= {"multi_scale": "stored views are of one size", "rect": "stored views are of one size"}
             clashes |= {"time": "how many epochs read the stored views must be known"}
         if clash := next((name for name in clashes if use[name]), None):
             raise ConfigError(
-                f"{clash}={use[clash]} does not go with cache or prefix_dtype ({clashes[clash]}); leave one out"
+                f"{clash}={use[clash]} does not go with cache or frozen_dtype ({clashes[clash]}); leave one out"
             )
         closing, share = max(use["epochs"] - use["close_mosaic"], 0), get_split_fraction(use["fraction"], "train")
         mixes = any(use[name] for name in ("mosaic", "mixup", "cutmix", "copy_paste"))
-        if not (mixes and use["close_mosaic"]) or use["task"] == "classify":
+        if not (mixes and use["close_mosaic"]) or task == "classify":
             return ViewSchedule(min(views, use["epochs"]), share=share)
         return ViewSchedule(min(views, closing), min(views, use["epochs"] - closing), closing, share)
 
@@ -492,30 +495,29 @@ class Yolo(Family):
 # ------------------------------------------------------------------------------------------------------------- the pieces
 def _overrides(job: Job) -> dict[str, Any]:
     """Return Ultralytics' arguments for a run. What suits fine-tuning differs from its defaults for training anew."""
-    batch = job.batch
+    batch = job.config.batch
     return {
-        "warmup_epochs": min(3.0, job.epochs / 10),
+        "warmup_epochs": min(3.0, job.config.epochs / 10),
         "warmup_bias_lr": 0.0,  # biases start at no other rate than the rest
         "plots": False,  # train() draws its own
         "nbs": batch if batch >= 1 else 64,  # a step per batch: small sets get real optimizer steps
-        **job.extra,
+        **job.config.options,
         "task": job.base.task,
         "mode": "train",
         "model": find(job.base.source),
         "data": job.data.source,
-        "epochs": job.epochs,
-        "imgsz": job.imgsz,
-        "batch": batch,
-        "lr0": job.lr0,
-        "optimizer": job.optimizer,
-        "device": job.device,
-        "workers": job.workers,
-        "seed": job.seed,
-        "amp": job.amp if job.amp is not None else _amp(job.device),
+        **_shared(job.config),
+        "amp": job.config.amp if job.config.amp is not None else _amp(job.config.device),
         "save_dir": str(job.folder),
         "exist_ok": True,
         "resume": job.resume,
     }
+
+
+def _shared(config: SettledConfig) -> dict[str, Any]:
+    """Return the options of `train` that are Ultralytics' arguments, too."""
+    names = ("epochs", "imgsz", "batch", "lr0", "optimizer", "device", "workers", "seed", "amp")
+    return {name: getattr(config, name) for name in names}
 
 
 def _amp(device: str) -> bool | str:

@@ -56,7 +56,7 @@ class PeftTrainerMixin:
             super().__init__(*args, **kwargs)
 
     def _talking(self) -> AbstractContextManager:
-        return nullcontext() if self.job.extra.get("verbose") else quiet()
+        return nullcontext() if self.job.config.options.get("verbose") else quiet()
 
     @property
     def _plan(self) -> Plan:
@@ -67,7 +67,7 @@ class PeftTrainerMixin:
         return TASKS[self.job.base.task]
 
     def train(self: Any) -> None:
-        shown = RANK in (-1, 0) and not (self.ddp or self.job.quiet or self.job.extra.get("verbose"))
+        shown = RANK in (-1, 0) and not (self.ddp or self.job.config.quiet or self.job.config.options.get("verbose"))
         with Progress(self.epochs, self._task.score, shown) as self._progress, self._talking():
             # for several GPUs, Ultralytics starts processes, which come here too
             with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
@@ -96,7 +96,7 @@ class PeftTrainerMixin:
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         outputs = self.job.data.outputs
-        model = fit(self.job.base.model, self.data["names"], self.data["channels"], self.job.head, outputs)
+        model = fit(self.job.base.model, self.data["names"], self.data["channels"], self.job.config.head, outputs)
         if self._task.name == "classify" and self.args.dropout:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
@@ -119,13 +119,13 @@ class PeftTrainerMixin:
                     groups.append({**group, "params": params, "lr": group["lr"] * kind[0]})
         optimizer.param_groups = groups
         fusing = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-        if self.device.type == "cpu" and self.job.lean != "off" and type(optimizer) in fusing:
+        if self.device.type == "cpu" and self.job.config.lean != "off" and type(optimizer) in fusing:
             for group in groups:  # as Ultralytics has it on CUDA; "off" is its own arithmetic, bit for bit
                 group |= {"fused": True, "foreach": False}
         return optimizer
 
     def _build_train_pipeline(self: Any) -> None:
-        if self.job.batch < 1 and "nbs" not in self.job.extra:  # Ultralytics has just found the batch size
+        if self.job.config.batch < 1 and "nbs" not in self.job.config.options:  # Ultralytics has just found the batch size
             self.args.nbs = self.batch_size
         if self.world_size > 1:
             self.model = _rewrapped(self.model, self._plan)
@@ -154,11 +154,11 @@ class PeftTrainerMixin:
             self.job.store,
             self.job.prefix,
             prepare,
-            seed=self.job.seed,
+            seed=self.job.config.seed,
             batch=loader.batch_size,
             workers=loader.num_workers,
             close=lambda: dataset.close_mosaic(copy(self.args)),
-            quiet=self.job.quiet,
+            quiet=self.job.config.quiet,
         )
         return build_dataloader(views, loader.batch_size, workers=0, device=self.device)  # there is nothing to decode
 

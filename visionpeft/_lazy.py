@@ -1,0 +1,34 @@
+"""Names of a package that are imported when they are first asked for, as its ``__init__.pyi`` says where they are."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+
+def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return a package's ``__getattr__``, ``__dir__`` and ``__all__`` (PEP 562), from the imports of its stub.
+
+    Args:
+        package: Its ``__name__``.
+    """
+    module = sys.modules[package]
+    stub = str(module.__file__).replace("__init__.py", "__init__.pyi")
+    source = module.__loader__.get_data(stub)  # type: ignore[union-attr]  # of a zip file, too
+    homes = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom):
+            homes.update({alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names})
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package} has no attribute {name}")
+        home, own = homes[name]
+        found = getattr(import_module(f".{home}", package), own) if home else import_module(f".{own}", package)
+        setattr(module, name, found)
+        return found
+
+    return get, lambda: sorted({*vars(module), *homes}), sorted(homes)
