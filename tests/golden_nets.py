@@ -97,7 +97,7 @@ def nets_of(family: str, folder: Path) -> dict[str, str]:
         own = FAMILIES[family]()
         given = make_base(net, folder)
         base = own.load(given["model"], **given.get("model_args", {}))
-        fits = fitting(own.anatomy(own.fit(base, base.names, "keep"), base.source))
+        fits = fitting(own.anatomy(own.with_head(base, base.names, "keep"), base.source))
         found |= {name: net for name in METHODS if name in fits and name not in found}
     return found
 

@@ -17,6 +17,7 @@ import yaml
 from conftest import REAL
 from PIL import Image
 from pycocotools import mask as rle
+from ultralytics.data.converter import merge_multi_segment
 
 from visionpeft import cli
 from visionpeft.data import Report, check, convert
@@ -25,6 +26,7 @@ from visionpeft.data.layout import SUFFIXES, label_of, read_layout
 from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look, read_image
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
+from visionpeft.data.writing import join_parts
 from visionpeft.errors import DataError, VisionpeftError
 from visionpeft.registry import FAMILIES
 
@@ -1005,3 +1007,11 @@ def test_a_packaged_name_gives_the_order(tmp_path: Path) -> None:
     found = labels(tmp_path / "out/labels/train") | labels(tmp_path / "out/labels/val")
     assert len(made.names) == 20 and not made.left
     assert {stem: rows[0][0] for stem, rows in found.items()} == {"a": 19, "b": 8, "c": 9}
+
+
+def test_parts_of_an_outline_are_joined_as_ultralytics_joins_them() -> None:
+    numbers = np.random.default_rng(0)
+    for count in (2, 2, 3, 4, 5) * 20:
+        parts = [numbers.integers(0, 9, (numbers.integers(3, 8), 2)).astype(float) for _ in range(count)]
+        expected = np.concatenate(merge_multi_segment([part.ravel().tolist() for part in parts]))
+        assert np.array_equal(join_parts(parts), expected)

@@ -121,7 +121,7 @@ def test_stopped_on_the_command_line(loops: dict, tmp_path: Path, monkeypatch, c
     folder = tmp_path / "runs of mine" / "train"
     said = f"visionpeft: stopped by SIGTERM; go on with: visionpeft train --resume '{folder}'\n"
     assert ended.value.code == 75 and said in capsys.readouterr().err
-    monkeypatch.setattr(Yolo, "judge", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Yolo, "evaluate", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 128 + signal.SIGTERM

@@ -15,6 +15,7 @@ import yaml
 
 from ..errors import DataError
 from ..files import read_yaml
+from ..registry import FAMILIES
 
 # Ultralytics' own list (ultralytics.data.utils.IMG_FORMATS), so that nothing is imported to look at files
 SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp".split())
@@ -109,9 +110,7 @@ def composed(name: str) -> str:
 
 def _shipped(path: Path) -> Path:
     """Return the data YAML of that name that Ultralytics ships."""
-    from ultralytics.utils import ROOT
-
-    shipped = {f.name: f for f in (ROOT / "cfg" / "datasets").glob("*.yaml")}
+    shipped = {f.name: f for family in FAMILIES.values() if family.data_yamls for f in family.data_yamls.glob("*.yaml")}
     if path.name != str(path) or path.name not in shipped:
         close = difflib.get_close_matches(path.name, shipped, n=1)
         hint = f" Did you mean '{close[0]}', which Ultralytics ships?" if close else ""
@@ -185,9 +184,7 @@ def _root(path: Path, values: dict[str, Any]) -> Path:
         raise DataError(f"path: {given} in {path} is no folder; leave it out to mean the YAML's own")
     root = Path(given or path.parent)
     if not root.exists() and not root.is_absolute():
-        from ultralytics.utils import DATASETS_DIR
-
-        root = DATASETS_DIR / root
+        root = next((family.data_root for family in FAMILIES.values() if family.data_root), Path()) / root
     return root.resolve()
 
 

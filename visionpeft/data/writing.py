@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -83,7 +84,7 @@ class Writer:
             if not (outlines := [o for o in outlines if abs(area(o)) > _LEAST**2]):
                 self.left.add("object without area", image)
                 return None
-            return cls, list((_joined(outlines) / size).ravel())
+            return cls, list((join_parts(outlines) / size).ravel())
         if thing.box is None and not outlines:
             self.left.add("object without a box", image)
             return None
@@ -131,13 +132,31 @@ class Writer:
         shutil.copy2(file, image)
 
 
-def _joined(outlines: list[np.ndarray]) -> np.ndarray:
-    """Return one polygon: parts are connected by thin lines, Ultralytics' way."""
+def join_parts(outlines: list[np.ndarray]) -> np.ndarray:
+    """Return one polygon (N, 2), Ultralytics' way: thin lines connect each part with the next where the two are nearest."""
     if len(outlines) == 1:
         return outlines[0]
-    from ultralytics.data.converter import merge_multi_segment
+    nearest = [_nearest(a, b) for a, b in pairwise(outlines)]
+    there, back = [_from(outlines[0], nearest[0][0])], [_from(outlines[-1], nearest[-1][1])]
+    for part, (_, enter), (leave, _) in zip(outlines[1:-1], nearest[:-1], nearest[1:], strict=True):
+        if enter > leave:  # the other way around
+            part, enter, leave = part[::-1], len(part) - 1 - enter, len(part) - 1 - leave
+        around = _from(part, enter)
+        there.append(around[: leave - enter + 1])
+        back.append(around[leave - enter :])
+    return np.concatenate([*there, back[0], *reversed(back[1:])])
 
-    return np.concatenate(merge_multi_segment([o.ravel().tolist() for o in outlines]))
+
+def _nearest(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
+    """Return which corners of two outlines (N, 2) and (M, 2) are nearest to each other."""
+    distances = ((a[:, None] - b[None]) ** 2).sum(-1)
+    i, j = np.unravel_index(np.argmin(distances), distances.shape)
+    return int(i), int(j)
+
+
+def _from(outline: np.ndarray, start: int) -> np.ndarray:
+    """Return an outline that begins and ends at one of its corners."""
+    return np.concatenate([np.roll(outline, -start, axis=0), outline[start : start + 1]])
 
 
 def _mostly_inside(outline: np.ndarray, size: tuple[int, int]) -> bool:

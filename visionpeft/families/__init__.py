@@ -1,17 +1,1 @@
-"""One file per family of models: how to load one, read its anatomy, train, check, use and export it."""
-
-import logging
-import sys
-from contextlib import redirect_stdout
-
-# At its first import ever, Ultralytics says on stdout, which is for results, where it keeps its settings.
-with redirect_stdout(sys.stderr):
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    from ultralytics.utils import LOGGER
-
-    logging.disable(before)
-
-for handler in LOGGER.handlers:
-    if type(handler) is logging.StreamHandler:
-        handler.setStream(sys.stdout)  # its own place
+"""A folder per library: how to load its models, read their anatomy, train, check, use and export them."""

@@ -84,6 +84,8 @@ class Family(ABC):
     body_lr_scale: ClassVar[float] = 1.0  # learning rate that suits the body in full fine-tuning, relative to the head's
     refused: ClassVar[Mapping[str, str]] = {}  # the library's arguments that train() does not take, with what to do instead
     evaluated: ClassVar[frozenset[str]] = frozenset()  # the further arguments by which a run's validation goes, too
+    data_yamls: ClassVar[Path | None] = None  # folder of the data YAMLs that the library ships
+    data_root: ClassVar[Path | None] = None  # folder that its users' data sets lie in, where a data YAML does not say
     outputs: ClassVar[type] = NoOutputs  # a dataclass: what a head may be made for beside the classes
     bn: ClassVar[str | None] = None  # whether the body's running statistics move by default; None: as the method says
 
@@ -267,14 +269,17 @@ class Family(ABC):
 
     def evaluation_options(self, config: SettledConfig) -> dict[str, Any]:
         """Return what a run is measured with: as it trains, on its first device."""
-        batch = config.batch if config.batch >= 1 else self.defaults["batch"]  # to be found for training
         own = {k: v for k, v in config.options.items() if k in self.evaluated}
         device = config.device.split(",")[0]
-        return {"imgsz": config.imgsz, "batch": batch, "workers": config.workers, "device": device, **own}
+        return {"imgsz": config.imgsz, "batch": config.batch, "workers": config.workers, "device": device, **own}
 
     @abstractmethod
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
         """Return the library's own results for images."""
+
+    def to_json(self, prediction: Any) -> dict[str, Any]:
+        """Return what `predict` said of one image, as plain JSON values."""
+        return dict(prediction)
 
     @abstractmethod
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:

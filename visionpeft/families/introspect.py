@@ -14,19 +14,17 @@ from ..core.anatomy import HEAD, Anatomy, Layer, Param, Statistics
 from ..core.class_twins import plain
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-
-
-_OTHER_NORMS = {"RmsNorm", "RmsNorm2d", "RmsNormFp32", "RmsNorm2dFp32", "SimpleNorm", "SimpleNorm2d"}  # timm's own classes
-
-
-_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}  # timm's
-
-
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
-def read_params(model: nn.Module, stage_of: Callable[[str], int | None]) -> tuple[Param, ...]:
-    """Return the model's parameters; those whose stage is None never train."""
+def read_params(model: nn.Module, stage_of: Callable[[str], int | None], norms: tuple[type, ...] = ()) -> tuple[Param, ...]:
+    """Return the model's parameters; those whose stage is None never train.
+
+    Args:
+        model: The model.
+        stage_of: The stage of a parameter, by name.
+        norms: Further classes of normalisations, beside torch's own.
+    """
     modules = dict(model.named_modules())
     found = []
     for name, parameter in model.named_parameters():
@@ -34,8 +32,7 @@ def read_params(model: nn.Module, stage_of: Callable[[str], int | None]) -> tupl
         stage = stage_of(name)
         if stage is None or ".peft_" in f".{name}":
             continue
-        norm = isinstance(modules[owner], _NORMS) or any(c.__name__ in _OTHER_NORMS for c in type(modules[owner]).__mro__)
-        if norm:
+        if isinstance(modules[owner], _NORMS + norms):
             role = f"norm.{leaf}"
         else:
             role = leaf if leaf in ("bias",) or (leaf == "weight" and parameter.ndim > 1) else "other"
@@ -48,6 +45,7 @@ def read_layers(
     stage_of: Callable[[str], int | None],
     attentions: Iterable[str] = (),
     slices: Mapping[str, Mapping[str, tuple[tuple[int, int], ...]]] | None = None,
+    standardised: tuple[type, ...] = (),
 ) -> tuple[Layer, ...]:
     """Return the body's linear and convolutional layers.
 
@@ -56,6 +54,7 @@ def read_layers(
         stage_of: The stage of a parameter, by name.
         attentions: Names of the modules whose layers are attention projections.
         slices: Rows of q, k and v of fused projections, by layer name.
+        standardised: Classes of layers that standardise their weight before they use it, so are not linear in it.
     """
     inside = tuple(f"{a}." for a in attentions)
     found = []
@@ -76,7 +75,7 @@ def read_layers(
                 groups=getattr(module, "groups", 1),
                 stage=stage,
                 attention=name.startswith(inside) if inside else False,
-                linear=plain(type(module)).__name__ not in _STANDARDISED,
+                linear=plain(type(module)) not in standardised,
                 slices=(slices or {}).get(name, {}),
             )
         )

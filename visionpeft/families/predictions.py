@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from ultralytics.utils.metrics import compute_ap
 
 from ..errors import DataError
 
 Array = np.ndarray
+_RECALLS = np.linspace(0, 1, 101)  # where COCO reads a curve of precision
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Detections(ImagePredictions):
         return found
 
     def _precision(self, counts: Array | None) -> dict[int, float]:
-        """Return the mean average precision of each class that has objects, by Ultralytics' own `compute_ap`.
+        """Return the mean average precision of each class that has objects.
 
-        The curve of precision over recall is given it at the true detections and just before each, which is all that it
+        The curve of precision over recall is taken at the true detections and just before each, which is all that its area
         depends on: they are few among thousands.
         """
         counts = np.ones(len(self.images)) if counts is None else np.asarray(counts, float)
@@ -134,7 +134,7 @@ class Detections(ImagePredictions):
             tried = np.stack((seen[:, None] - own, seen[:, None]), 1).reshape(-1, 1)
             precision: Any = np.where(tried > 0, hit / np.maximum(tried, 1e-16), 1.0)
             recall: Any = hit / (total + 1e-16)
-            areas = [compute_ap(recall[:, k], precision[:, k])[0] for k in range(10)] if len(hit) else [0.0]
+            areas = [_area(recall[:, k], precision[:, k]) for k in range(10)] if len(hit) else [0.0]
             found[c] = float(np.mean(areas))
         return found
 
@@ -158,6 +158,15 @@ def unpack(packed: Mapping[str, str]) -> ImagePredictions:
             return kind(**{f.name: arrays[f.name] for f in fields(kind)})
     except Exception as error:  # numpy and zipfile raise ValueError, BadZipFile, EOFError, OSError, ...
         raise DataError(f"what was seen of each image cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _area(recall: Array, precision: Array) -> float:
+    """Return the area under a curve of precision over recall, not empty, as COCO and Ultralytics compute it, bit for bit."""
+    recall = np.concatenate(([0.0], recall, [recall[-1], 1.0]))
+    best = np.concatenate(([1.0], precision, [0.0, 0.0]))
+    best = np.maximum.accumulate(best[::-1])[::-1]  # the best precision at this recall, or a higher one
+    heights = np.interp(_RECALLS, recall, best)
+    return float((np.diff(_RECALLS) * (heights[1:] + heights[:-1]) / 2.0).sum())
 
 
 def _sorted(files: Sequence[str]) -> tuple[Array, Array]:

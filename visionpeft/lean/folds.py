@@ -118,7 +118,7 @@ def _known(module: nn.Module, name: str) -> bool:
     if not isinstance(bn, nn.BatchNorm2d) or not bn.track_running_stats or bn.running_mean is None:
         return False
     kind: Any = plain(type(bn))
-    return kind.forward is nn.BatchNorm2d.forward or {"act", "drop"} <= set(dict(bn.named_children()))  # timm's with act
+    return kind.forward is nn.BatchNorm2d.forward or {"act", "drop"} <= set(dict(bn.named_children()))  # goes on with these
 
 
 def current(folds: list[Fold]) -> dict[int, nn.Module]:

@@ -130,7 +130,7 @@ class Apart:
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = super().forward  # type: ignore[misc]
-        if not isinstance(x, Tensor):  # Ultralytics calls forward with a batch, and that with its images
+        if not isinstance(x, Tensor):  # a whole batch, whose images the forward calls itself with
             return run(x, *args, **kwargs)
         outputs = self.prefix.unflatten(x) if x.ndim == 2 else self.prefix(x)
         layout = torch.preserve_format
@@ -150,7 +150,7 @@ class Skipped:
     given_output: Tensor | None = None
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # not forward: Ultralytics' fuse() gives modules another one, and no hook shall see this
+        # not forward: a library that fuses layers gives modules another one, and no hook shall see this
         return super().__call__(*args, **kwargs) if self.given_output is None else self.given_output  # type: ignore[misc]
 
 
@@ -253,7 +253,7 @@ def fold(model: nn.Module) -> None:
         statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
         above, _, leaf = norm_path.rpartition(".")
-        rest = nn.Sequential(*norm.children())  # timm's BatchNormAct2d also drops and activates
+        rest = nn.Sequential(*norm.children())  # some also drop and activate, see `folds`
         parent.get_submodule(above)._modules[leaf] = rest
 
 

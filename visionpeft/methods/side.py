@@ -49,7 +49,7 @@ class Ladder(nn.Module):
         self.rungs = nn.ModuleList(Rung(width, i == 0, *facts) for i, (_, *facts) in enumerate(rungs))
 
     def forward(self, model: nn.Module, run: Callable, *args: Any, **kwargs: Any) -> Any:
-        if not (args and isinstance(args[0], Tensor)):  # Ultralytics calls forward with a batch, and that with its images
+        if not (args and isinstance(args[0], Tensor)):  # a whole batch, whose images the forward calls itself with
             return run(*args, **kwargs)
         rungs: Any = self.rungs
         climb: list[Tensor] = []  # the ladder's state; lives as long as this call

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.metadata import version
 from typing import Any
 
 import altair as alt
@@ -17,7 +18,6 @@ import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import __version__
 from .answer import rule
 from .columns import columns
 from .content import Report, Section
@@ -56,7 +56,7 @@ def render(report: Report) -> str:
         report=report,
         command=shlex.join(["visionpeft", "report", *report.folders]),
         rule=rule(report.against),
-        version=__version__,
+        version=version("visionpeft"),
         figures=drawn,
         specs=json.loads(json.dumps(specs), parse_constant=lambda _: None),  # a browser's JSON knows no NaN
         pictures={s.key: _pictures(s) for s in report.sections},

@@ -134,8 +134,6 @@ class CachedFeatureDataset(Dataset):
         ConfigError: There is no room for the views, or they are not all of one size.
     """
 
-    buffer = ()  # Ultralytics' images in memory, of which there are none
-
     def __init__(
         self,
         dataset: Any,
@@ -183,9 +181,6 @@ class CachedFeatureDataset(Dataset):
         if name == "dataset":  # not there yet
             raise AttributeError(name)
         return getattr(self.dataset, name)
-
-    def close_mosaic(self, hyp: Any) -> None:
-        """Do nothing: the last rounds' views were augmented without."""
 
 
 @contextmanager

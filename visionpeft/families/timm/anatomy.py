@@ -7,6 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import (
+    RmsNorm,
+    RmsNorm2d,
+    RmsNorm2dFp32,
+    RmsNormFp32,
+    ScaledStdConv2d,
+    ScaledStdConv2dSame,
+    SimpleNorm,
+    SimpleNorm2d,
+    StdConv2d,
+    StdConv2dSame,
+)
 from timm.models import group_parameters
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention as PlainAttention
@@ -20,6 +32,8 @@ from ..introspect import Seen, observe, read_layers, read_params, read_statistic
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _ATTENTIONS = {PlainAttention: "global", WindowAttention: "window"}  # those whose keys and values a prefix can extend
+_NORMS = (RmsNorm, RmsNorm2d, RmsNormFp32, RmsNorm2dFp32, SimpleNorm, SimpleNorm2d)
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 _MLPS = ("mlp", "mlp_channels")  # what timm calls a feed-forward module over channels
 
 
@@ -35,8 +49,8 @@ def read_anatomy(model: nn.Module, family: str, name: str) -> Anatomy:
         stages=reader.stages(),
         head=" and ".join(plain(type(model.get_submodule(h))).__name__ for h in heads),
         heads=heads,
-        params=read_params(model, reader.stage_of),
-        layers=read_layers(model, reader.stage_of, _projecting(model), slices),
+        params=read_params(model, reader.stage_of, _NORMS),
+        layers=read_layers(model, reader.stage_of, _projecting(model), slices, _STANDARDISED),
         blocks=reader.blocks(),
         attentions=tuple(_attention(n, m, reader.stage_of(n) or 0, reader.seen.get(n)) for n, m in attentions.items()),
         statistics=read_statistics(model, reader.stage_of),

@@ -27,6 +27,7 @@ from ultralytics.engine.exporter import Exporter
 from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 from ultralytics.nn.tasks import guess_model_task, torch_safe_load, yaml_model_load
+from ultralytics.utils import DATASETS_DIR, ROOT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.downloads import attempt_download_asset
 from ultralytics.utils.patches import imread
@@ -99,6 +100,8 @@ class Yolo(Family):
 
     suffix: ClassVar[str] = ".pt"
     outputs: ClassVar[type] = Outputs
+    data_yamls: ClassVar[Path | None] = ROOT / "cfg" / "datasets"
+    data_root: ClassVar[Path | None] = DATASETS_DIR
     defaults: ClassVar[dict[str, Any]] = {
         "epochs": 50,
         "imgsz": None,  # the task's own, see defaults_for
@@ -392,6 +395,8 @@ class Yolo(Family):
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
         check_download(data.source, options.get("split", "val"))
         args: dict[str, Any] = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
+        if options.get("batch", 1) < 1:  # for training, Ultralytics finds one
+            options["batch"] = self.defaults["batch"]
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
@@ -418,6 +423,14 @@ class Yolo(Family):
     def predict(self, model: nn.Module, source: Any, **options: Any) -> Any:
         with _predictor(model, options) as predictor:
             return predictor(source)
+
+    def to_json(self, prediction: Any) -> dict[str, Any]:
+        """Return boxes (with masks, keypoints, corners), or a class and the next best."""
+        if prediction.probs is None:
+            return {"file": prediction.path, "boxes": prediction.summary()}
+        best = zip(prediction.probs.top5, prediction.probs.top5conf, strict=True)
+        top = [(prediction.names[i], round(float(p), 5)) for i, p in best]
+        return {"file": prediction.path, "class": top[0][0], "score": top[0][1], "top5": top}
 
     def draw(self, model: nn.Module | None, data: Data, count: int, **options: Any) -> list[Picture]:
         def guess(images: list[Any]) -> list[tuple[str, float]]:

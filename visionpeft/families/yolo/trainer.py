@@ -149,7 +149,7 @@ class PeftTrainerMixin:
         def prepare(samples: Any) -> torch.Tensor:
             return super(PeftTrainerMixin, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
 
-        views = CachedFeatureDataset(
+        views = CachedViews(
             dataset := loader.dataset,
             self.job.store,
             self.job.prefix,
@@ -357,6 +357,15 @@ class MeteredScaler:
     def scale(self, outputs: Any) -> Any:
         self.meter.begin("backward")
         return super().scale(outputs)  # type: ignore[misc]
+
+
+class CachedViews(CachedFeatureDataset):
+    """Stored views in place of Ultralytics' data set, with what its trainer uses of that."""
+
+    buffer = ()  # the images in memory that mosaic chooses from, of which there are none
+
+    def close_mosaic(self, hyp: Any) -> None:
+        """Do nothing: the last views were augmented without mosaic."""
 
 
 class Passed(nn.Module):
