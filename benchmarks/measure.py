@@ -21,9 +21,9 @@ os.environ.setdefault("YOLO_OFFLINE", "True")
 from ultralytics.cfg import get_cfg
 
 from visionpeft import lean
-from visionpeft.api import find_family
 from visionpeft.families.introspect import stage_modules
 from visionpeft.measure import Meter
+from visionpeft.settings import find_family
 
 PARTS = ("forward", "backward", "optimizer", "data")
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
-from visionpeft.api import find_family
 from visionpeft.lean.frozen_stages import Prefix, put_on
+from visionpeft.settings import find_family
 
 BATCH, SIDE, OBJECTS = 4, 320, 10
 

@@ -25,13 +25,13 @@ from torch.nn import functional
 os.environ.setdefault("YOLO_VERBOSE", "False")
 
 from visionpeft import lean as leanly
-from visionpeft.api import find_family
 from visionpeft.core import attach
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import Plan, make_plan
 from visionpeft.errors import ConfigError
 from visionpeft.measure import SavedBytes
 from visionpeft.registry import METHODS
+from visionpeft.settings import find_family
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {i: f"class {i}" for i in range(10)}

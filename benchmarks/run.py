@@ -36,13 +36,13 @@ _FAMILY, _TRAINER = "visionpeft.families.yolo.family:Yolo", "visionpeft.families
 PHASES = {  # of ours: where in the code each is, without what others inside it take
     "load the base": f"{_FAMILY}.load",
     "read the data": f"{_FAMILY}.read_data",
-    "fit and plan": f"{_FAMILY}.with_head {_FAMILY}.anatomy visionpeft.api:make_plan",
+    "fit and plan": f"{_FAMILY}.with_head {_FAMILY}.anatomy visionpeft.session:make_plan",
     "measure before and after": f"{_FAMILY}.evaluate",
     "train: set up": f"{_TRAINER}.__init__ ultralytics.engine.trainer:BaseTrainer._setup_train",
     "train: steps, their data": f"{_TRAINER}.train",
     "train: measure epochs": f"{_TRAINER}.validate",
     "train: save": f"{_TRAINER}.save_model",
-    "delta and merged file": "visionpeft.api:_rebuild visionpeft.core.delta:read "
+    "delta and merged file": "visionpeft.adapted:put_together visionpeft.core.delta:read "
     f"{_FAMILY}.save_merged {_FAMILY}.open_merged visionpeft.core.delta:fingerprint",
     "pictures": f"{_FAMILY}.draw visionpeft.training.plots:sheet visionpeft.training.plots:curves",
 }

@@ -14,6 +14,7 @@ from visionpeft.registry import METHODS
 
 ROOT = Path(visionpeft.__file__).parent
 LEVELS = {  # a room may import from rooms with a lower number only
+    "_lazy": 0,
     "errors": 0,
     "deprecation": 0,
     "files": 1,
@@ -27,6 +28,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "core": 2,
     "scenes": 2,
     "methods": 3,
+    "config": 3,
     "data": 4,
     "lean": 4,
     "training": 5,
@@ -34,14 +36,16 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "memory": 7,
     "hfpeft": 7,
     "settings": 7,
+    "adapted": 8,
     "planning": 8,
-    "plan": 9,  # where plans were; opens the verb of that name
-    "api": 9,
-    "benchmark": 10,
-    "report": 11,
-    "__init__": 12,
-    "cli": 13,
-    "__main__": 14,
+    "session": 9,
+    "plan": 10,  # where plans were; opens the verb of that name
+    "api": 10,
+    "benchmark": 11,
+    "report": 12,
+    "__init__": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 LIBRARIES = ("ultralytics", "timm")  # what families are of
 FILES = sorted(f for f in ROOT.rglob("*.py") if "configs" not in f.parts and "datasets" not in f.parts)

@@ -490,7 +490,7 @@ class Given:
 
 
 WRONG = "data model method freeze bn head epochs imgsz batch lr0 lr_scale optimizer workers seed amp delta_dtype cache"
-WRONG += " prefix_dtype lean trackers project name resume memory model_args r"
+WRONG += " frozen_dtype lean trackers project name resume memory model_args r"
 
 
 @pytest.mark.parametrize("name", WRONG.split())

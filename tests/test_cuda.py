@@ -202,7 +202,7 @@ def test_methods(method: str, name: str, net: Callable, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- runs
 RUNS: list[tuple[str, dict[str, Any]]] = [
     ("yolo", {"method": "lora", "r": 2, "lean": "memory"}),
-    ("yolo", {"method": "full", "freeze": 10, "prefix_dtype": "bf16"}),
+    ("yolo", {"method": "full", "freeze": 10, "frozen_dtype": "bf16"}),
     ("yolo", {"method": "full", "freeze": 10, "cache": 1}),
     ("yolo", {"method": "surgical"}),
     ("timm", {"method": "lora", "r": 2, "lean": "memory"}),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import visionpeft
-from visionpeft import api, hfpeft, report
+from visionpeft import hfpeft, report
 from visionpeft.benchmark.grid import hash_of
 from visionpeft.core import delta as deltas
 from visionpeft.core.base_model import Base
@@ -143,8 +143,8 @@ def test_a_run(folder: Path, data: st.DataObject) -> None:
     else:
         (run / "train.json").write_text(json.dumps(changed(json.loads((run / "train.json").read_text()), data.draw)))
     try:
-        with run_folder.resumed(run, folder, None) as saved:
-            api._arguments_of(saved)
+        with run_folder.resumed(run, folder, None):
+            pass
     except VisionpeftError as error:
         assert isinstance(error, TrainingError)
 

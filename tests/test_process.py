@@ -74,7 +74,7 @@ def trained(request: Any, loops: dict, tmp_path_factory: pytest.TempPathFactory)
 VERBS: dict[str, Callable[[Any, Path, dict, Path], object]] = {
     "plan": lambda delta, data, args, out: visionpeft.plan(data=data, **_model(args), **LORA),
     "forecast": lambda delta, data, args, out: visionpeft.forecast(imgsz=32, device="cpu", **_model(args), **LORA),
-    "fit": lambda delta, data, args, out: visionpeft.fit("2GB", imgsz=32, device="cpu", freeze=0, **_model(args), **LORA),
+    "suggest": lambda delta, data, args, out: visionpeft.suggest("2GB", imgsz=32, freeze=0, **_model(args), **LORA),
     "load": lambda delta, data, args, out: visionpeft.load(delta),
     "merge": lambda delta, data, args, out: visionpeft.merge(delta, out / "merged.pt"),
     "val": lambda delta, data, args, out: visionpeft.val(delta, data),

@@ -27,7 +27,7 @@ from .session import TrainSession
 from .settings import find_family, loader_arguments, resolve_path
 from .training import run_folder, stopping
 from .training import trackers as tracking
-from .training.result import Run
+from .training.result import Run, versions
 
 
 # -------------------------------------------------------------------------------------------------------------- training
@@ -434,7 +434,7 @@ def import_peft(
     own = {
         "base": {"model": source, "sha256": deltas.fingerprint(base.state), "model_args": given},
         "imported": {"folder": str(Path(folder).resolve()), "peft_version": adapter.config.get("peft_version")},
-        "versions": deltas.versions(),
+        "versions": versions(),
     }
     made = hfpeft.adopt(adapter, family, base, {**(said or unknown), **own}, checked)
     beside = Path(folder).resolve()

@@ -37,7 +37,7 @@ from .training import trackers as tracking
 from .training.distributed import devices
 from .training.feature_cache import Store
 from .training.job import Job
-from .training.result import Run
+from .training.result import Run, versions
 from .training.run_folder import Resumed
 from .training.stopping import Stop
 from .training.trackers import Trackers
@@ -224,7 +224,7 @@ class TrainSession:
             merged=job.merged if self.method.merges else None,
             history=saved["history"],
             arguments=_plain(self.arguments),
-            versions=deltas.versions(),
+            versions=versions(),
         )
         run.save()  # before anything is drawn, for that is not worth losing it
         run = replace(run, pictures=self._pictures(job, result, saved["history"]))
@@ -284,7 +284,7 @@ def _header(session: TrainSession) -> dict[str, Any]:
         "seed": config.seed,
         "data": {"source": config.data, "sha256": data.fingerprint},
         "parent": None,
-        "versions": deltas.versions(),
+        "versions": versions(),
     }
 
 

@@ -40,7 +40,7 @@ STILL = {  # what makes a view of an image that image
     | {"erasing": 0.0, "auto_augment": None},
     "timm": {"scale": 0.0, "fliplr": 0.0, "color_jitter": 0.0},
 }
-RUNS = ({}, {"prefix_dtype": "fp32"}, {"cache": 1, "prefix_dtype": "fp32"})
+RUNS = ({}, {"frozen_dtype": "fp32"}, {"cache": 1, "frozen_dtype": "fp32"})
 CUTS = [(name, stages) for name in NETS for stages in (1, 3)] + [("yolo11n", 10), ("yolo11n", 23), ("yolo26n", 23)]
 
 
@@ -153,7 +153,7 @@ class Secret(nn.Module):
 
 @pytest.mark.parametrize(("both", "why"), [(False, "in between"), (True, "two runs twice")])
 def test_a_model_that_cannot_be_cut_is_refused(both: bool, why: str) -> None:
-    with pytest.raises(ConfigError, match=rf"cannot run apart from the rest \(.*{why}.*; leave cache and prefix_dtype out"):
+    with pytest.raises(ConfigError, match=rf"cannot run apart from the rest \(.*{why}.*; leave cache and frozen_dtype out"):
         Prefix(Secret(both), ["one", "two"], torch.rand(2, 3, 8, 8))
     Prefix(Secret(), ["one"], torch.rand(2, 3, 8, 8))
 
@@ -227,7 +227,7 @@ def alike(plain: visionpeft.Run, apart: visionpeft.Run, kept: visionpeft.Run) ->
     torch.testing.assert_close(losses(kept)[0], losses(plain)[0], rtol=2e-3, atol=2e-3)  # later rounding grows
 
 
-@pytest.mark.parametrize("more", [{"cache": 2}, {"prefix_dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("more", [{"cache": 2}, {"frozen_dtype": "bf16"}], ids=str)
 def test_a_run_gives_a_delta_of_what_was_planned_and_says_that_it_approximates(
     boxes: Path, checkpoint: Path, tmp_path: Path, more: dict
 ) -> None:
@@ -252,14 +252,14 @@ def test_a_run_gives_a_delta_of_what_was_planned_and_says_that_it_approximates(
     assert all(torch.equal(merged[k], base[k]) for k in merged if int(k.split(".")[1]) < 10)
 
 
-@pytest.mark.parametrize("more", [{"cache": 2}, {"prefix_dtype": "bf16"}], ids=str)
+@pytest.mark.parametrize("more", [{"cache": 2}, {"frozen_dtype": "bf16"}], ids=str)
 def test_what_is_learned_is_useful(squares: Path, tmp_path: Path, more: dict) -> None:
     run = train_resnet(squares, tmp_path / "runs", **{"epochs": 12, "freeze": 2, "lr0": 3e-3, "fliplr": 0.5, **more})
     assert run.after["top1"] >= 0.9 and run.after["loss"] < 0.5 * run.before["loss"]
 
 
 def test_the_change_in_score_is_measured_on_the_model_that_trains(squares: Path, tmp_path: Path) -> None:
-    run = train_resnet(squares, tmp_path / "runs", prefix_dtype="bf16")
+    run = train_resnet(squares, tmp_path / "runs", frozen_dtype="bf16")
     said = run.measured["prefix"]
     assert said["metric"] == "top1" and said["exact"] == run.before["top1"] and 0 <= said["approximate"] <= 1
     assert "views" not in said and "3 run in bfloat16: approximate; before, top1 is" in " ".join(str(run).split())
@@ -327,7 +327,7 @@ def test_a_second_run_reads_what_the_first_has_stored(squares: Path, tmp_path: P
         {"freeze": 4},
         {"cache": 1},
         {"fliplr": 0.1},
-        {"prefix_dtype": "bf16"},
+        {"frozen_dtype": "bf16"},
         {"model_args": {}},  # another base
     ],
     ids=lambda other: next(iter(other)),
@@ -442,17 +442,17 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     ("given", "said"),
     [
         ({"cache": 2}, "cache=2 needs frozen stages before the first that trains, .* but with freeze=0 and method='full'"),
-        ({"prefix_dtype": "bf16"}, "prefix_dtype='bf16' needs frozen stages .* there are none; freeze more"),
+        ({"frozen_dtype": "bf16"}, "frozen_dtype='bf16' needs frozen stages .* there are none; freeze more"),
         ({"cache": 2, "freeze": 10, "method": "side"}, "freeze=10 and method='side' there are none"),
         ({"cache": 2, "freeze": [1, 2]}, r"freeze=\(1, 2\) and method='full' there are none"),
         ({"cache": -1, "freeze": 10}, "cache=-1 is not usable; give the number of views"),
         ({"cache": 1.5, "freeze": 10}, "cache=1.5 is not known; give the number of views .*, or 'ram', 'disk' or True"),
         ({"cache": "RAM", "freeze": 10}, "cache='RAM' is not known"),
         ({"cache": 1, "freeze": 10, "cache_limit": 0}, "cache_limit=0 is not usable"),
-        ({"prefix_dtype": "int8", "freeze": 10}, "prefix_dtype='int8' is not known; it is 'bf16', 'fp16', 'fp32'"),
+        ({"frozen_dtype": "int8", "freeze": 10}, "frozen_dtype='int8' is not known; it is 'bf16', 'fp16', 'fp32'"),
         ({"cache": 1, "freeze": 10, "multi_scale": 0.5}, "multi_scale=0.5 does not go with cache"),
         ({"cache": 1, "freeze": 10, "rect": True}, "rect=True does not go with cache"),
-        ({"cache": 1, "freeze": 10, "compile": True}, "compile=True does not go with cache or prefix_dtype"),
+        ({"cache": 1, "freeze": 10, "compile": True}, "compile=True does not go with cache or frozen_dtype"),
         ({"cache": 1, "freeze": 10, "device": "cpu,cpu"}, "device="),
     ],
     ids=lambda given: "-".join(map(str, given)) if isinstance(given, dict) else None,

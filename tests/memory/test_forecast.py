@@ -104,7 +104,7 @@ def test_any_batch_from_one_run(bench: ModuleType) -> None:
 @pytest.mark.slow
 def test_stages_apart() -> None:
     common = {**YOLO, "imgsz": 160, "method": "full", "freeze": 10}
-    with_all, apart, cached = (planning.forecast(**common, **k) for k in ({}, {"prefix_dtype": "bf16"}, {"cache": 2}))
+    with_all, apart, cached = (planning.forecast(**common, **k) for k in ({}, {"frozen_dtype": "bf16"}, {"cache": 2}))
     assert with_all.weights < apart.weights < cached.weights  # a copy of the stages, bf16 and fp32
     assert cached.step < with_all.step  # there are no images, and no stages that read them
     assert cached.weights - with_all.weights == pytest.approx(2 * (apart.weights - with_all.weights), rel=0.1)
@@ -195,7 +195,7 @@ def test_parse_memory_refuses(given: Any) -> None:
 
 
 def test_fit() -> None:
-    found = planning.fit("1GB", model="yolo11n.yaml", imgsz=320, objects=5)
+    found = planning.suggest("1GB", model="yolo11n.yaml", imgsz=320, objects=5)
     first, *others = found.choices
     assert first is found.best and first.forecast.total <= found.budget == 1e9
     assert "nearest to full fine-tuning" in first.reason and all(c.reason for c in others)
@@ -227,8 +227,8 @@ def test_the_largest_batch_that_fits(devices: int, budget: int, fixed: bool, bat
 
 @pytest.mark.slow
 def test_fit_keeps_what_is_given() -> None:
-    found = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, method="lora", freeze=[0, 1], lean="auto", r=3)
-    alone = planning.fit("2GB", model="yolo11n.yaml", imgsz=64, batch=6, lean="auto", r=3)
+    found = planning.suggest("2GB", model="yolo11n.yaml", imgsz=64, batch=6, method="lora", freeze=[0, 1], lean="auto", r=3)
+    alone = planning.suggest("2GB", model="yolo11n.yaml", imgsz=64, batch=6, lean="auto", r=3)
     assert {c.settings["method"] for c in alone.choices} == {"lora"}  # whose field it is
     assert {(c.settings["method"], c.settings["batch"], c.settings["imgsz"]) for c in found.choices} == {("lora", 6, 64)}
     assert found.best.forecast.plan.settings["r"] == 3
@@ -238,7 +238,7 @@ def test_fit_keeps_what_is_given() -> None:
 def test_nothing_fits() -> None:
     vit = {"model": "timm/vit_tiny_patch16_224", "model_args": {"img_size": 64, "depth": 1}}  # it reads no other size
     with pytest.raises(ConfigError, match=r"nothing fits into 10.0 MB: the least that .* takes is ([\d.]+) MB") as said:
-        planning.fit("10MB", **vit)
+        planning.suggest("10MB", **vit)
     assert "method='head'" in str(said.value) and "batch=1 and imgsz=64" in str(said.value)
     least = planning.forecast(**vit, method="head", lean="memory", batch=1)
     assert f"takes is {least.total / 1e6:.1f} MB" in str(said.value)
@@ -261,7 +261,7 @@ def test_train_in_a_budget(tmp_path: Path, loops: dict, capsys: pytest.CaptureFi
     )  # but the last, all were given
     line = next(x for x in printed.splitlines() if x.startswith("The first:"))
     assert f"--method {said['method']} --freeze {said['freeze']} --lean {said['lean']} --batch 2 --imgsz 64" in line
-    with pytest.raises(ConfigError, match="does not go with cache or prefix_dtype"):
+    with pytest.raises(ConfigError, match="does not go with cache or frozen_dtype"):
         vp.train(data, **{**given, "cache": 2}, project=tmp_path)
 
 

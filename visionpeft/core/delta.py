@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +31,6 @@ FORMAT = 1
 KEY = "visionpeft"
 State = Mapping[str, Tensor]
 _DTYPES = (torch.float16, torch.float32, torch.bfloat16, torch.int64)  # the last: of counters
-_LIBRARIES = ("visionpeft", "torch", "torchvision", "ultralytics", "timm")
 MOST_CLASSES, _PIXELS = 100_000, 16_384
 
 
@@ -431,8 +428,3 @@ def _feed(digest: Any, name: str, tensor: Tensor) -> None:
     """Add a tensor's name, type, shape and bytes to a digest."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
     digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of what training runs on, for the header."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}

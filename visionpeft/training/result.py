@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import platform
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from .. import files, tables
 from ..core.plan import Plan
+
+_LIBRARIES = ("visionpeft", "torch", "torchvision", "ultralytics", "timm")
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,8 @@ def _near(path: Path) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what training runs on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
