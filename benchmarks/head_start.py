@@ -133,7 +133,7 @@ def start_rows(stack: ExitStack, scale: float | None) -> None:
 
     stack.enter_context(patch.object(yolo, "fit", fit_towers))
     stack.enter_context(patch.object(yolo_trainer, "fit", fit_towers))
-    stack.enter_context(patch.object(timm.Timm, "fit", fit_classifier))
+    stack.enter_context(patch.object(timm.Timm, "with_head", fit_classifier))
 
 
 def table(runs: list[dict[str, Any]]) -> str:

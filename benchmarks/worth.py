@@ -1,4 +1,5 @@
-"""What of the gain of full fine-tuning over the head alone each method reached: the `worth` that `visionpeft fit` orders by.
+"""Share of full fine-tuning's gain over the head alone that each method reached: `Method.expected_gain`, which `visionpeft
+suggest` orders by.
 
     python benchmarks/worth.py RESULTS [RESULTS ...]        # folders that `visionpeft benchmark` left
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import visionpeft
-from visionpeft import hfpeft, report
+from visionpeft import hfpeft
 from visionpeft.benchmark.grid import hash_of
 from visionpeft.core import delta as deltas
 from visionpeft.core.base_model import Base
@@ -174,7 +174,7 @@ def test_results(folder: Path, data: st.DataObject) -> None:
     file.unlink()
     (cells / f"{hash_of(content.get('cell', {}))}.json").write_text(json.dumps(content))
     try:
-        report.content.gather([cells.parent])
+        content.gather([cells.parent])
     except VisionpeftError:
         pass
 
@@ -317,4 +317,4 @@ def test_numbers_of_a_result_are_numbers(place: tuple[str, str], says: str, tmp_
     content["run"][place[0]][place[1]] = "0.5"
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"run.{'.'.join(place)} is '0.5', but must be a number"):
-        report.content.gather([tmp_path / "results"])
+        content.gather([tmp_path / "results"])

@@ -83,7 +83,7 @@ VERBS: dict[str, Callable[[Any, Path, dict, Path], object]] = {
     "peft": lambda delta, data, args, out: visionpeft.import_peft(visionpeft.export(delta, "peft", out / "peft")),
     "forgetting": lambda delta, data, args, out: visionpeft.forgetting(delta, data),
 }
-SLOW = ("forecast", "fit", "forgetting", "merge", "peft")  # for YOLO; what is of the family in them is in others, too
+SLOW = ("forecast", "suggest", "forgetting", "merge", "peft")  # for YOLO; what is of the family in them is in others, too
 
 
 def _model(given: dict) -> dict:
@@ -98,7 +98,7 @@ def test_train_leaves_the_process_as_it_was(trained: tuple) -> None:
     assert trained[-1] == []
 
 
-@pytest.mark.parametrize("verb", [pytest.param(v, marks=[pytest.mark.slow] * (v == "fit")) for v in VERBS])
+@pytest.mark.parametrize("verb", [pytest.param(v, marks=[pytest.mark.slow] * (v == "suggest")) for v in VERBS])
 def test_a_verb_leaves_the_process_as_it_was(verb: str, trained: tuple, tmp_path: Path) -> None:
     family, data, given, run, _ = trained
     if family == "yolo" and verb in SLOW:

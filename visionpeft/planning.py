@@ -67,7 +67,7 @@ def plan(
     family = find_family(str(model))
     tuning, config = split_options(family, config)
     if not tuning.needs_gradients and (seen := [k for k in ("imgsz", "batch", "seed") if getattr(config, k) is not None]):
-        raise ConfigError(f"{seen[0]} is no part of a plan of '{tuning.name}'; a forecast (--memory) says what it takes")
+        raise ConfigError(f"{seen[0]} is no part of a plan of '{tuning.name}'; `forecast` says what it takes")
     base = family.load(str(model), **loader_arguments(model_args))
     settled = config.settled({"seed": 0, **family.defaults_for(base)})
     with torch.random.fork_rng(devices=[]):

@@ -92,7 +92,7 @@ class TrainSession:
         self.data: Data = family.read_data(scenes.find(config.data or ""), base, allow_download=config.allow_download)
         self.base: Base
         self.base, more = family.suited(base, self.data)
-        self.config = replace(settled_config, data=config.data, model_args={**arguments, **more})
+        self.config = replace(settled_config, data=str(config.data), model_args={**arguments, **more})
         resources.enter_context(still_readable(self.data))
 
     @_libraries_apart()

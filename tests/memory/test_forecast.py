@@ -309,15 +309,31 @@ def test_command_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
         return int(end.value.code or 0), *capsys.readouterr()
 
     options = ("--model", "timm/test_resnet", "--imgsz", "64", "--batch", "2")
-    code, out, _ = call("plan", *options, "--memory", "--device", "cpu", "--method", "head", "--json")
+    code, out, _ = call("forecast", *options, "--device", "cpu", "--method", "head", "--json")
     assert code == 0 and json.loads(out)["memory"]["batch"] == 2
-    code, out, _ = call("fit", *options, "--gpu", "1GB", "--data", str(make_squares(tmp_path)))
+    code, out, _ = call("suggest", *options, "--memory", "1GB", "--data", str(make_squares(tmp_path)))
     assert code == 0 and "The first: visionpeft train" in out
     for words in (
-        ("--gpu", "1TB"),
-        ("--gpu", "1MB"),
-        ("--gpu", "1GB", "--model-args", "3"),
-        ("--gpu", "1GB", "--freeze", "99"),
+        ("--memory", "1TB"),
+        ("--memory", "1MB"),
+        ("--memory", "1GB", "--model-args", "3"),
+        ("--memory", "1GB", "--freeze", "99"),
     ):
-        code, _, err = call("fit", *options, *words)
+        code, _, err = call("suggest", *options, *words)
         assert code == 2 and err.startswith("visionpeft: ") and err.count("\n") == 1
+
+
+def test_old_names(capsys: pytest.CaptureFixture) -> None:
+    options = ("--model", "timm/test_resnet", "--imgsz", "64", "--batch", "2", "--method", "head", "--json")
+    said = {}
+    for words in (("fit", "--gpu", "1GB"), ("suggest", "--memory", "1GB"), ("plan", "--memory"), ("forecast",)):
+        with pytest.raises(SystemExit) as end:
+            main([*words, *options])
+        out, err = capsys.readouterr()
+        assert not end.value.code and ("is now called" in err) == (words[0] in ("fit", "plan"))
+        said[words[0]] = json.loads(out)
+    assert said["fit"] == said["suggest"] and said["plan"] == said["forecast"]
+    with pytest.warns(FutureWarning, match="fit is now called suggest"):
+        vp.fit("1GB", model="timm/test_resnet", imgsz=64, batch=2, method="head")
+    with pytest.warns(FutureWarning, match="prefix_dtype= is now called frozen_dtype="):
+        vp.forecast("timm/test_resnet", imgsz=64, batch=2, method="full", freeze=2, prefix_dtype="bf16")

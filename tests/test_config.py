@@ -1,0 +1,83 @@
+"""The options of `train`, which are declared once: what travels, and what every door makes of them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import make_squares
+
+import visionpeft
+from visionpeft import TrainConfig
+from visionpeft.config import OPTIONS, RENAMED, types
+from visionpeft.registry import METHODS
+
+ROOT = Path(visionpeft.__file__).parent
+
+
+def test_train_takes_the_fields_of_its_configuration() -> None:
+    given = {k: p for k, p in inspect.signature(visionpeft.train).parameters.items()}
+    assert [*given] == [f.name for f in fields(TrainConfig)] == [*OPTIONS, "options"]
+    assert {k: p.default for k, p in given.items() if k != "options"} == {
+        f.name: f.default for f in fields(TrainConfig) if f.name != "options"
+    }
+    assert set(types()) == set(given)
+
+
+@pytest.mark.parametrize("verb", [visionpeft.plan, visionpeft.forecast, visionpeft.suggest], ids=lambda f: f.__name__)
+def test_the_verbs_before_a_run_take_options_of_train(verb) -> None:
+    own = {"plan": {"options"}, "forecast": {"options", "objects"}, "suggest": {"options", "objects"}}[verb.__name__]
+    assert inspect.signature(verb).parameters.keys() - own <= OPTIONS.keys()
+
+
+def test_what_a_run_is_leaves_and_returns() -> None:
+    config = TrainConfig.from_call({"model": "m.pt", "data": "d", "method": "lora", "freeze": [0, 1], "options": {"nbs": 4}})
+    config = config.settled(
+        {"epochs": 3, "imgsz": 64, "batch": 2, "lr0": 0.1, "optimizer": "SGD", "workers": 0, "head": "keep"}
+    )
+    kept = json.loads(json.dumps({**config.arguments(), "model_args": {}}))
+    assert not {"project", "name", "exist_ok", "quiet", "resume", "allow_download"} & kept.keys()
+    again = TrainConfig.from_file(kept)
+    assert again.arguments() == kept and again.changed() and TrainConfig().changed() == []
+    old = {next((o for o, n in RENAMED.items() if n == k), k): v for k, v in kept.items()}
+    assert old != kept and TrainConfig.from_file(old) == again
+
+
+def test_all_public_names_are_there() -> None:
+    assert {"LoraConfig", "Plan", "Delta", "Forecast", "Run", "TrainConfig", "lean", "suggest", "train"} <= {
+        *visionpeft.__all__
+    }
+    assert {cls.__name__ for cls in METHODS.values()} <= {*visionpeft.__all__}, "every method's configuration"
+    for name in visionpeft.__all__:
+        assert getattr(visionpeft, name) is not None
+    assert visionpeft.plan is visionpeft.planning.plan and {*visionpeft.__all__} <= {*dir(visionpeft)}
+    with pytest.raises(AttributeError, match="no attribute"):
+        visionpeft.trane  # noqa: B018
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from visionpeft.cli import app; app(['train', '--help'], result_action='return_value'); "
+    code += "print(sorted({'torch', 'numpy', 'cv2', 'ultralytics', 'timm'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--frozen-dtype" in run.stdout and run.stdout.endswith("[]\n")
+
+
+def test_plans_are_found_where_they_were(tmp_path: Path) -> None:
+    """Methods of users import from `visionpeft.plan`, whose name is a verb's, too."""
+    code = "import visionpeft; from visionpeft.plan import Anatomy, Edit, Plan, Unfit, make_plan\n"
+    code += "print(visionpeft.plan('timm/test_resnet', model_args={'pretrained': False}, method='head').method)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "head\n"
+
+
+def test_old_options_warn(tmp_path: Path) -> None:
+    data = make_squares(tmp_path)
+    model = {"model": "timm/test_resnet", "model_args": {"pretrained": False}, "imgsz": 32, "epochs": 1}
+    with pytest.warns(FutureWarning, match="prefix_dtype= is now called frozen_dtype="):
+        run = visionpeft.train(data, **model, freeze=2, prefix_dtype="fp32", project=tmp_path, device="cpu", workers=0)
+    assert run.arguments["frozen_dtype"] == "fp32" and "prefix_dtype" not in run.arguments
