@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +41,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "settings": 7,
     "adapted": 8,
     "planning": 8,
+    "forgetting": 9,
     "session": 9,
     "plan": 10,  # where plans were; opens the verb of that name
     "api": 10,
@@ -151,3 +155,37 @@ def test_a_new_file_is_a_new_method(tmp_path: Path, monkeypatch) -> None:
         assert make_method("lora+mine", {"r": 4, "strength": 3}).settings()["mine"] == {"strength": 3.0}
     finally:
         METHODS._classes = before
+
+
+def test_methods_of_other_packages_are_options_of_the_command_line(tmp_path: Path) -> None:
+    """A package names its module as an entry point; one that is broken is said, and does no harm."""
+    (tmp_path / "mine.py").write_text(
+        '"""Mine: every bias of the first stage.  Me 2026, https://example.org"""\n'
+        "from dataclasses import dataclass\n"
+        "from visionpeft import METHODS, Method\n"
+        "@METHODS.register('mine')\n"
+        "@dataclass(frozen=True)\n"
+        "class MineConfig(Method):\n"
+        "    stage: int = 0  # the only one\n"
+        "    def train(self, anatomy):\n"
+        "        return [p.name for p in anatomy.body if p.stage == self.stage and p.role.endswith('bias')]\n"
+    )
+    facts = tmp_path / "mine-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[visionpeft.methods]\nmine = mine\nbroken = nowhere\n")
+    words = [
+        "plan",
+        "--model",
+        "timm/test_resnet",
+        "--model-args",
+        "{pretrained: false}",
+        "--method",
+        "mine",
+        "--stage",
+        "1",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-m", "visionpeft", *words], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and "mine (stage=1)" in run.stdout
+    assert "visionpeft: the method 'broken' of nowhere cannot be used (ModuleNotFoundError" in run.stderr

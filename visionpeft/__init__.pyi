@@ -5,7 +5,6 @@ from . import data as data
 from . import lean as lean
 from . import report as report
 from .adapted import Adapted as Adapted
-from .api import Forgetting as Forgetting
 from .api import detach as detach
 from .api import export as export
 from .api import forgetting as forgetting
@@ -28,6 +27,7 @@ from .core.method import Method as Method
 from .core.plan import Plan as Plan
 from .core.plan import make_plan as make_plan
 from .errors import VisionpeftError as VisionpeftError
+from .forgetting import Forgetting as Forgetting
 from .memory.forecast import Forecast as Forecast
 from .memory.search import Fit as Fit
 from .methods.adapter import AdapterConfig as AdapterConfig

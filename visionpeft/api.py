@@ -7,19 +7,20 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import hfpeft, scenes, tables
+from . import hfpeft, scenes
 from .adapted import Adapted, head_of, load_named, opened, read_on_base, trusted
 from .config import OPTIONS, Freeze, TrainConfig, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.method import Method
 from .errors import ConfigError, ModelError, TrainingError, nearest
+from .forgetting import Forgetting
+from .forgetting import measure as measure_forgetting
 from .planning import search_memory
 from .process import untouched
 from .registry import FAMILIES, METHODS
@@ -245,36 +246,6 @@ def val(
     return adapted.family.evaluate(adapted.model, checked, **adapted.as_trained(options, "imgsz", "batch")).metrics
 
 
-@dataclass(frozen=True)
-class Forgetting:
-    """What an adapted model lost of its base's classes, from `forgetting`. Prints as a table.
-
-    Attributes:
-        data: What it was measured on.
-        metric: The score.
-        before: Of the base.
-        after: Of the adapted body with the base's own head.
-        detached: Of the model after the delta was taken off again: the base's.
-        per_class: Scores before and after, by class.
-    """
-
-    data: str
-    metric: str
-    before: float
-    after: float
-    detached: float
-    per_class: dict[str, tuple[float, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return dataclasses.asdict(self)
-
-    def __str__(self) -> str:
-        rows = [("all", self.before, self.after), *((n, b, a) for n, (b, a) in self.per_class.items())]
-        shown = [(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}") for name, before, after in rows]
-        return tables.text(f"{self.metric} on {self.data}", ("class", "before", "after", "change"), shown, right=(1, 2, 3))
-
-
 @untouched()
 def forgetting(
     delta: str | Path | Adapted,
@@ -303,30 +274,9 @@ def forgetting(
     """
     check_paths(data=data)
     adapted = opened(delta, model, model_args)
-    family, base, made = adapted.family, adapted.base, adapted.delta.plan
     place, split = scenes.find(data), options.get("split", "val")
-    checked = family.read_data(place, base, split, train=False, allow_download=allow_download)
-    use = adapted.as_trained(options, "imgsz", "batch")
-    before = family.evaluate(base.model, checked, **use)
-    own = attaching.attach(family.with_head(base, base.names, "keep", **checked.outputs), made, start=False)
-    heads = tuple(f"{h}." for h in made.heads)
-    body = {k: v for k, v in adapted.delta.tensors.items() if not k.startswith(heads)}
-    deltas.apply(own, dataclasses.replace(adapted.delta, tensors=body), base.state).eval()
-    after = family.evaluate(own, checked, **use)
-    attaching.detach(own, base.state)
-    same = deltas.fingerprint(own.state_dict()) == adapted.delta.header["base"]["sha256"]
-    metric = family.primary_metric(base.task)
-    scores = before.predictions.by_class(), after.predictions.by_class()
-    return Forgetting(
-        data=str(data),
-        metric=metric,
-        before=before.metrics[metric],
-        after=after.metrics[metric],
-        detached=before.metrics[metric]
-        if same
-        else family.evaluate(own, checked, **use).metrics[metric],  # bit for bit the base
-        per_class={base.names[i]: (round(scores[0][i], 5), round(scores[1][i], 5)) for i in scores[0]},
-    )
+    checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
+    return measure_forgetting(adapted, checked, str(data), adapted.as_trained(options, "imgsz", "batch"))
 
 
 @untouched()

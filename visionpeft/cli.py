@@ -121,7 +121,6 @@ def plan(
     *,
     flags: PlanFlags = PlanFlags(),  # type: ignore[valid-type]  # noqa: B008
     model: str = "yolo11n.pt",
-    memory: Annotated[bool, Parameter(show=False)] = False,
     json_: Json = False,
     **options: Options,
 ) -> None:
@@ -132,9 +131,6 @@ def plan(
     model
         A YOLO checkpoint, or timm/NAME. Without --data it keeps its own classes.
     """
-    if memory:
-        warn("plan --memory", "forecast")
-        return forecast(flags=flags, model=model, json_=json_, **options)
     from . import planning
 
     given = {**_given(flags), **options}
@@ -193,20 +189,6 @@ def suggest(
 
     found = planning.suggest(memory, model=model, **_read({**_given(flags), **options}))
     print(json.dumps(found.to_dict(), indent=2) if json_ else found)
-
-
-@app.command(show=False)
-def fit(
-    *,
-    flags: SuggestFlags = SuggestFlags(),  # type: ignore[valid-type]  # noqa: B008
-    gpu: str,
-    model: str = "yolo11n.pt",
-    json_: Json = False,
-    **options: Options,
-) -> None:
-    """`suggest`, by its old name."""
-    warn("fit --gpu", "suggest --memory")
-    suggest(flags=flags, memory=gpu, model=model, json_=json_, **options)
 
 
 @app.command(group=_USE)
@@ -383,7 +365,8 @@ def main(arguments: list[str] | None = None) -> None:
         handler.setFormatter(_Printable("visionpeft: %(message)s"))
     with warnings.catch_warnings():
         warnings.showwarning = _shown(warnings.showwarning)
-        code = _guarded(lambda: app(arguments, exit_on_error=False, print_error=False))
+        words = _renamed(sys.argv[1:] if arguments is None else arguments)
+        code = _guarded(lambda: app(words, exit_on_error=False, print_error=False))
     sys.exit(code)
 
 
@@ -402,6 +385,17 @@ def _shown(other: Callable[..., None]) -> Callable[..., None]:
             other(message, category, *where, **more)
 
     return show
+
+
+def _renamed(words: list[str]) -> list[str]:
+    """Return a command line by today's names."""
+    if words[:1] == ["fit"]:
+        warn("fit --gpu", "suggest --memory")
+        return ["suggest", *(f"--memory{word[5:]}" if word.partition("=")[0] == "--gpu" else word for word in words[1:])]
+    if words[:1] == ["plan"] and "--memory" in words:
+        warn("plan --memory", "forecast")
+        return ["forecast", *(word for word in words[1:] if word != "--memory")]
+    return words
 
 
 def _guarded(run: Callable[[], Any]) -> int:

@@ -1,20 +1,24 @@
-"""Names to classes. A file dropped into methods/ or families/ registers itself."""
+"""Names to classes. A file dropped into methods/ or families/ registers itself. So do modules of other packages, which name
+them as entry points of the groups ``visionpeft.methods`` and ``visionpeft.families``."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from .errors import ConfigError, nearest
 
 T = TypeVar("T", bound=type)
+log = logging.getLogger(__name__)
 
 
 class Registry(Mapping[str, Any]):
-    """The classes that the files of one package register, found by importing every file of it once."""
+    """The classes that the files of one package, and the entry points of its name, register: each is imported once."""
 
     def __init__(self, package: str, kind: str):
         self.package, self.kind = package, kind
@@ -42,6 +46,12 @@ class Registry(Mapping[str, Any]):
                 for module in pkgutil.iter_modules(package.__path__):
                     if not module.name.startswith("_"):  # what several of them share
                         importlib.import_module(f"{self.package}.{module.name}")
+                for plugin in entry_points(group=self.package):
+                    try:
+                        plugin.load()
+                    except Exception as error:  # somebody else's mistake, with which all that is ours still works
+                        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                        log.warning("the %s '%s' of %s cannot be used (%s)", self.kind, plugin.name, plugin.value, said)
         return self._classes
 
     def __getitem__(self, name: str) -> Any:
