@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import check_paths
+from .config import ModelArgs, Options, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.base_model import LARGEST_IMAGE, Base
@@ -49,7 +49,7 @@ class Adapted:
         can = "mergeable" if self.mergeable else "not mergeable"
         return f"Adapted({plan.method} on {self.base.source}: {self.base.task}, {len(names)} classes ({shown}), {can})"
 
-    def as_trained(self, given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    def as_trained(self, given: Options, *names: str) -> Options:
         """Return the options given, with those of the training for `names` that were not.
 
         Raises:
@@ -66,7 +66,7 @@ class Adapted:
         return {**own, **given}
 
 
-def opened(delta: str | Path | Adapted, model: str | Path | None, model_args: Mapping[str, Any] | None) -> Adapted:
+def opened(delta: str | Path | Adapted, model: str | Path | None, model_args: ModelArgs | None) -> Adapted:
     """Return a delta on its base, which may be there already."""
     if isinstance(delta, Adapted):
         return delta
@@ -74,9 +74,7 @@ def opened(delta: str | Path | Adapted, model: str | Path | None, model_args: Ma
     return Adapted(put_together(family, base, read), read, family, base)
 
 
-def read_on_base(
-    delta: str | Path, model: str | Path | None, model_args: Mapping[str, Any] | None
-) -> tuple[Delta, Family, Base]:
+def read_on_base(delta: str | Path, model: str | Path | None, model_args: ModelArgs | None) -> tuple[Delta, Family, Base]:
     """Read a delta and its base, and check that they belong together.
 
     Raises:
@@ -92,9 +90,7 @@ def read_on_base(
     return read, family, base
 
 
-def load_named(
-    family: Family, said: Mapping[str, Any], file: str | Path, model: str | Path | None, own: Mapping[str, Any]
-) -> Base:
+def load_named(family: Family, said: Mapping[str, Any], file: str | Path, model: str | Path | None, own: ModelArgs) -> Base:
     """Load the base that a file names, with what the user gives instead: a file alone can fetch nothing, and run nothing."""
     try:
         source, named, settled = trusted(family, said, model, own)
@@ -107,9 +103,9 @@ def trusted(
     family: Family | None,
     said: Mapping[str, Any],
     model: str | Path | None,
-    own: Mapping[str, Any],
+    own: ModelArgs,
     scratch: bool = False,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
+) -> tuple[str, ModelArgs, ModelArgs]:
     """Return a model and its loader's arguments, as a file says them or the user instead, and those that settle it.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from . import hfpeft, scenes
 from .adapted import Adapted, head_of, load_named, opened, read_on_base, trusted
-from .config import OPTIONS, Freeze, TrainConfig, check_paths
+from .config import OPTIONS, Freeze, ModelArgs, TrainConfig, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.method import Method
@@ -24,6 +24,7 @@ from .forgetting import measure as measure_forgetting
 from .planning import search_memory
 from .process import untouched
 from .registry import FAMILIES, METHODS
+from .schema import Json
 from .session import TrainSession
 from .settings import find_family, loader_arguments, resolve_path
 from .training import run_folder, stopping
@@ -64,7 +65,7 @@ def train(
     resume: bool | str | Path = False,
     save_every: float = 10.0,
     memory: str | float | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> Run:
@@ -190,7 +191,7 @@ def _within(config: TrainConfig) -> TrainConfig:
 
 
 @untouched()
-def load(delta: str | Path, *, model: str | Path | None = None, model_args: Mapping[str, Any] | None = None) -> Adapted:
+def load(delta: str | Path, *, model: str | Path | None = None, model_args: ModelArgs | None = None) -> Adapted:
     """Put a delta on its base.
 
     Args:
@@ -210,7 +211,7 @@ def merge(
     out: str | Path,
     *,
     model: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
 ) -> Path:
     """Write base and delta as one plain checkpoint, which the library opens without visionpeft.
 
@@ -234,7 +235,7 @@ def val(
     data: str | Path,
     *,
     model: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> dict[str, float]:
@@ -252,7 +253,7 @@ def forgetting(
     data: str | Path,
     *,
     model: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> Forgetting:
@@ -285,7 +286,7 @@ def predict(
     source: Any,
     *,
     model: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     **options: Any,
 ) -> Any:
     """Run an adapted model on images; returns the library's own results."""
@@ -300,7 +301,7 @@ def export(
     out: str | Path | None = None,
     *,
     model: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     exist_ok: bool = False,
     **options: Any,
 ) -> Path:
@@ -337,7 +338,7 @@ def import_peft(
     *,
     model: str | Path | None = None,
     data: str | Path | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
 ) -> Path:
     """Make a delta of an adapter that HF peft has saved, or that `export` has written for it.
@@ -391,14 +392,14 @@ def import_peft(
     return deltas.write(out or beside.with_name(f"{beside.name}.safetensors"), made)  # not over the delta of an export
 
 
-def inspect(delta: str | Path) -> dict[str, Any]:
+def inspect(delta: str | Path) -> Json:
     """Return what a delta file says of itself, after checking it against its checksum."""
     check_paths(delta=delta)
     return deltas.read(delta).header
 
 
 @untouched()
-def verify(delta: str | Path, model: str | Path | None = None, *, model_args: Mapping[str, Any] | None = None) -> None:
+def verify(delta: str | Path, model: str | Path | None = None, *, model_args: ModelArgs | None = None) -> None:
     """Check a delta against a base, and its tensors against its plan; raises a DeltaError that says what is wrong."""
     read, family, base = read_on_base(delta, model, model_args)
     head_of(family, base, read)

@@ -11,7 +11,7 @@ import logging
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -417,7 +417,7 @@ def _given(flags: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(flags).items() if value is not None and value is not False}
 
 
-def _read(options: Mapping[str, Any]) -> dict[str, Any]:
+def _read(options: config.Options) -> dict[str, Any]:
     """Turn text into values: numbers, true and false, lists; freeze's "0,1,2" too."""
     made = {}
     for name, value in ((k.replace("-", "_"), v) for k, v in options.items()):

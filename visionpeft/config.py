@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from . import deprecation, schema
 from .errors import ConfigError
-from .schema import Malformed
+from .schema import Json, Malformed
 
 if TYPE_CHECKING:
     from .core.method import Method
 else:
     Method = Any  # importing it would import torch, which `visionpeft --help` has no time for
 
+ModelArgs = Mapping[str, Any]  # of a family's model loader
+Options = Mapping[str, Any]  # of a method, or of a family: what `train` has no argument for
 Freeze = int | Sequence[int | str]
 MODEL, METHOD, HOW, RUN = "Model and data", "What trains", "How it trains", "The run"
 RENAMED = {"prefix_dtype": "frozen_dtype"}  # options, and keys of files
@@ -151,7 +153,7 @@ class TrainConfig:
         "6GB: method, freeze, lean, batch and imgsz, where not given, are the best that fits (see visionpeft suggest).",
         text=True,
     )
-    model_args: Mapping[str, Any] | None = _option(
+    model_args: ModelArgs | None = _option(
         None, "Arguments of timm's create_model, as {checkpoint_path: FILE, pad_type: same}.", MODEL, resumable=True
     )
     allow_download: bool = _option(
@@ -160,7 +162,7 @@ class TrainConfig:
         MODEL,
         placement=True,
     )
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the method and the family; once settled, of the family
+    options: Options = field(default_factory=dict)  # of the method and the family; once settled, of the family
 
     @classmethod
     def from_call(cls, given: Mapping[str, Any]) -> TrainConfig:
@@ -184,7 +186,7 @@ class TrainConfig:
         return config
 
     @classmethod
-    def from_file(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_file(cls, values: Json) -> TrainConfig:
         """Return the configuration that ``train.json`` holds; other values in it are left out.
 
         Raises:
@@ -194,12 +196,12 @@ class TrainConfig:
         needed = ("model", "data", "method", "model_args", "options", "seed")
         if missing := next((name for name in needed if name not in values), None):
             raise Malformed(f"it has no {missing}")
-        kinds = {**types(), **dict.fromkeys(("model", "data", "method"), str), "model_args": Mapping[str, Any]}
-        kinds |= {"cache_limit": Real, "options": Mapping[str, Any]}  # there may be no limit
+        kinds = {**types(), **dict.fromkeys(("model", "data", "method"), str), "model_args": ModelArgs}
+        kinds |= {"cache_limit": Real, "options": Options}  # there may be no limit
         names = [n for n in kinds if n in values and not (n in OPTIONS and OPTIONS[n].placement)]
         return cls(**{name: schema.check(kinds[name], values[name], name) for name in names})
 
-    def or_else(self, defaults: Mapping[str, Any]) -> TrainConfig:
+    def or_else(self, defaults: Options) -> TrainConfig:
         """Return a copy with these values for options that were left open (None). What is no option of `train` is one of the
         family's."""
         own = {k: v for k, v in defaults.items() if k in OPTIONS and getattr(self, k) is None}
@@ -211,7 +213,7 @@ class TrainConfig:
         fields = dataclasses.fields(self)
         return [*(f.name for f in fields if f.name in OPTIONS and getattr(self, f.name) != f.default), *self.options]
 
-    def settled(self, defaults: Mapping[str, Any]) -> SettledConfig:
+    def settled(self, defaults: Options) -> SettledConfig:
         """Return the configuration with these values for options that were left open (None), checked.
 
         Raises:
@@ -227,7 +229,7 @@ class TrainConfig:
         """How many views of every image are stored; 0 where `cache` is a family's own."""
         return 0 if isinstance(self.cache, bool | str) else self.cache
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Json:
         """Return what the run is, by option, as its folder keeps it: all but where it lies."""
         fields = {name: getattr(self, name) for name, option in OPTIONS.items() if not option.placement}
         return {**fields, "options": dict(self.options)}
@@ -283,7 +285,7 @@ class SettledConfig(TrainConfig):
         optimizer: str
         device: str
         workers: int
-        model_args: Mapping[str, Any]
+        model_args: ModelArgs
 
 
 OPTIONS: dict[str, Option] = {

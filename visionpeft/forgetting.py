@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from . import tables
 from .adapted import Adapted
+from .config import Options
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.base_model import Data
+from .schema import Json
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Forgetting:
     detached: float
     per_class: dict[str, tuple[float, float]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain JSON values."""
         return dataclasses.asdict(self)
 
@@ -44,7 +44,7 @@ class Forgetting:
         return tables.text(f"{self.metric} on {self.data}", ("class", "before", "after", "change"), shown, right=(1, 2, 3))
 
 
-def measure(adapted: Adapted, data: Data, source: str, use: Mapping[str, Any]) -> Forgetting:
+def measure(adapted: Adapted, data: Data, source: str, use: Options) -> Forgetting:
     """Evaluate the base, and the adapted body with the base's own head.
 
     Args:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import deprecation
-from .config import Freeze, TrainConfig
+from .config import Freeze, ModelArgs, TrainConfig
 from .core.method import Method
 from .core.plan import Plan, make_plan
 from .errors import ConfigError
@@ -40,7 +40,7 @@ def plan(
     imgsz: int | None = None,
     batch: int | None = None,
     seed: int | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> Plan:
@@ -97,7 +97,7 @@ def forecast(
     frozen_dtype: str | None = None,
     lean: str = "auto",
     objects: int | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> Forecast:
@@ -153,7 +153,7 @@ def suggest(
     amp: bool | str | None = None,
     lean: str | None = None,
     objects: int | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: ModelArgs | None = None,
     allow_download: bool = False,
     **options: Any,
 ) -> Fit:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import nearest
 
+Json = dict[str, Any]  # an object of JSON
 DEPTH = 100  # of lists and mappings in one another; ours go 8 deep
 _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
 

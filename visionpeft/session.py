@@ -31,6 +31,7 @@ from .families.gradient_stats import with_gradient_stats
 from .families.introspect import stage_modules
 from .lean.frozen_stages import Prefix, put_on
 from .registry import FAMILIES
+from .schema import Json
 from .settings import device_of, find_family, loader_arguments, resolve_path, split_options
 from .training import checkpoint, plots, run_folder
 from .training import trackers as tracking
@@ -260,12 +261,12 @@ class TrainSession:
         }
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Json:
         """What the run is, for its folder and its delta."""
         return {**self.config.arguments(), "method_settings": self.method.settings()}
 
 
-def _header(session: TrainSession) -> dict[str, Any]:
+def _header(session: TrainSession) -> Json:
     """Return what the run's delta says of itself."""
     config, base, data, plain = session.config, session.base, session.data, _plain(session.arguments)
     return {
@@ -288,7 +289,7 @@ def _header(session: TrainSession) -> dict[str, Any]:
     }
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Json) -> Json:
     """Return values as JSON keeps them."""
     return json.loads(json.dumps(values, default=str))
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import scenes
-from .config import OPTIONS, TrainConfig
+from .config import OPTIONS, ModelArgs, Options, TrainConfig
 from .core.base_model import Base, Data
 from .core.method import Method, make_method, restore_method
 from .errors import ConfigError, ModelError, nearest
@@ -37,7 +37,7 @@ def find_family(source: str) -> Family:
 
 
 def split_options(
-    family: Family, config: TrainConfig, own: Iterable[str] = OPTIONS, configured: Mapping[str, Any] | None = None
+    family: Family, config: TrainConfig, own: Iterable[str] = OPTIONS, configured: Options | None = None
 ) -> tuple[Method, TrainConfig]:
     """Tell the method's fields from the family's arguments; refuse what is neither.
 
@@ -74,7 +74,7 @@ def split_options(
     return method, replace(config, method=method.name, options=_with_cache(options, config.cache, arguments))
 
 
-def _with_cache(options: dict[str, Any], cache: Any, arguments: set[str]) -> dict[str, Any]:
+def _with_cache(options: Options, cache: Any, arguments: set[str]) -> Options:
     """Return the family's options, among them its own meaning of `cache`, where that is no number of stored views."""
     if cache is False or cache is None:
         return options
@@ -95,7 +95,7 @@ def device_of(device: Any) -> str:
     return ",".join(map(str, device)) if isinstance(device, list | tuple) else str(device)
 
 
-def loader_arguments(given: Any) -> dict[str, Any]:
+def loader_arguments(given: Any) -> ModelArgs:
     """Return the further arguments of a model's loader, files by paths that hold in any folder.
 
     Raises:
