@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,17 @@ def _net(name: str) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Returns a function after which a package counts as not installed."""
+    real = importlib.util.find_spec
+
+    def lack(package: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
+
+    return lack
 
 
 @pytest.fixture
