@@ -175,6 +175,17 @@ def test_interrupted_before_the_first_epoch_ends(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_another_ultralytics_is_refused(boxes: Path, checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """One that calls a method otherwise, or does not have it."""
+    said = r"DetectionTrainer\._handle_nan_recovery, on which visionpeft builds, is {}; pip install ultralytics==8\.4\.190"
+    monkeypatch.setattr(BaseTrainer, "_handle_nan_recovery", lambda self, number, loss: None)
+    with pytest.raises(ModelError, match=said.format(r"\(self, number, loss\)")):
+        visionpeft.train(boxes, model=checkpoint, freeze=10, project=tmp_path, **SMALL)
+    monkeypatch.delattr(BaseTrainer, "_handle_nan_recovery")
+    with pytest.raises(ModelError, match=said.format("gone")):
+        visionpeft.train(boxes, model=checkpoint, freeze=10, project=tmp_path, **SMALL)
+
+
 def test_a_finished_run_has_nothing_to_resume(lora: visionpeft.Run) -> None:
     with pytest.raises(TrainingError, match="nothing is left to resume"):
         visionpeft.train(resume=lora.folder)
