@@ -416,7 +416,6 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 START = """
 import signal, sys, torch, visionpeft
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
-from visionpeft import checkpoint
 real, calls = torch.save, []
 def slow(content, path, **more):
     calls.append(1)

@@ -248,7 +248,7 @@ def test_what_is_held_back_is_of_the_training_images_alone(
     parts = []
     for name in ("one", "again"):
         (tmp_path / name).mkdir()
-        split = owner.read_data(owner.hold_back(data, tmp_path / name, 0.25))
+        split = owner.read_data(owner.holdout_split(data, tmp_path / name, 0.25))
         real = {p: [Path(f[0] if isinstance(f, tuple) else f).resolve() for f in split.facts[p]] for p in ("train", "val")}
         parts.append(real)
         assert split.names == data.names

@@ -340,10 +340,12 @@ def check_hooks(*classes: type) -> None:
         theirs = cls.__mro__[len(ours) :]
         for name, own in ((n, f) for c in ours for n, f in vars(c).items() if inspect.isfunction(f) and n not in _OWN):
             found = next((vars(c)[name] for c in theirs if name in vars(c)), None)
-            wanted, given = (list(inspect.signature(f).parameters)[1:] if f else None for f in (own, found))
+            if found is None:
+                raise _unlike(f"{theirs[0].__name__}.{name}", "gone")
+            wanted, given = (list(inspect.signature(f).parameters) for f in (own, found))
             named = wanted.index("args") if "args" in wanted else None  # all that follows is handed on as it comes
-            if wanted[:named] != given[:named]:
-                raise _unlike(f"{theirs[0].__name__}.{name}", f"({', '.join(given)})" if found else "gone")
+            if wanted[1:named] != given[1:named]:
+                raise _unlike(f"{theirs[0].__name__}.{name}", f"({', '.join(given)})")
 
 
 def _unlike(name: str, now: str) -> ModelError:
