@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
+from visionpeft import api
 from visionpeft.core import delta as deltas
 from visionpeft.core.anatomy import Anatomy, GradientStats
 from visionpeft.families.timm.trainer import _Loop
@@ -79,6 +80,13 @@ def _net(name: str) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's pictures take a fifth of a small one's time, so only tests that are marked draw them."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(api, "_pictures", lambda *_: {})
 
 
 @pytest.fixture

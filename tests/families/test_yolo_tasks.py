@@ -221,6 +221,7 @@ def test_keypoints_of_another_number(sets: dict, bases: dict, tmp_path: Path) ->
         visionpeft.val(run.delta, data, device="cpu")
 
 
+@pytest.mark.pictures
 def test_what_spoils_pictures_does_not_spoil_runs(tmp_path: Path, bases: dict) -> None:
     """An unreadable image to validate on, and a name that matplotlib would take for a formula."""
     data = make_boxes(tmp_path / "$a_$", "obb")
