@@ -379,7 +379,8 @@ def coco_of(data: Path, part: str, step: int = 3) -> dict[str, Any]:
     layout = read_layout(data)
     images, things = [], []
     for i, file in enumerate(layout.splits[part]):
-        width, height = Image.open(file).size
+        with Image.open(file) as image:
+            width, height = image.size
         images.append({"id": 7 * i, "file_name": file.name, "width": width, "height": height})
         for values in read_lines(label_of(file))[0].values():
             cls, x, y, w, h = values
