@@ -31,7 +31,9 @@ PARTS = ("forward", "backward", "optimizer", "data")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each kind")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--pixels", type=int, default=320, help="side of an image")
+    given = parser.parse_args()
+    rounds, pixels = given.rounds, given.pixels
     torch.manual_seed(0)
     for level in ("off", *lean.LEVELS):
         family = find_family("yolo11n.yaml")
@@ -42,7 +44,7 @@ def main() -> None:
             lean.apply(model, level)
         optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
         batch = {
-            "img": torch.rand(4, 3, 320, 320),
+            "img": torch.rand(4, 3, pixels, pixels),
             "cls": torch.zeros(20, 1),
             "bboxes": torch.rand(20, 4) * 0.5 + 0.2,
             "batch_idx": torch.arange(20) // 5,

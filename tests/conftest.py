@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import copy
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
+from visionpeft import api
 from visionpeft.core import delta as deltas
 from visionpeft.core.anatomy import Anatomy, GradientStats
 from visionpeft.families.timm.trainer import _Loop
@@ -78,6 +80,24 @@ def _net(name: str) -> nn.Module:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's pictures take a fifth of a small one's time, so only tests that are marked draw them."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(api, "_pictures", lambda *_: {})
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Returns a function after which a package counts as not installed."""
+    real = importlib.util.find_spec
+
+    def lack(package: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else real(name, *more))
+
+    return lack
 
 
 @pytest.fixture

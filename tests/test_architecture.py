@@ -120,6 +120,20 @@ def test_no_method_or_family_is_named_outside_its_file(path: Path) -> None:
             assert not values & names, f"{path.name}:{node.lineno} decides by the name of a method or family"
 
 
+def test_no_module_needs_what_an_extra_brings() -> None:
+    code = """if True:
+        import importlib, pkgutil, sys
+        extras = "altair jinja2 mlflow onnx onnxruntime peft pycocotools tensorboard transformers vl_convert wandb"
+        sys.modules |= dict.fromkeys(extras.split())
+        import visionpeft
+        for module in pkgutil.walk_packages(visionpeft.__path__, "visionpeft."):
+            if not module.name.endswith((".__main__", ".report.page", ".report.figures", ".report.charts")):
+                importlib.import_module(module.name)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_where_it_comes_from(name: str) -> None:
     module = ast.parse((ROOT / "methods" / f"{METHODS[name].__module__.rpartition('.')[2]}.py").read_text())

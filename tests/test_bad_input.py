@@ -414,14 +414,13 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 START = """
-import signal, sys, torch, visionpeft
+import pathlib, signal, sys, torch, visionpeft
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
-from visionpeft import checkpoint
 real, calls = torch.save, []
 def slow(content, path, **more):
     calls.append(1)
     if len(calls) == 2:  # the second epoch's checkpoint is half on disk ...
-        open(path, "wb").write(b"half a checkpoint")
+        pathlib.Path(path).write_bytes(b"half a checkpoint")
         print("HALF", flush=True)
         import time; time.sleep({seconds})
     real(content, path, **more)  # after Ctrl-C, all of it after all

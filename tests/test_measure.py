@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -338,26 +338,32 @@ def test_a_run_measures_itself(family: str, loops, tmp_path: Path, monkeypatch: 
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_what_measuring_costs() -> None:
-    """The benchmark runs; of so few steps, its numbers mean nothing."""
-    script = Path(__file__).parents[1] / "benchmarks" / "measure.py"
-    done = subprocess.run([sys.executable, str(script), "--rounds", "1"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0].split() for line in done.stdout.splitlines()] == [["lean", x] for x in ("off", *lean.LEVELS)]
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Returns a function that runs a benchmark, at sizes at which its numbers mean nothing, and returns what it prints."""
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_the_table_of_lean(tmp_path: Path) -> None:
-    """The benchmark runs, at sizes at which its numbers mean nothing."""
-    script = Path(__file__).parents[1] / "benchmarks" / "lean.py"
+def test_what_measuring_costs(script) -> None:
+    said = script("measure.py", "--rounds", 1, "--pixels", 64)
+    assert [line.split(":")[0].split() for line in said.splitlines()] == [["lean", x] for x in ("off", *lean.LEVELS)]
+
+
+def test_the_table_of_lean(script, tmp_path: Path, capsys) -> None:
     table = tmp_path / "table.md"
-    command = [sys.executable, str(script), "--quick", "--only", "yolo11n.*(LoRA|freeze)", "--markdown", str(table)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for text, first in ((done.stdout, ["peft", "`auto`", "`memory`", "Ultralytics' step", "`auto`", "`memory`"]),
+    said = script("lean.py", "--quick", "--only", "yolo11n.*(LoRA|freeze)", "--markdown", table)
+    for text, first in ((said, ["peft", "`auto`", "`memory`", "Ultralytics' step", "`auto`", "`memory`"]),
                         (table.read_text(), ["peft", "Ultralytics' step"])):  # fmt: skip
         lines = [line.split(" | ") for line in text.splitlines() if line.startswith("|")]
         assert [line[1] for line in lines[2:]] == first
         assert all(len(line) == len(lines[0]) for line in lines)
-    assert "saved ≤ 0.32" in done.stdout
-    refused = subprocess.run([*command[:3], "--only", "nothing"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "names no row" in refused.stderr
+    assert "saved ≤ 0.32" in said
+    with pytest.raises(SystemExit):
+        script("lean.py", "--quick", "--only", "nothing")
+    assert "names no row" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -328,7 +329,9 @@ def export(
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
         opening = adapted.family.loading_snippet(adapted.base, adapted.delta.header)
         return hfpeft.write(adapted.model, adapted.delta, adapted.base, opening, out, exist_ok)
-    return adapted.family.export(adapted.model, format, Path(out).resolve(), **adapted.as_trained(options, "imgsz"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
+        return adapted.family.export(adapted.model, format, Path(out).resolve(), **adapted.as_trained(options, "imgsz"))
 
 
 @untouched()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,6 +84,16 @@ class Stopped(Interrupted):
     def __init__(self, said: str, folder: Path | None, signal: int):
         super().__init__(said, folder)
         self.signal, self.code = signal, 75 if folder else 128 + signal
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """Refuse what an extra of visionpeft brings the package for, where that is not installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{what} needs {package}, which is not installed: pip install 'visionpeft[{extra}]'")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

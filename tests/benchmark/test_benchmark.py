@@ -47,7 +47,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two small drawn sets: what the packaged detector knows, and what it does not."""
     folder = tmp_path_factory.mktemp("drawn")
     return {
-        "old": scenes.write("driving", folder / "old", train=1, val=10, size=160),
+        "old": scenes.write("driving", folder / "old", train=1, val=6, size=160),
         "new": scenes.write("satellite", folder / "new", train=8, val=4, size=160),
     }
 
@@ -120,7 +120,7 @@ def test_evidence_gives_the_score_that_was_reported(drawn: dict[str, Path]) -> N
     judged = family.evaluate(base.model, family.read_data(str(drawn["old"]), base), **RUN)
     assert judged.metrics["mAP50-95"] > 0.1
     assert judged.predictions.score() == pytest.approx(judged.metrics["mAP50-95"], abs=6e-6)  # which is rounded
-    assert len(judged.predictions.images) == 10
+    assert len(judged.predictions.images) == 6
 
 
 @pytest.mark.parametrize("task", ["seg", "obb", "pose", "cls"])
@@ -248,7 +248,7 @@ def test_what_is_held_back_is_of_the_training_images_alone(
     parts = []
     for name in ("one", "again"):
         (tmp_path / name).mkdir()
-        split = owner.read_data(owner.hold_back(data, tmp_path / name, 0.25))
+        split = owner.read_data(owner.holdout_split(data, tmp_path / name, 0.25))
         real = {p: [Path(f[0] if isinstance(f, tuple) else f).resolve() for f in split.facts[p]] for p in ("train", "val")}
         parts.append(real)
         assert split.names == data.names

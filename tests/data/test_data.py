@@ -27,7 +27,7 @@ from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look, read_image
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
 from visionpeft.data.writing import join_parts
-from visionpeft.errors import DataError, VisionpeftError
+from visionpeft.errors import ConfigError, DataError, VisionpeftError
 from visionpeft.registry import FAMILIES
 
 TAKEN = "image taken from another folder than its annotations say"
@@ -379,7 +379,8 @@ def coco_of(data: Path, part: str, step: int = 3) -> dict[str, Any]:
     layout = read_layout(data)
     images, things = [], []
     for i, file in enumerate(layout.splits[part]):
-        width, height = Image.open(file).size
+        with Image.open(file) as image:
+            width, height = image.size
         images.append({"id": 7 * i, "file_name": file.name, "width": width, "height": height})
         for values in read_lines(label_of(file))[0].values():
             cls, x, y, w, h = values
@@ -515,6 +516,16 @@ def test_a_run_length_mask_becomes_its_polygon(coded: str, tmp_path: Path) -> No
     drawn = cv2.fillPoly(np.zeros_like(mask), [np.rint(polygon).astype(np.int32)], 1)
     assert (drawn & mask).sum() / (drawn | mask).sum() > 0.95, "but for the thin line between the parts"
     assert check(made.data, "segment").splits
+
+
+def test_a_run_length_mask_needs_the_extra(tmp_path: Path, lacking) -> None:
+    lacking("pycocotools")
+    mask = {"size": SIZE[::-1], "counts": [96 * 64]}
+    source = one_image(tmp_path / "in", [{"bbox": [15, 10, 76, 51], "segmentation": mask}])
+    with pytest.raises(ConfigError, match=r"run-length mask needs pycocotools.*pip install 'visionpeft\[data\]'"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert convert(source, tmp_path / "out", task="detect").task == "detect"
 
 
 def test_polygons_and_boxes_are_told_apart(tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ def test_ultralytics_reads_the_classification_set(tmp_path: Path) -> None:
     assert sorted(data["names"].values()) == sorted(scenes.satellite.KINDS)
     dataset = ClassificationDataset(str(root / "train"), args=get_cfg(overrides={"imgsz": 64}))
     assert len(dataset) == 2 * len(scenes.satellite.KINDS) and {s[1] for s in dataset.samples} == set(range(6))
-    assert Image.open(next((root / "val/forest").iterdir())).size == (64, 64)
+    with Image.open(next((root / "val/forest").iterdir())) as image:
+        assert image.size == (64, 64)
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:

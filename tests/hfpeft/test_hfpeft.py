@@ -30,7 +30,6 @@ from visionpeft.core.plan import make_plan
 from visionpeft.errors import ConfigError, DeltaError, MismatchError
 from visionpeft.registry import FAMILIES
 
-pytestmark = pytest.mark.filterwarnings("error")
 TIMM = ("vit_tiny", "swin", "resnet18", "convnext_atto", "mobilenetv2")
 HEADS = {"vit_tiny": "head", "swin": "head.fc", "resnet18": "fc", "convnext_atto": "head.fc", "mobilenetv2": "classifier"}
 NORMS = {"vit_tiny": "norm", "swin": "norm", "resnet18": "layer4.1.bn2", "convnext_atto": "head.norm", "mobilenetv2": "bn2"}

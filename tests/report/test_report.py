@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -296,9 +295,8 @@ def test_results_with_two_references_are_refused(tmp_path: Path) -> None:
         gather([one, two])
 
 
-def test_without_the_extra_markdown_is_written(results: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "altair" else real(name, *rest))
+def test_without_the_extra_markdown_is_written(results: Path, tmp_path: Path, lacking, capsys) -> None:
+    lacking("altair")
     code, _, said = run(capsys, results, "--out", tmp_path / "p.html")
     assert code == 2 and "pip install 'visionpeft[report]'" in said
     assert run(capsys, results, "--markdown", tmp_path / "t.md")[0] == 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -221,13 +219,6 @@ def test_fewer_boxes_give_the_same_detections(
 
 
 # --------------------------------------------------------------------------------------------------------------- the rest
-def test_a_detector_waits_for_no_library_of_classifiers_metrics() -> None:
-    """torchmetrics takes as long to import as torch, for it imports transformers where that is installed."""
-    code = "import sys, visionpeft; visionpeft.list_families(); print({'torchmetrics', 'transformers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
-
-
 def test_the_collector_is_as_it_was_after_a_run(boxes: Path, checkpoint: Path, tmp_path: Path) -> None:
     given = {"model": checkpoint, "method": "head", "epochs": 1, "imgsz": 64, "batch": 4, "quiet": True}
     visionpeft.train(boxes, project=tmp_path, **given)

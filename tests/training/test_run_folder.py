@@ -62,9 +62,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are neither evaluated before and after training, nor drawn, which takes most of a small one's time."""
+    """Runs that are not evaluated before and after training, which takes much of a small one's time."""
     monkeypatch.setattr(Family, "evaluate", lambda *_, **__: {})
-    monkeypatch.setattr(visionpeft.api, "_pictures", lambda *_: {})
 
 
 # --------------------------------------------------------------------------------------------------------------- signals
@@ -172,6 +171,7 @@ def test_a_run_whose_base_has_moved_is_resumed(checkpoint: Path, tmp_path: Path,
     assert len(run.history) == 2 and visionpeft.inspect(run.delta)["base"]["model"].endswith("moved.pt")
 
 
+@pytest.mark.pictures
 def test_what_a_killed_run_left_is_removed_and_made_up_for(squares: Path, tmp_path: Path) -> None:
     run = visionpeft.train(squares, **{**RESNET, "epochs": 1}, project=tmp_path)
     left = [run.folder / name for name in (".checkpoint.ab3_d5gh.pt", ".curves.abcdefgh.png")]

@@ -65,10 +65,15 @@ def read_image(source: Any) -> Image.Image:
     with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
         if why := unfit(image):
             raise DataError(f"{getattr(image, 'filename', '') or 'the image'} {why}")
-        image = upright(image)
-        if "transparency" in image.info:  # Pillow wants these to be made RGBA first
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+        return converted(image, "RGB")
+
+
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return an upright image as "RGB" or "L"."""
+    image = upright(image)
+    if "transparency" in image.info:  # Pillow wants these to be made RGBA first
+        image = image.convert("RGBA")
+    return image.convert(mode)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -142,7 +147,7 @@ def look(file: Path) -> Picture:
             image.draft("L", (2 * _THUMB[0], 2 * _THUMB[1]))
             image.load()
             highest = int(np.asarray(image).max()) if _deep(image) else None
-            grey = upright(image).convert("L").resize(_THUMB, Image.Resampling.BOX)
+            grey = converted(image, "L").resize(_THUMB, Image.Resampling.BOX)
     except FileNotFoundError:
         return Picture(fault="is not there")
     except Image.DecompressionBombError:  # Ultralytics, too, opens images with Pillow before it trains on them

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import files
 from ..errors import ConfigError, printable
-from .pictures import upright
+from .pictures import converted
 from .rows import Row
 
 _COLUMNS, _ROWS, _TILE, _CAPTION, _LINE = 4, 4, 360, 18, 20
@@ -109,7 +109,7 @@ def _draw(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
     """Return an image of a tile's size with its objects."""
     with Image.open(tile.file) as opened:
         opened.draft("RGB", (_TILE, _TILE))
-        image = upright(opened).convert("RGB")
+        image = converted(opened, "RGB")
     image = ImageOps.contain(image, (_TILE - 4, _TILE - 4))
     width, height = image.size
     pen = ImageDraw.Draw(image, "RGBA")

@@ -141,13 +141,8 @@ def score(
         accelerator: accelerate's, where several processes share the batches.
         guesses: Takes the first guess of each image.
     """
-    from torchmetrics import MeanMetric, MetricCollection  # a second, for it imports transformers where that is installed
-    from torchmetrics.classification import MulticlassAccuracy
-
     device = next(model.parameters()).device
-    shares: dict[str, Any] = {f"top{k}": MulticlassAccuracy(classes, top_k=min(k, classes), average="micro") for k in (1, 5)}
-    metrics = MetricCollection(shares, compute_groups=False).to(device)
-    loss = MeanMetric().to(device)
+    totals, count = torch.zeros(3, device=device), 0  # of right first guesses, of those among five, of losses
     model.eval()
     for images, labels in batches:
         with accelerator.autocast() if accelerator else nullcontext():
@@ -155,12 +150,13 @@ def score(
         logits, labels = logits.float(), labels.to(device)
         if accelerator:
             logits, labels = accelerator.gather_for_metrics((logits, labels))
-        metrics.update(logits, labels)
+        first, best = logits.argmax(1), logits.topk(min(5, classes)).indices
+        right, among = (first == labels).sum(), (best == labels[:, None]).sum()
+        totals += torch.stack([right, among, nn.functional.cross_entropy(logits, labels) * len(labels)])
+        count += len(labels)
         if guesses is not None:
-            guesses += logits.argmax(1).tolist()
-        loss.update(nn.functional.cross_entropy(logits, labels), weight=len(labels))
-    found = {**metrics.compute(), "loss": loss.compute()}
-    return {name: round(float(value), 5) for name, value in found.items()}
+            guesses += first.tolist()
+    return {name: round(value, 5) for name, value in zip(("top1", "top5", "loss"), (totals / count).tolist(), strict=True)}
 
 
 def draw(data: Data, count: int, guess: Callable[[list[Image.Image]], list[tuple[str, float]]] | None) -> list[Picture]:

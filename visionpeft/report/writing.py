@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import files
-from ..errors import ConfigError
+from ..errors import ConfigError, need
 from .content import gather
 from .markdown import render as render_markdown
 
@@ -44,10 +43,8 @@ def write(
     page = None
     if out is not None or markdown is None:
         page = Path(out) if out is not None else (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html"
-        if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-            raise ConfigError(
-                f"the page needs {missing[0]}, which is not installed: pip install 'visionpeft[report]', or ask for Markdown"
-            )
+        for package in _NEEDS:
+            need(package, "report", "the page (not Markdown)")
     if folder := next((file for file in (page, markdown) if file is not None and Path(file).is_dir()), None):
         raise ConfigError(f"{folder} is a folder; name the file to write, such as {Path(folder) / 'report.html'}")
     report = gather(folders)

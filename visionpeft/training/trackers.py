@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import logging
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .. import files
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, need
 
 log = logging.getLogger(__name__)
 Row = dict[str, float]
@@ -42,9 +41,8 @@ def names(given: str | Sequence[str] | None) -> tuple[str, ...]:
         if name not in TRACKERS:
             raise ConfigError(f"trackers='{name}' is not known; there are {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
     for name in wanted:
-        package = TRACKERS[name].package
-        if package and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"trackers='{name}' needs a package that is not installed; pip install {package}")
+        if package := TRACKERS[name].package:
+            need(package, "trackers", f"trackers='{name}'")
     return wanted
 
 
@@ -224,102 +222,85 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-class _Accelerate(Tracker):
-    """One of accelerate's trackers, for any training loop. A run goes on under the id that is kept in its folder, and epochs
-    that were logged before are not logged again."""
+class _Remote(Tracker):
+    """A run elsewhere. It goes on under the id that is kept in its folder, and no epoch is logged again."""
 
     def __init__(self, run: Trackers, done: int):
         kept = _ids(run.folder)
         self._last = max((int(row["epoch"]) for row in read(run.folder)), default=0)
-        with _processes():
-            self._tracker = self._make(run, kept.get(self.package))
-            self._tracker.main_process_only = False  # only that process comes here
-            self._tracker.start()
-            if self.package not in kept:
-                files.write(run.folder / _IDS, json.dumps({**kept, self.package: self._id()}) + "\n")
-                self._tracker.store_init_configuration(run.config)
+        key = self._begin(run, kept.get(self.package))
+        if self.package not in kept:
+            files.write(run.folder / _IDS, json.dumps({**kept, self.package: key}) + "\n")
 
-    def _make(self, run: Trackers, known: str | None) -> Any:
-        """Return accelerate's tracker, of the run that is known by an id, or a new one."""
-        raise NotImplementedError
-
-    def _id(self) -> str:
-        """Return the id of the run."""
+    def _begin(self, run: Trackers, known: str | None) -> str:
+        """Go on with the run that is known by an id, or begin one with its configuration; returns the id."""
         raise NotImplementedError
 
     def log(self, row: Row) -> None:
         if row["epoch"] > self._last:
-            with _processes():
-                self._tracker.log(dict(row), step=int(row["epoch"]))
+            self._log(row, int(row["epoch"]))
+
+    def _log(self, row: Row, epoch: int) -> None:
+        raise NotImplementedError
 
 
-class WandB(_Accelerate):
+class WandB(_Remote):
     """Weights & Biases. WANDB_PROJECT names the project ("visionpeft"), WANDB_MODE=offline keeps it on this machine."""
 
     package = "wandb"
 
-    def _make(self, run: Trackers, known: str | None) -> Any:
-        from accelerate.tracking import WandBTracker
+    def _begin(self, run: Trackers, known: str | None) -> str:
+        import wandb
 
-        return WandBTracker(
-            os.environ.get("WANDB_PROJECT", "visionpeft"),
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "visionpeft"),
             id=known or uuid.uuid4().hex[:8],
             resume="allow",
             name=run.folder.name,
             dir=str(run.folder),
+            config=None if known else run.config,
             settings={"silent": run.quiet},
         )
+        return self._run.id
 
-    def _id(self) -> str:
-        return self._tracker.tracker.id
+    def _log(self, row: Row, epoch: int) -> None:
+        self._run.log(row, step=epoch)
 
     def summarise(self, summary: Row) -> None:
-        self._tracker.tracker.summary.update(summary)
+        self._run.summary.update(summary)
 
     def close(self, failed: bool) -> None:
-        self._tracker.tracker.finish(exit_code=int(failed))
+        self._run.finish(exit_code=int(failed))
 
 
-class MLflow(_Accelerate):
+class MLflow(_Remote):
     """MLflow. MLFLOW_TRACKING_URI names the store, MLFLOW_EXPERIMENT_NAME the experiment ("visionpeft")."""
 
     package = "mlflow"
 
-    def _make(self, run: Trackers, known: str | None) -> Any:
-        from accelerate.tracking import MLflowTracker
-
-        return MLflowTracker("visionpeft", run_id=known, run_name=run.folder.name)
-
-    def _id(self) -> str:
-        return self._tracker.tracker.info.run_id
-
-    def summarise(self, summary: Row) -> None:
-        with _processes():
-            self._tracker.log(dict(summary))
-
-    def close(self, failed: bool) -> None:
+    def _begin(self, run: Trackers, known: str | None) -> str:
         import mlflow
 
-        mlflow.end_run("FAILED" if failed else "FINISHED")
+        self._mlflow = mlflow
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "visionpeft")
+        found = mlflow.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else mlflow.create_experiment(name)
+        begun = mlflow.start_run(known, experiment, run_name=run.folder.name)
+        if not known:
+            mlflow.log_params(run.config)
+        return begun.info.run_id
+
+    def _log(self, row: Row, epoch: int | None) -> None:
+        self._mlflow.log_metrics(row, step=epoch)
+
+    def summarise(self, summary: Row) -> None:
+        self._log(summary, None)
+
+    def close(self, failed: bool) -> None:
+        self._mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 TRACKERS: dict[str, type[Tracker]] = {"csv": Csv, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-
-
-@contextmanager
-def _processes() -> Iterator[None]:
-    """accelerate's trackers write to its log, which refuses before accelerate knows the processes: where it does not train,
-    let it know this one alone for that long."""
-    from accelerate import PartialState
-
-    alone = not PartialState._shared_state
-    if alone:
-        PartialState(cpu=True)
-    try:
-        yield
-    finally:
-        if alone:
-            PartialState._reset_state()
 
 
 def _ids(folder: Path) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """COCO: JSON with images, annotations and categories.  Lin et al. 2014, https://cocodataset.org/#format-data
 
 One file per split (annotations/instances_train2017.json), or Roboflow's train/_annotations.coco.json. Read with `json`;
-run-length masks are decoded by pycocotools, COCO's own (it needs numpy only), and traced by OpenCV. pycocotools' COCO class
-is not used: it prints, and takes what is malformed for granted. supervision and datumaro would load every image, or bring
-many dependencies; Ultralytics' convert_coco reads no compressed run-lengths and knows the 91 categories of COCO only.
+run-length masks are decoded by pycocotools, COCO's own (extra "data"), and traced by OpenCV. pycocotools' COCO class is not
+used: it prints, and takes what is malformed for granted. supervision and datumaro would load every image, or bring many
+dependencies; Ultralytics' convert_coco reads no compressed run-lengths and knows the 91 categories of COCO only.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as rle
 
-from ...errors import DataError
+from ...errors import ConfigError, DataError, need
 from ..report import Tally
 from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, split_of
 
@@ -166,6 +165,8 @@ def _thing(a: dict[str, Any], names: dict[Any, str], image: str, task: str, left
         box = (x, y, x + width, y + height) if not math.isnan(x) else None
         outlines = _outlines(a.get("segmentation"), image, left) if task == "segment" or box is None else ()
         keypoints = np.array(a["keypoints"], float).reshape(-1, 3) if task == "pose" and a.get("keypoints") else None
+    except ConfigError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError) as error:
         left.add("annotation that is malformed", f"{image}: id {_id(a)} ({' '.join(str(error).split())[:60]})")
         return None
@@ -178,6 +179,9 @@ def _outlines(segmentation: Any, image: str, left: Tally) -> tuple[np.ndarray, .
         return ()
     if not isinstance(segmentation, dict):
         return tuple(np.array(p, float).reshape(-1, 2) for p in segmentation if len(p) >= 6)
+    need("pycocotools", "data", "a run-length mask")
+    from pycocotools import mask as rle
+
     height, width = segmentation["size"]
     coded = rle.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
     with warnings.catch_warnings():

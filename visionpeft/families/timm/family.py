@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,8 +237,7 @@ class Timm(Family):
             names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
             torch.onnx.export(own, (x,), str(path), dynamo=False, dynamic_axes=axes, **names)
 
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
+        with torch.no_grad():
             return files.replace(out, write)
 
     def loading_snippet(self, base: Base, header: Mapping[str, Any]) -> str:

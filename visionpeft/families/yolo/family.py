@@ -70,7 +70,7 @@ from .sources import (
     read_set,
 )
 from .tasks import TASKS, Outputs, Task, build, check_content, fit, outputs_of, pose_length, rows_of, task_of
-from .trainer import PeftTrainerMixin, brief, check_hooks, images, readable, usable, warn_of_lost
+from .trainer import PeftTrainerMixin, ReplayableLoader, brief, check_hooks, images, readable, usable, warn_of_lost
 
 log = logging.getLogger(__name__)
 
@@ -368,10 +368,12 @@ class Yolo(Family):
                 yield model.loss({k: v.to(device) for k, v in made.items()})[0].sum()
 
     def train(self, job: Job) -> None:
-        check_hooks(cls := TASKS[job.base.task].trainer)
+        task = TASKS[job.base.task]
         # to a class that calls itself a trainer, Ultralytics adds every tracker that is installed; ours are asked for
-        name = f"Peft{cls.__name__.removesuffix('Trainer')}"
-        trainer = type(name, (PeftTrainerMixin, cls), {"job": job})(overrides=_overrides(job))
+        name = f"Peft{task.trainer.__name__.removesuffix('Trainer')}"
+        cls = type(name, (PeftTrainerMixin, task.trainer), {"job": job})
+        check_hooks(cls, task.validator, ReplayableLoader)
+        trainer = cls(overrides=_overrides(job))
         try:
             trainer.train()
         finally:
@@ -400,6 +402,7 @@ class Yolo(Family):
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
         with tempfile.TemporaryDirectory() as folder:  # Ultralytics wants a place for plots and labels
             with readable(data.source), usable(args), quiet():
+                check_hooks(task.validator)
                 stats = (validator := task.validator(args=args, save_dir=Path(folder)))(model=_for_inference(model))
         share = get_split_fraction(args.get("fraction", 1.0), args.get("split", "val"))
         warn_of_lost(data, "val", validator.dataloader.dataset, share)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from ultralytics import __version__ as ULTRALYTICS
 from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader, build_dataloader
 from ultralytics.data.utils import get_split_fraction
@@ -321,22 +322,37 @@ class PeftTrainerMixin:
             meter.close()
 
 
-HOOKS = (
-    "get_model build_optimizer _build_train_pipeline resume_training _model_train optimizer_step preprocess_batch "
-    "_handle_nan_recovery save_model final_eval check_resume get_dataset get_dataloader"
-).split()
+_CHECKED = "8.4.190"  # the Ultralytics whose methods are overridden here
+_OWN = {"_talking", "_stored", "_go_on", "_content", "close", "position", "go_to"}  # which override nothing
 
 
-def check_hooks(trainer: type) -> None:
-    """Refuse an Ultralytics that no longer calls what `PeftTrainerMixin` overrides: a freeze would silently not hold.
+def check_hooks(*classes: type) -> None:
+    """Refuse an Ultralytics whose methods are not those that our classes override: a freeze would silently not hold.
+
+    Args:
+        *classes: Of ours, each over one of Ultralytics.
 
     Raises:
         ModelError: It is too new, or too old.
     """
-    if missing := [name for name in HOOKS if not hasattr(trainer, name)]:
-        raise ModelError(
-            f"this Ultralytics has no {trainer.__name__}.{missing[0]}, on which visionpeft builds; install another version"
-        )
+    for cls in classes:
+        ours = [c for c in cls.__mro__ if c.__module__.startswith("visionpeft.")]
+        theirs = cls.__mro__[len(ours) :]
+        for name, own in ((n, f) for c in ours for n, f in vars(c).items() if inspect.isfunction(f) and n not in _OWN):
+            found = next((vars(c)[name] for c in theirs if name in vars(c)), None)
+            if found is None:
+                raise _unlike(f"{theirs[0].__name__}.{name}", "gone")
+            wanted, given = (list(inspect.signature(f).parameters) for f in (own, found))
+            named = wanted.index("args") if "args" in wanted else None  # all that follows is handed on as it comes
+            if wanted[1:named] != given[1:named]:
+                raise _unlike(f"{theirs[0].__name__}.{name}", f"({', '.join(given)})")
+
+
+def _unlike(name: str, now: str) -> ModelError:
+    return ModelError(
+        f"Ultralytics {ULTRALYTICS} does not fit: {name}, on which visionpeft builds, is {now}; "
+        f"pip install ultralytics=={_CHECKED}, which it was checked with"
+    )
 
 
 def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
@@ -390,6 +406,8 @@ class TrainedEMA(ModelEMA):
 
     def pair(self, model: nn.Module) -> None:
         """Settle which tensors are averaged."""
+        if not hasattr(self, "_pairs"):  # all would be
+            raise _unlike("ModelEMA._pairs", "gone")
         own, live = self.ema.state_dict(), checkpoint.live(model)
         keys = [k for k in live if live[k].is_floating_point()]
         self._pairs = [own[k] for k in keys], [live[k] for k in keys]
