@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ultralytics.utils.metrics import ap_per_class
 
 import visionpeft
-from visionpeft import benchmark, cli, files, scenes
+from visionpeft import benchmark, cli, files, scenes, sources
 from visionpeft import presets as recipes
 from visionpeft.benchmark import cell as cells
 from visionpeft.benchmark import grid, sweep
@@ -414,9 +414,9 @@ def places(drawn: dict[str, Path], tiles: dict[str, Any], boxes: Path, tmp_path_
 def test_every_packaged_config_runs_in_small(
     path: Path, places: Path, drawn: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:
-    find = scenes.find
+    find = sources.find
     pictures = {"scenes/satellite": str(drawn["new"]), "scenes/driving": str(drawn["old"])}
-    monkeypatch.setattr(scenes, "find", lambda source: pictures.get(str(source)) or find(source))
+    monkeypatch.setattr(sources, "find", lambda source: pictures.get(str(source)) or find(source))
     config = recipes.read(path.stem, "benchmark")
     made = grid.make_grid(config, path.stem, places)
     models = config["model"] if isinstance(config["model"], list) else [config["model"]]

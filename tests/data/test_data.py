@@ -23,12 +23,12 @@ from visionpeft import cli
 from visionpeft.data import Report, check, convert
 from visionpeft.data.formats.base import FORMATS, NOT_FOUND, plain
 from visionpeft.data.layout import SUFFIXES, label_of, read_layout
-from visionpeft.data.naming import packaged
 from visionpeft.data.pictures import copies, look, read_image
 from visionpeft.data.rows import Fault, lengths, make_row, read_lines
 from visionpeft.data.writing import join_parts
 from visionpeft.errors import DataError, VisionpeftError
 from visionpeft.registry import FAMILIES
+from visionpeft.sources import packaged
 
 TAKEN = "image taken from another folder than its annotations say"
 SIZE = (96, 64)  # width, height of generated images
@@ -957,14 +957,15 @@ def test_rows_are_counted_by_length() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ packaged YAMLs
-README = (packaged()["dior"].parent / "README.md").read_text(encoding="utf-8")
+PACKAGED = packaged("datasets")
+README = (PACKAGED["dior"].parent / "README.md").read_text(encoding="utf-8")
 LISTED = [[c.strip() for c in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
 HEADER = ["set", "YAML", "task", "images", "classes", "licence", "size", "how to get and convert it"]
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_yaml_is_whole_and_listed(name: str) -> None:
-    content = yaml.safe_load(packaged()[name].read_text(encoding="utf-8"))
+    content = yaml.safe_load(PACKAGED[name].read_text(encoding="utf-8"))
     assert content["train"] == "images/train" and content["val"] == "images/val"
     assert list(content["names"]) == list(range(len(content["names"])))
     assert len({plain(n) for n in content["names"].values()}) == len(content["names"])
@@ -984,17 +985,17 @@ def test_the_readme_names_what_there_is() -> None:
             if "Ultralytics" in row[1]:
                 assert yaml_name in shipped
             else:
-                assert yaml_name.removesuffix(".yaml") in packaged() and yaml_name not in shipped
+                assert yaml_name.removesuffix(".yaml") in PACKAGED and yaml_name not in shipped
     for row in rows:
         for option, value in re.findall(r"--(format|names|without) ([\w-]+)", row[7]):
             assert option != "format" or value in FORMATS
-            assert option != "names" or value in packaged()
+            assert option != "names" or value in PACKAGED
 
 
 def test_the_order_of_dota_is_ultralytics_own() -> None:
     from ultralytics.utils import ROOT
 
-    ours = yaml.safe_load(packaged()["dota-v2"].read_text())["names"]
+    ours = yaml.safe_load(PACKAGED["dota-v2"].read_text())["names"]
     for name, count in (("DOTAv1", 15), ("DOTAv1.5", 16)):
         theirs = yaml.safe_load((ROOT / "cfg" / "datasets" / f"{name}.yaml").read_text())["names"]
         assert theirs == {i: ours[i] for i in range(count)}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import api, files, scenes
+from .. import api, files, sources
 from ..config import TrainConfig
 from ..core.base_model import Base, Data
 from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
@@ -170,7 +170,7 @@ def _opened(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
     """Return what `train` is to work on."""
     family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    return family, base, family.read_data(scenes.find(arguments["data"]), base)
+    return family, base, family.read_data(sources.find(arguments["data"]), base)
 
 
 def _end_with_the_starter() -> None:

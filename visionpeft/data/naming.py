@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, nearest
+from ..sources import packaged
 from .formats.base import plain
 from .layout import read_names
 
@@ -50,7 +51,7 @@ def _match(name: str, names: Sequence[str]) -> str | None:
 
 def _named(names: Sequence[str] | str | Path) -> list[str]:
     """Return class names from a list, from text with commas, from a data YAML, or from a packaged one by its name."""
-    if isinstance(names, str) and (own := packaged()).get(names):
+    if isinstance(names, str) and (own := packaged("datasets")).get(names):
         names = own[names]
     if isinstance(names, str | Path) and Path(names).suffix in (".yaml", ".yml"):
         return list(read_names(Path(names)).values())
@@ -59,10 +60,3 @@ def _named(names: Sequence[str] | str | Path) -> list[str]:
     if not kept:
         raise ConfigError(f"names={names} names no classes; give car,bus,..., or a data YAML")
     return kept
-
-
-def packaged() -> dict[str, Path]:
-    """Return the data YAMLs that come with visionpeft, by name."""
-    here = Path(__file__).parents[1] / "datasets"
-    folder = here if here.is_dir() else Path(__file__).parents[2] / "datasets"  # in a checkout
-    return {f.stem: f for f in sorted(folder.glob("*.yaml"))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +57,10 @@ class SceneSet:
     val: int = 64
     size: int = 320
 
+    def entry(self, root: Path) -> Path:
+        """Return what `train` takes of a drawn set: its data YAML, or its folder for classification."""
+        return root if self.kinds else root / "data.yaml"
+
 
 SETS = {
     "satellite": SceneSet("detect", satellite.NAMES, satellite.scene),
@@ -71,27 +74,16 @@ SETS = {
 }
 
 
-def find(source: str | Path) -> str:
-    """Return the path that a name under "scenes/" stands for, and anything else as it is.
-
-    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for;
-    "scenes/driving.pt" is the packaged detector. A file or folder of that name in the working directory goes before.
+def find_set(name: str) -> SceneSet:
+    """Return the set of a name, without the "scenes/" before it.
 
     Raises:
-        ConfigError: There is no such name, or no place to draw at.
+        ConfigError: There is none.
     """
-    name = Path(source).as_posix()
-    if not name.startswith(PREFIX) or Path(source).exists():
-        return str(source)
-    name = name.removeprefix(PREFIX)
-    if name == WEIGHTS.name:
-        return str(WEIGHTS)
-    _check(name)
-    folder = cache() / f"{name}-{VERSION}"
-    if not folder.is_dir():
-        print(f"drawing {PREFIX}{name} into {folder}", file=sys.stderr)
-        write(name, folder)
-    return str(_entry(name, folder))
+    if name not in SETS:
+        known = [PREFIX + n for n in (*SETS, WEIGHTS.name)]
+        raise ConfigError(f"'{PREFIX}{name}' is not known; there is {', '.join(known)}.{nearest(PREFIX + name, known)}")
+    return SETS[name]
 
 
 def write(
@@ -113,7 +105,7 @@ def write(
     Raises:
         ConfigError: The name is not known, a number is not usable, or the folder exists or cannot be written.
     """
-    made, root = SETS[_check(name)], Path(root)
+    made, root = find_set(name), Path(root)
     counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
     side = made.size if size is None else size
     if min(counts.values()) < 1 or not 32 <= side <= 4096:
@@ -128,51 +120,11 @@ def write(
         try:
             os.replace(temporary, root)
         except OSError:
-            if not _entry(name, root).exists():  # it does where another process has drawn the same meanwhile
+            if not made.entry(root).exists():  # it does where another process has drawn the same meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _entry(name, root)
-
-
-def cache() -> Path:
-    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder; the temporary one where that is read-only.
-
-    Raises:
-        ConfigError: $VISIONPEFT_CACHE is set, and cannot be written.
-    """
-    if chosen := os.environ.get("VISIONPEFT_CACHE"):
-        try:
-            return writable(chosen)
-        except ConfigError as error:
-            raise ConfigError(f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder you may write to") from error
-    user = str(os.getuid()) if hasattr(os, "getuid") else ""  # the temporary folder may be everybody's
-    for folder in (_home() / "visionpeft", Path(tempfile.gettempdir()) / f"visionpeft{user}"):
-        try:
-            return writable(folder)
-        except ConfigError:
-            continue
-    raise ConfigError("no folder to draw scenes into can be written; set VISIONPEFT_CACHE to one")
-
-
-def _home() -> Path:
-    """The platform's folder for what can be made again."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def _check(name: str) -> str:
-    if name not in SETS:
-        known = [PREFIX + n for n in (*SETS, WEIGHTS.name)]
-        raise ConfigError(f"'{PREFIX}{name}' is not known; there is {', '.join(known)}.{nearest(PREFIX + name, known)}")
-    return name
-
-
-def _entry(name: str, root: Path) -> Path:
-    return root if SETS[name].kinds else root / "data.yaml"
+    return made.entry(root)
 
 
 # --------------------------------------------------------------------------------------------------------------- on disk

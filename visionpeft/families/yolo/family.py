@@ -46,7 +46,7 @@ from ...errors import ConfigError, DataError, ModelError, VisionpeftError, neare
 from ...files import read_yaml
 from ...pickles import objection
 from ...registry import FAMILIES
-from ...scenes import find
+from ...sources import find
 from ...training.distributed import check_shares
 from ...training.feature_cache import ViewSchedule
 from ...training.job import Job
