@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, nearest
 from ..sources import packaged
-from .formats.base import plain
+from .formats.base import letters_of
 from .layout import read_names
 
 
@@ -45,7 +45,7 @@ def _match(name: str, names: Sequence[str]) -> str | None:
     """Return the name among `names`: itself, or the only one that is the same but for case, spaces and marks."""
     if name in names:
         return name
-    same = [n for n in names if plain(n) == plain(name) != ""]
+    same = [n for n in names if letters_of(n) == letters_of(name) != ""]
     return same[0] if len(same) == 1 else None
 
 
