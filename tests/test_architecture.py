@@ -18,6 +18,7 @@ LEVELS = {  # a room may import from rooms with a lower number only
     "errors": 0,
     "deprecation": 0,
     "files": 1,
+    "helptext": 1,
     "pickles": 1,
     "registry": 1,
     "schema": 1,

@@ -44,19 +44,21 @@ def run(
     threads: int | None = None,
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run what is missing of a grid, and return its cells.
+    """Run the cells of a grid that are missing, and return all that it has.
+
+    A configuration may be given as a mapping, too: see `grid.make_grid`.
 
     Args:
-        config: A YAML file, the name of a packaged one, or its content: see `grid.make_grid`.
+        config: A YAML file, or the name of one of visionpeft's: scenes, aerial_airport, road_signs, eurosat, eurosat_vit.
         out: The folder of results. Cells that are there already are not run again.
-        root: What relative paths in the configuration are relative to.
-        retry: Run those again that failed before.
-        equal: "epochs": all cells train as many; "time": as many as fit into the time that full fine-tuning trains.
-        retain: A data set of the base's own classes, to measure forgetting on.
-        seed: Seeds instead of the configuration's.
-        only: A regular expression for methods as the table calls them: "full|lora|lora, budget 2%".
+        root: What relative paths in the config are relative to.
+        retry: Run those cells again that failed.
+        equal: epochs: all cells train as many; time: as many as fit into the time that full fine-tuning trains.
+        retain: A data set of the base's own classes, to measure what is forgotten.
+        seed: Seeds instead of the config's; several: --seed 0 --seed 1.
+        only: A regular expression for methods as the table calls them: 'full|lora|lora, budget 2%'.
         jobs: Cells at a time.
-        threads: Of each; by default $OMP_NUM_THREADS, else the cores shared among the jobs.
+        threads: Of each cell; by default $OMP_NUM_THREADS, else the cores shared among the jobs.
         quiet: Show no progress.
 
     Raises:

@@ -55,10 +55,11 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     """Check a data set for what spoils training or measuring.
 
     Args:
-        path: A data YAML (Ultralytics' format), the name of one that Ultralytics ships, or a folder with train/CLASS.
-        task: detect, segment, pose or obb; by default told from ``kpt_shape`` and the rows.
-        imgsz: Object sizes are given for images of this size.
-        sheet: Write a contact sheet to this image file: train and val images with their labels drawn.
+        path: A data YAML, the name of one that Ultralytics ships, or a folder with train/CLASS and val/CLASS.
+        task: detect, segment, pose or obb; by default told from kpt_shape and the rows. Where all rows have nine numbers,
+            they are taken for oriented boxes.
+        imgsz: Object sizes are given for images of this size; by default 640.
+        sheet: Write a contact sheet to this file (.png, .jpg): train and val images with their labels drawn.
 
     Returns:
         Counts and findings.

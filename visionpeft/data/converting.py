@@ -88,19 +88,19 @@ def convert(
 
     Args:
         source: A COCO JSON, or the folder of a COCO, Pascal VOC, KITTI or DOTA set.
-        out: The folder to make.
+        out: The folder to make: whole at the end, or absent.
         format: coco, voc, kitti or dota; by default told from the files.
-        images: Where the images are, if not where the format keeps them.
-        annotations: The file or folder of annotations, where `source` holds several.
+        images: The folder of the images, if they are not where the format keeps them.
+        annotations: The file or folder of annotations, where the source holds several.
         task: detect, segment, pose or obb; by default what the annotations hold.
-        val: Share of images that goes to val where the source has no val split. It is chosen by a hash of each image's
-            name, so it is the same every time, and stays when images are added.
-        names: Classes in the order wanted, or a data YAML that names them, or the name of a packaged one (dior, ...).
+        val: Share of images for val, where the source has no val; by default 0.2. Chosen by a hash of the file name, so it
+            is the same every time, and stays when images are added.
+        names: Classes in the order wanted: car,bus,... or a data YAML, or a packaged one's name: dior, dota-v2, ai-tod, ...
             Others are left out; case, spaces and marks do not count. By default the source's.
         without: Classes to leave out.
-        difficult: Keep objects that VOC or DOTA marks as difficult.
-        copy: Copy images; by default they are hard links, which take no space.
-        exist_ok: Replace `out` if an earlier conversion made it.
+        difficult: Keep objects that Pascal VOC or DOTA marks as difficult.
+        copy: Copy the images; by default they are hard links, which take no space.
+        exist_ok: Replace a folder that an earlier conversion made.
 
     Returns:
         Counts of all that was written, left out and changed.

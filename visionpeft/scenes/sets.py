@@ -92,8 +92,8 @@ def write(
     """Draw a set into a new folder, which is there when it is complete and not before.
 
     Args:
-        name: One of `SETS`.
-        root: The folder.
+        name: One of `SETS`, such as satellite.
+        root: The folder to make.
         train: Pictures to train on; for classification of each kind.
         val: Pictures to measure on; for classification of each kind.
         size: Pixels along each side.
