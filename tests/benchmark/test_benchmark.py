@@ -304,7 +304,7 @@ def test_equal_time(tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     run.measured = {"step_seconds": None}
     monkeypatch.setattr(cells, "_epoch_seconds", speed)
     with pytest.raises(ConfigError, match="2 epochs have one step only"):
-        cells._epochs(run, 4, 1.0)  # type: ignore[arg-type]
+        cells._epochs_within(1.0, run, 4)  # type: ignore[arg-type]
     state = sweep._Sweep(made, tmp_path, False, 1, None, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="full · seed 0, whose time this cell would have, failed"):
         state._time_limit(other)

@@ -37,12 +37,12 @@ EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user n
 
 @dataclass(frozen=True)
 class SceneSet:
-    """What a name under "scenes/" stands for.
+    """A set of generated scenes.
 
     Attributes:
-        task: Ultralytics' name of it.
+        task: Ultralytics' name of the task.
         names: Classes; other things are not labelled.
-        draw: Draws a scene from random numbers, and a size in pixels.
+        draw: Draws a scene, of random numbers and a size in pixels.
         kinds: The pictures' own classes, for classification; `draw` takes one as `kind`.
         train: Pictures to train on (of each kind).
         val: Pictures to measure on (of each kind).
@@ -105,9 +105,9 @@ def write(
     Raises:
         ConfigError: The name is not known, a number is not usable, or the folder exists or cannot be written.
     """
-    made, root = find_set(name), Path(root)
-    counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
-    side = made.size if size is None else size
+    scene_set, root = find_set(name), Path(root)
+    counts = {"train": scene_set.train if train is None else train, "val": scene_set.val if val is None else val}
+    side = scene_set.size if size is None else size
     if min(counts.values()) < 1 or not 32 <= side <= 4096:
         given = f"train={counts['train']}, val={counts['val']}, size={side}"
         raise ConfigError(f"{given} is not usable; train and val must be at least 1, size 32 to 4096")
@@ -115,46 +115,47 @@ def write(
         raise ConfigError(f"{root} exists; give a new folder to draw {PREFIX}{name} into")
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=writable(root.resolve().parent)))
     try:
-        _fill(made, temporary, counts, side, seed)
+        _draw(scene_set, temporary, counts, side, seed)
         temporary.chmod(0o755)
         try:
             os.replace(temporary, root)
         except OSError:
-            if not made.entry(root).exists():  # it does where another process has drawn the same meanwhile
+            if not scene_set.entry(root).exists():  # it does where another process has drawn the same meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return made.entry(root)
+    return scene_set.entry(root)
 
 
 # --------------------------------------------------------------------------------------------------------------- on disk
-def _fill(made: SceneSet, root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+def _draw(scene_set: SceneSet, root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+    names = scene_set.names
     for number, (part, count) in enumerate(counts.items()):
-        for k, kind in enumerate(made.kinds):
+        for k, kind in enumerate(scene_set.kinds):
             folder = root / part / kind
             folder.mkdir(parents=True)
             for i in range(count):
-                scene = made.draw(np.random.default_rng([seed, number, k, i]), size, kind=kind)
+                scene = scene_set.draw(np.random.default_rng([seed, number, k, i]), size, kind=kind)
                 _save(scene, folder / f"{i:04d}.jpg")
-        if made.kinds:
+        if scene_set.kinds:
             continue
         for folder in (root / "images" / part, root / "labels" / part):
             folder.mkdir(parents=True)
         for i in range(count):
-            scene = made.draw(np.random.default_rng([seed, number, i]), size)
+            scene = scene_set.draw(np.random.default_rng([seed, number, i]), size)
             _save(scene, root / "images" / part / f"{i:04d}.jpg")
-            rows = [f"{made.names.index(t.name)} {_row(t, made.task, size)}\n" for t in scene.things if t.name in made.names]
+            rows = [f"{names.index(t.name)} {_row(t, scene_set.task, size)}\n" for t in scene.things if t.name in names]
             (root / "labels" / part / f"{i:04d}.txt").write_text("".join(rows))
-    if not made.kinds:
-        facts: dict[str, Any] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(made.names))}
-        if made.task == "pose":
+    if not scene_set.kinds:
+        facts: dict[str, Any] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
+        if scene_set.task == "pose":
             facts |= {"kpt_shape": [len(satellite.POINTS), 3], "flip_idx": list(satellite.FLIPPED)}
-            facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(made.names))}}
+            facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(names))}}
         (root / "data.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
 
 
 def _save(scene: Scene, path: Path) -> None:
-    """JPEG, not through OpenCV's own files, which know no paths beyond ASCII on Windows."""
+    """Write a JPEG, not through OpenCV's own files, which know no paths beyond ASCII on Windows."""
     good, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     if not good:
         raise OSError(f"{path} could not be encoded")
@@ -162,7 +163,7 @@ def _save(scene: Scene, path: Path) -> None:
 
 
 def _row(thing: Thing, task: str, size: int) -> str:
-    """A label without its class, in fractions of the picture."""
+    """Return a label without its class, as shares of the picture."""
     if task == "segment":
         return _numbers(_simple(thing.outline) / size)
     if task == "obb":  # Ultralytics refuses corners outside the picture
@@ -175,7 +176,7 @@ def _row(thing: Thing, task: str, size: int) -> str:
 
 
 def _simple(outline: Floats) -> Floats:
-    """The same outline to a third of a pixel with fewer points."""
+    """Return an outline with fewer points, the same to a third of a pixel."""
     short = np.asarray(cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True), float)[:, 0]
     return short if len(short) > 2 else outline
 
