@@ -58,7 +58,7 @@ def check(kind: Any, value: Any, where: str = "it", newer: bool = True) -> Any:
         Malformed: It is something else.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or kind in (Sequence, Mapping) and _is(kind, value):
+    if kind in (Any, object) or kind in (Sequence, Mapping) and _is(kind, value):
         return value
     if _has_fields(kind):
         return _fields(kind, value, where, newer)
@@ -136,7 +136,7 @@ def writable(text: Any) -> bool:
 def _is(kind: Any, value: Any) -> bool:
     """Say whether a value is of a kind, as far as its outermost type says it."""
     origin = get_origin(kind)
-    if kind is Any:
+    if kind in (Any, object):
         return True
     if origin is Literal:
         return any(type(value) is type(a) and value == a for a in get_args(kind))

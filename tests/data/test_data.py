@@ -22,7 +22,7 @@ from ultralytics.data.converter import merge_multi_segment
 from visionpeft import cli
 from visionpeft.data import CheckReport, check, convert
 from visionpeft.data.formats.base import FORMATS, NOT_FOUND, letters_of
-from visionpeft.data.label_rows import RowFault, count_lengths, parse_row, read_rows
+from visionpeft.data.label_rows import RowFault, guess_task, parse_row, read_rows
 from visionpeft.data.layout import SUFFIXES, label_file, read_layout
 from visionpeft.data.pictures import find_copies, inspect_image, read_image
 from visionpeft.data.writing import join_parts
@@ -951,8 +951,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch, capsys) ->
     assert code == 2 and "cannot write" in err and "Permission denied" in err
 
 
-def test_rows_are_counted_by_length() -> None:
-    assert count_lengths([{1: [0.0] * 5, 2: [0.0] * 9}, {1: [0.0] * 5}]) == {5: 2, 9: 1}
+def test_the_task_is_what_most_rows_are_of() -> None:
+    boxes, polygons = {1: [0.0] * 5, 2: [0.0] * 5}, {1: [0.0] * 9, 2: [0.0] * 7, 3: [0.0] * 9}
+    assert guess_task([boxes], None) == guess_task([], None) == "detect" and guess_task([boxes, polygons], None) == "segment"
+    assert guess_task([{1: [0.0] * 9}, {}], None) == "obb" and guess_task([boxes], (17, 3)) == "pose"
 
 
 # ------------------------------------------------------------------------------------------------------ packaged YAMLs

@@ -193,7 +193,7 @@ def _epochs_within(seconds: float, run: Run, images: int) -> int:
     return max(int(seconds / each), 1)
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def _environment(run: Run) -> dict[str, object]:
     cuda = run.arguments["device"] != "cpu" and torch.cuda.is_available()
     return {
         "platform": platform.platform(),

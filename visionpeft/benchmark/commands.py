@@ -51,6 +51,6 @@ def benchmark(
     print(table(cells))
     failed = read(out, "failed")
     for one in failed:
-        said = f"{' · '.join(one['names'].values())} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})"
+        said = f"{' · '.join(map(str, one['names'].values()))} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})"
         print(f"visionpeft: {printable(said)}", file=sys.stderr)
     return 1 if failed else 0

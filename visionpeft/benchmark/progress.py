@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,13 +34,13 @@ class SweepProgress:
             self._running.append(str(cell))
             self.bar.update(self._task, description=self._running[0])
 
-    def finish(self, cell: Cell, seconds: float | None, content: Mapping[str, Any]) -> None:
+    def finish(self, cell: Cell, seconds: float | None, outcome: str) -> None:
         """Print the line of a cell that has ended.
 
         Args:
             cell: The cell.
             seconds: Time that it took; None: it was there before.
-            content: Content of its file.
+            outcome: Its score, or why it failed.
         """
         with self._lock:
             if str(cell) in self._running:
@@ -51,16 +49,6 @@ class SweepProgress:
             running = self._running[0] if self._running else ""
             self.bar.update(self._task, advance=1, description=running, count=f"{self._done}/{self._total}")
             if not self._quiet:
-                self._console.print(self._line(cell, seconds, content), markup=False)
-
-    def _line(self, cell: Cell, seconds: float | None, content: Mapping[str, Any]) -> str:
-        if "kind" in content:
-            result = f"failed: {content['error']}"
-        elif "trial" in cell.spec:
-            point = ", ".join(f"{k} {v}" for k, v in cell.spec["trial"].items())
-            result = f"trial of {point}: {content['error'] or format(content['score'], '.4f')}"
-        else:
-            result = f"{content['score']} {content['run']['after'][content['score']]:.4f}"
-        width = len(str(self._total))
-        took = "there already" if seconds is None else f"{seconds:.0f} s"
-        return printable("   ".join((f"{self._done:>{width}}/{self._total}", str(cell), result, took)))
+                count = f"{self._done:>{len(str(self._total))}}/{self._total}"
+                took = "there already" if seconds is None else f"{seconds:.0f} s"
+                self._console.print(printable("   ".join((count, str(cell), outcome, took))), markup=False)

@@ -35,7 +35,7 @@ class CellSpec(TypedDict):
     data: Any
     seed: int
     freeze: int | list[int | str]
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     own: Sequence[str]
 
 
@@ -48,7 +48,7 @@ class CellNames(TypedDict):
 
 
 class Parameters(TypedDict):
-    """How many numbers a model has, and how many of them train."""
+    """Counts of a model's parameters: all, and those that train in body and head."""
 
     total: Count
     body: Count
@@ -82,12 +82,12 @@ class RunRecord(_Run, total=False):
     """The part of ``run.json`` that a row is made of."""
 
     before: Numbers | None
-    arguments: Mapping[str, Any] | None
-    versions: Mapping[str, Any] | None
+    arguments: Mapping[str, object] | None
+    versions: Mapping[str, object] | None
 
 
 class States(TypedDict):
-    """How a run treated batch norm and the head, and how lean it was."""
+    """The treatment of batch norm and of the head, and the level of lean training."""
 
     bn: str
     head: str
@@ -133,15 +133,15 @@ class CellResult(_Result, total=False):
     retained: Retained | None
     pictures: Pictures | None
     command: str | None
-    environment: Mapping[str, Any] | None
+    environment: Mapping[str, object] | None
     chosen: Any
     interval: Any
     train_seconds: Any
 
 
 class _Failure(TypedDict):
-    cell: Mapping[str, Any]
-    names: Mapping[str, Any]
+    cell: Mapping[str, object]
+    names: Mapping[str, object]
     error: str
     kind: str
     format: int
@@ -156,7 +156,7 @@ class CellFailure(_Failure, total=False):
 
 
 class _Trial(TypedDict):
-    cell: Mapping[str, Any]
+    cell: Mapping[str, object]
     score: Number | None
     seconds: Number
     format: int

@@ -135,9 +135,9 @@ class _Sweep:
         failed = self.out / "failed" / f"{cell.hash}.json"
         if done.is_file():
             failed.unlink(missing_ok=True)
-            return self.progress.finish(cell, None, load(done, done.parent.name))
+            return self.progress.finish(cell, None, _outcome(cell, done))
         if failed.is_file() and not self.retry:
-            return self.progress.finish(cell, None, load(failed, "failed"))
+            return self.progress.finish(cell, None, _outcome(cell, failed))
         self.progress.start(cell)
         began = time.perf_counter()
         try:
@@ -157,10 +157,10 @@ class _Sweep:
                 kind = "OutOfMemory" if _killed_for_memory() > killed else "Died"
                 file_failure(cell, self.out, kind, _exit_reason(code, kind), time.perf_counter() - began)
         if not self.stop:
-            found = done if done.is_file() else failed
-            self.progress.finish(cell, time.perf_counter() - began, load(found, found.parent.name))
+            outcome = _outcome(cell, done if done.is_file() else failed)
+            self.progress.finish(cell, time.perf_counter() - began, outcome)
 
-    def _run_process(self, cell: Cell, task: Mapping[str, Any]) -> int:
+    def _run_process(self, cell: Cell, task: Mapping[str, object]) -> int:
         """Run a cell in a process of its own; returns the exit code."""
         folder = self.out / "runs" / cell.hash
         shutil.rmtree(folder, ignore_errors=True)  # an earlier attempt's
@@ -192,7 +192,7 @@ class _Sweep:
                 self._live.discard(process)
         return code
 
-    def _searched_options(self, cell: Cell) -> dict[str, Any]:
+    def _searched_options(self, cell: Cell) -> Mapping[str, object]:
         """Return the options that a cell's trials found best; of equals, the first.
 
         Raises:
@@ -205,7 +205,7 @@ class _Sweep:
         best = max((s for s in scores if s is not None), default=None)
         if best is None:
             raise ConfigError(f"none of the {len(trials)} trials of {cell} came to its end; give other values to search")
-        return dict(trials[scores.index(best)].spec["trial"])
+        return trials[scores.index(best)].spec["trial"]
 
     def _time_limit(self, cell: Cell) -> float | None:
         """Return the seconds that a cell's training steps may take; None: as many as they need.
@@ -238,6 +238,17 @@ def _write_about(grid: Grid, out: Path) -> None:
     content = {"format": FORMAT, "name": ", ".join(sweeps), "created": min(s["created"] for s in sweeps.values())}
     content |= {"grid": about["grid"], "defaults": about["defaults"], "sweeps": sweeps}
     files.write(file, json.dumps(content, indent=1))
+
+
+def _outcome(cell: Cell, file: Path) -> str:
+    """Return the outcome of a cell, from its file, on one line."""
+    content = load(file, file.parent.name)
+    if "kind" in content:
+        return f"failed: {content['error']}"
+    if "trial" in cell.spec:
+        point = ", ".join(f"{k} {v}" for k, v in cell.spec["trial"].items())
+        return f"trial of {point}: {content['error'] or format(content['score'], '.4f')}"
+    return f"{content['score']} {content['run']['after'][content['score']]:.4f}"
 
 
 def _exit_reason(code: int, kind: str) -> str:

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..process import untouched
-from .label_rows import LabelRow, RowFault, check_task, count_lengths, guess_task, parse_row, read_rows, sticks_out
+from .label_rows import LabelRow, RowFault, guess_task, parse_row, read_rows, sticks_out
 from .layout import TASKS, Layout, class_of, composed, is_image, label_file, read_layout
 from .pictures import ImageFacts, find_copies, inspect_images
 from .report import CheckReport, Finding, Split, Tally
@@ -71,7 +71,9 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     if imgsz < 32:
         raise ConfigError(f"imgsz={imgsz} is no image size; give 32 or more")
     layout = read_layout(path)
-    check_task(task, ("classify",) if layout.classify else TASKS[:-1])
+    tasks = ("classify",) if layout.classify else TASKS[:-1]
+    if task not in (None, *tasks):
+        raise DataError(f"task={task} is not known here; give one of {', '.join(tasks)}, or leave it out")
     pictures = inspect_images(f for images in layout.splits.values() for f in images)
     notes = Tally()
     for file, picture in pictures.items():
@@ -132,7 +134,7 @@ def _count_rows(
             owners = ", ".join(f.name for f in labels if labels[f] == label)
             notes.add("shared", f"{layout.relative(label)}: {owners}")
     if task is None:
-        task = guess_task(count_lengths(rows for rows, _ in read.values()), layout.kpt_shape)
+        task = guess_task((rows for rows, _ in read.values()), layout.kpt_shape)
     if task == "pose" and layout.kpt_shape is None:
         raise ConfigError(f"task=pose needs 'kpt_shape: [keypoints, 3]' in {layout.source}; add it, or give another task")
     parsed = {label: _parse(layout, label, numbers, faults, task, notes) for label, (numbers, faults) in read.items()}

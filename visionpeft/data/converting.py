@@ -208,7 +208,7 @@ def _detect_format(root: Path) -> str:
 
 def _yaml(root: Path, format: str, parts: list[str], order: list[str], task: str, read: Source) -> str:
     """Return the data YAML. It has no path: folders resolve beside it, wherever it is moved."""
-    values: dict[str, Any] = {p: f"images/{p}" for p in parts}
+    values: dict[str, object] = {p: f"images/{p}" for p in parts}
     if task == "pose":
         points = list(read.keypoints)
         values["kpt_shape"] = [len(points), 3]

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
-
 _TOLERANCE = 0.01  # Ultralytics leaves out images with a value further outside than this (verify_image_label)
 
 
@@ -68,22 +66,23 @@ def read_rows(file: Path) -> tuple[dict[int, list[float]], list[RowFault]]:
     return rows, faults
 
 
-def guess_task(lengths: Mapping[int, int], kpt_shape: tuple[int, int] | None) -> str:
-    """Return the task that label rows are of.
+def guess_task(files: Iterable[Mapping[int, list[float]]], kpt_shape: tuple[int, int] | None) -> str:
+    """Return the task that label files are of.
 
     Args:
-        lengths: How many rows there are of how many numbers.
+        files: The rows of each, as numbers.
         kpt_shape: The data YAML's.
 
     Rows of nine numbers can be oriented boxes or polygons of four corners: where all rows have nine, they are taken for
     the former.
     """
+    lengths = Counter(len(values) for rows in files for values in rows.values())
     if kpt_shape:
         return "pose"
-    if lengths and set(lengths) == {9}:
+    if set(lengths) == {9}:
         return "obb"
     polygons = sum(n for length, n in lengths.items() if length > 5)
-    return "segment" if polygons > sum(lengths.values()) / 2 else "detect"
+    return "segment" if polygons > lengths.total() / 2 else "detect"
 
 
 def parse_row(
@@ -146,18 +145,3 @@ def area(outline: np.ndarray) -> float:
     """Return the signed area that a polygon encloses."""
     x, y = outline.T
     return float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
-
-
-def count_lengths(rows: Iterable[Mapping[int, list[float]]]) -> Counter[int]:
-    """Return how many rows there are of how many numbers."""
-    return Counter(len(values) for file in rows for values in file.values())
-
-
-def check_task(task: str | None, allowed: Iterable[str]) -> None:
-    """Refuse a task that is none.
-
-    Raises:
-        DataError: It is not among those allowed.
-    """
-    if task is not None and task not in allowed:
-        raise DataError(f"task={task} is not known here; give one of {', '.join(allowed)}, or leave it out")

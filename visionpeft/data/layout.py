@@ -23,6 +23,7 @@ _OTHERS = frozenset("gif j2k jfif jpe jpx jxl pbm pgm pnm ppm tga".split())  # p
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
 _MAX_CLASSES = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
+Yaml = dict[str, Any]  # a data YAML's values, checked where they are used
 _KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a data YAML may call it
 
 
@@ -131,7 +132,7 @@ def _read_yaml(path: Path, source: str) -> Layout:
     return Layout(source, root, _names(values, path), splits, tuple(sorted(others)), _kpt_shape(values, path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> Yaml:
     """Return the values of a data YAML.
 
     Raises:
@@ -177,7 +178,7 @@ def read_names(path: Path) -> dict[int, str]:
     return _names(read_values(path), path)
 
 
-def _root(path: Path, values: dict[str, Any]) -> Path:
+def _root(path: Path, values: Yaml) -> Path:
     """Return the folder that a data YAML's places are relative to, by Ultralytics' rules."""
     given = values.get("path")
     if given is not None and not isinstance(given, str):
@@ -188,7 +189,7 @@ def _root(path: Path, values: dict[str, Any]) -> Path:
     return root.resolve()
 
 
-def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
+def _names(values: Yaml, path: Path) -> dict[int, str]:
     names = values.get("names")
     try:  # numbers may be written as text
         count = int(str(values["nc"]).removesuffix(".0")) if "nc" in values else None
@@ -209,7 +210,7 @@ def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
     return {i: names[i] for i in range(len(names))}
 
 
-def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
+def _kpt_shape(values: Yaml, path: Path) -> tuple[int, int] | None:
     shape = values.get("kpt_shape")
     if shape is None:
         return None

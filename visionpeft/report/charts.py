@@ -54,7 +54,7 @@ class Style:
     shape: str
     dash: list[int]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the values that a row of a figure's data carries."""
         return {"colour": self.colour, "shape": self.shape, "dash": self.dash}
 
@@ -88,13 +88,13 @@ def scatter(points: Sequence[Point], style: Mapping[str, Style], x: str, y: str,
 
     Args:
         points: One for each method.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
         y: Title of the axis.
         log: Whether x is logarithmic.
     """
     fronts = any(p.front for p in points)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for p in points:
         own = style[p.method].to_dict()
         row = {"method": p.method, "x": p.x, "y": p.y, "low": p.low, "high": p.high, "front": p.front}
@@ -151,19 +151,21 @@ def curves(lines: Sequence[Line], style: Mapping[str, Style], y: str) -> Spec:
 
     Args:
         lines: At least one.
-        style: Of each method.
+        style: The look of each method.
         y: Title of the axis.
     """
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"method": line.method, "epoch": epoch, "y": mean, "low": low, "high": high, "said": f"{mean:.3f}"}
         | style[line.method].to_dict()
         for line in lines
         for epoch, (mean, low, high) in sorted(line.values.items())
     ]
-    bottom, top = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    values = [value for line in lines for value in line.values.values()]
+    bottom, top = min(low for _, low, _ in values), max(high for _, _, high in values)
     gap = 15 * ((top - bottom) or 1) / HEIGHT
+    last = max(epoch for line in lines for epoch in line.values)
     ends = spread_labels({line.method: line.values[max(line.values)][0] for line in lines}, gap)
-    names = [{"method": method, "epoch": max(row["epoch"] for row in rows), "y": at} for method, at in ends.items()]
+    names = [{"method": method, "epoch": last, "y": at} for method, at in ends.items()]
     x = alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, format="d", grid=False), scale=_leaving_room(ends, nice=False))
     domain = alt.Scale(domain=[min(bottom, *ends.values()), max(top, *ends.values())], nice=False)
     height = alt.Y("y:Q", title=y, scale=domain, axis=alt.Axis(tickCount=5))
@@ -242,16 +244,16 @@ def before_after(values: Mapping[str, tuple[float, float]], style: Mapping[str, 
 
     Args:
         values: Before and after, by method.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
     """
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"method": method, "before": before, "after": after, "said": f"{before:.3f} → {after:.3f}"}
         | {"right": max(before, after)}
         | style[method].to_dict()
         for method, (before, after) in values.items()
     ]
-    room = _leaving_room((str(row["said"]) for row in rows), domain=[0, max(row["right"] for row in rows)])
+    room = _leaving_room((str(row["said"]) for row in rows), domain=[0, max(map(max, values.values()))])
     width = alt.X("after:Q", title=x, axis=alt.Axis(tickCount=4), scale=room)
     tips = [alt.Tooltip("method:N"), alt.Tooltip("said:N", title="before → after")]
     base = alt.Chart(alt.Data(values=rows)).encode(y=alt.Y("method:N", sort=list(values), title=None))
@@ -270,7 +272,7 @@ def change_ticks(values: Mapping[str, Mapping[str, tuple[float, float]]], style:
 
     Args:
         values: Before and after, by method and name.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
     """
     rows = [

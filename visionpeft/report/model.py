@@ -164,7 +164,7 @@ def _section(key: str, rows: list[Row], against: str) -> Section:
     )
 
 
-def _shared(arguments: Sequence[Mapping[str, Any]]) -> str:
+def _shared(arguments: Sequence[Mapping[str, object]]) -> str:
     first = arguments[0]
     same = [k for k in _SETTINGS if first.get(k) is not None and all(a.get(k) == first[k] for a in arguments)]
     return ", ".join(f"{k} {first[k]}" for k in same)

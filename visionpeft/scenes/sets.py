@@ -147,7 +147,7 @@ def _draw(scene_set: SceneSet, root: Path, counts: dict[str, int], size: int, se
             rows = [f"{names.index(t.name)} {_row(t, scene_set.task, size)}\n" for t in scene.things if t.name in names]
             (root / "labels" / part / f"{i:04d}.txt").write_text("".join(rows))
     if not scene_set.kinds:
-        facts: dict[str, Any] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
+        facts: dict[str, object] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
         if scene_set.task == "pose":
             facts |= {"kpt_shape": [len(satellite.POINTS), 3], "flip_idx": list(satellite.FLIPPED)}
             facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(names))}}
