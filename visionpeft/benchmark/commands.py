@@ -49,8 +49,9 @@ def benchmark(
         quiet=quiet,
     )
     print(table(cells))
-    failed = read(out, "failed")
-    for one in failed:
-        said = f"{' · '.join(map(str, one['names'].values()))} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})"
-        print(f"visionpeft: {printable(said)}", file=sys.stderr)
-    return 1 if failed else 0
+    failures = read(out, "failed")
+    for failure in failures:
+        label = " · ".join(map(str, failure["names"].values()))
+        sentence = f"{label} · seed {failure['cell']['seed']} failed: {failure['error']} ({failure['hash']})"
+        print(f"visionpeft: {printable(sentence)}", file=sys.stderr)
+    return 1 if failures else 0

@@ -102,7 +102,7 @@ def compare(cells: Iterable[CellResult], against: str = "full", resamples: int =
         resamples: Draws of the bootstrap; the same cells always give the same intervals.
 
     Raises:
-        DataError: What a cell says of its images cannot be read.
+        DataError: The predictions that a cell kept cannot be read.
         ConfigError: Cells that belong together were measured on different images.
     """
     groups: dict[str, list[CellResult]] = {}
@@ -245,7 +245,7 @@ def _score(cell: CellResult) -> float:
 
 
 def _comparable(one: CellResult, other: CellResult) -> bool:
-    """Say whether two cells differ in their method's settings alone."""
+    """Return whether two cells differ in their method's settings alone."""
     same = ("model", "model_args", "weights_sha256", "data", "data_sha256", "equal", "search", "retain_sha256")
     specs: list[Mapping[str, object]] = [one["cell"], other["cell"]]
     own = {*one["cell"]["own"], *other["cell"]["own"]}  # options of their rows alone

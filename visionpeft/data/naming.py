@@ -18,8 +18,8 @@ def order_classes(
 
     Args:
         found: The source's.
-        names: Those wanted, in order: a list, text with commas, a data YAML, or the name of a packaged one; None for all.
-        without: Those to leave out.
+        names: The classes wanted, in order: a list, text with commas, a data YAML, or the name of a packaged one; None for all.
+        without: The classes to leave out.
 
     Returns:
         Their names in order; the index of each class of the source that is written; and those left out on request.

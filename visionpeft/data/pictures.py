@@ -42,7 +42,7 @@ class ImageFacts:
 
     Attributes:
         size: Width and height as training sees it (turned by its EXIF tag), or None where it cannot be read.
-        digest: Of the file's bytes.
+        digest: Hash of the file's bytes.
         thumb: (32, 34), grey, or None.
         fault: Why it cannot be used, or "".
         highest: The largest value of an image of 16 bits.
@@ -113,7 +113,7 @@ def refuse_unfit(files: Iterable[str]) -> None:
 
 
 def _is_16_bit(image: Image.Image) -> bool:
-    """Say whether an image has 16 bits."""
+    """Return whether an image has 16 bits."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 

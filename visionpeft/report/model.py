@@ -30,8 +30,8 @@ class Section:
 
     Attributes:
         key: Unlike any other section's, and safe as an id.
-        model: Its name.
-        data: Its name.
+        model: Name of the model.
+        data: Name of the data set.
         task: detect, classify, ...
         metric: Name of the score.
         settings: Settings that all cells share, as text.
