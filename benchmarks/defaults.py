@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from visionpeft import files
-from visionpeft.benchmark.cell import attempt
+from visionpeft.benchmark.cell import run_trial
 from visionpeft.benchmark.grid import make_grid
 from visionpeft.errors import ConfigError
 from visionpeft.registry import METHODS
@@ -125,7 +125,7 @@ def run(out: Path, root: str, name: str, method: str, rate: float, other: Mappin
                 return
             grid = make_grid(shared, name, root)
             try:
-                made = attempt(grid.trials(grid.cells[0])[0], out)
+                made = run_trial(grid.trials(grid.cells[0])[0], out)
             except ConfigError as error:
                 made = {"score": None, "error": str(error)}
             said = {"set": name, "method": method, "rate": rate, "other": setting.removeprefix(", ")}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import visionpeft
 from visionpeft import files
-from visionpeft.benchmark.cell import SHARE
+from visionpeft.benchmark.cell import HOLDOUT_SHARE
 from visionpeft.families.timm import family as timm
 from visionpeft.families.timm.anatomy import classifiers
 from visionpeft.families.yolo import family as yolo
@@ -83,7 +83,7 @@ def run(out: Path, root: Path, name: str, method: str, start: str, seed: int) ->
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         data = family.read_data(str(root / arguments["data"]), base)
-        arguments["data"] = family.holdout_split(data, Path(folder), SHARE)
+        arguments["data"] = family.holdout_split(data, Path(folder), HOLDOUT_SHARE)
         if start in SCALES:
             start_rows(stack, SCALES[start])
         made = visionpeft.train(**arguments, project=folder)

@@ -174,7 +174,7 @@ def test_results(folder: Path, data: st.DataObject) -> None:
     file.unlink()
     (cells / f"{hash_of(content.get('cell', {}))}.json").write_text(json.dumps(content))
     try:
-        content.gather([cells.parent])
+        read_report([cells.parent])
     except VisionpeftError:
         pass
 
@@ -317,4 +317,4 @@ def test_numbers_of_a_result_are_numbers(place: tuple[str, str], says: str, tmp_
     content["run"][place[0]][place[1]] = "0.5"
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"run.{'.'.join(place)} is '0.5', but must be a number"):
-        content.gather([tmp_path / "results"])
+        read_report([tmp_path / "results"])

@@ -24,7 +24,7 @@ from visionpeft.core import attach
 from visionpeft.core import delta as deltas
 from visionpeft.core.plan import Plan
 from visionpeft.registry import FAMILIES, METHODS
-from visionpeft.report import content
+from visionpeft.report import model
 from visionpeft.training import feature_cache_file as view_file
 
 RUN = {"method": "lora", "freeze": 3, "epochs": 2, "optimizer": "sgd", "lr0": 0.01}
@@ -150,4 +150,4 @@ def test_results_of_a_benchmark_are_read() -> None:
     for method, file in cells.items():
         run = json.loads(file.read_text())["run"]
         assert rows[method].score_mean == run["after"]["top1"] and rows[method].total == 16_434
-    assert content.gather([FOLDER / "results"]).name == "golden"
+    assert model.read_report([FOLDER / "results"]).name == "golden"

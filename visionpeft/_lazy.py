@@ -21,13 +21,14 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
     homes = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom):
-            homes.update({alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names})
+            home = "." * node.level + (node.module or "")
+            homes.update({alias.asname or alias.name: (home, alias.name) for alias in node.names})
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package} has no attribute {name}")
         home, own = homes[name]
-        found = getattr(import_module(f".{home}", package), own) if home else import_module(f".{own}", package)
+        found = getattr(import_module(home, package), own) if home.strip(".") else import_module(home + own, package)
         setattr(module, name, found)
         return found
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from . import hfpeft, scenes
+from . import hfpeft, scenes, sources
 from .adapted import Adapted, head_of, load_named, opened, read_on_base, trusted
 from .config import OPTIONS, Freeze, ModelArgs, TrainConfig, check_paths
 from .core import attach as attaching
@@ -243,7 +243,7 @@ def val(
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     check_paths(data=data)
     adapted = opened(delta, model, model_args)
-    place, split = scenes.find(data), options.get("split", "val")
+    place, split = sources.find(data), options.get("split", "val")
     checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
     return adapted.family.evaluate(adapted.model, checked, **adapted.as_trained(options, "imgsz", "batch")).metrics
 
@@ -276,7 +276,7 @@ def forgetting(
     """
     check_paths(data=data)
     adapted = opened(delta, model, model_args)
-    place, split = scenes.find(data), options.get("split", "val")
+    place, split = sources.find(data), options.get("split", "val")
     checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
     return measure_forgetting(adapted, checked, str(data), adapted.as_trained(options, "imgsz", "batch"))
 
@@ -373,7 +373,7 @@ def import_peft(
     base = load_named(family, {**named, "model": source}, folder, model and source, own)
     if not base.pretrained:
         raise ConfigError(f"{source} has random weights, which no adapter was trained on; give a checkpoint")
-    checked = family.read_data(scenes.find(data), base, allow_download=allow_download) if data else None
+    checked = family.read_data(sources.find(data), base, allow_download=allow_download) if data else None
     settings = family.defaults_for(base)
     unknown = {
         "family": family.name,

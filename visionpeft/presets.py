@@ -10,6 +10,7 @@ import yaml
 
 from .errors import ConfigError, nearest
 from .files import read_yaml
+from .sources import packaged
 
 
 def read(given: str | Path, kind: str) -> dict[str, Any]:
@@ -22,9 +23,7 @@ def read(given: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such file, or it holds no options.
     """
-    packaged = Path(__file__).parent / "configs"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"  # in a checkout
-    own = {f.stem: f for f in sorted((folder / kind).glob("*.yaml"))}
+    own = packaged(f"configs/{kind}")
     path = Path(given) if Path(given).suffix in (".yaml", ".yml") else own.get(str(given))
     if path is None or not path.is_file():
         raise ConfigError(

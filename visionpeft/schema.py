@@ -1,4 +1,4 @@
-"""What may stand in a file that others wrote: JSON without surprises, and values of the types that a dataclass declares.
+"""What may stand in a file that others wrote: JSON without surprises, and values of the types that a class declares.
 
 Whoever reads a file says which one it is: what is wrong with its content comes as `Malformed`, to be put behind its name.
 """
@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from .errors import nearest
 
@@ -49,19 +49,19 @@ def check(kind: Any, value: Any, where: str = "it", newer: bool = True) -> Any:
     """Return `value` as a type: mappings as the dataclasses that are declared, lists as tuples where those are.
 
     Args:
-        kind: A dataclass, a class, or what annotations make of them (unions, Literal, Mapping, Sequence, tuple, Any). A
-            `float` must be finite, and may be a whole number; `numbers.Real` may be NaN.
+        kind: A dataclass, a TypedDict, a class, or what annotations make of them (unions, Literal, Mapping, Sequence, tuple,
+            Any). A `float` must be finite, and may be a whole number; `numbers.Real` may be NaN.
         value: After JSON, or after torch.load.
         where: What the value is, in a sentence.
-        newer: Refuse fields that a dataclass does not have, for whoever wrote them knew more. Else they are left out.
+        newer: Refuse fields that are not declared, for whoever wrote them knew more. Else they are left out.
 
     Raises:
         Malformed: It is something else.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if kind is Any or kind in (Sequence, Mapping) and _is(kind, value):
+    if kind in (Any, object) or kind in (Sequence, Mapping) and _is(kind, value):
         return value
-    if dataclasses.is_dataclass(kind):
+    if _has_fields(kind):
         return _fields(kind, value, where, newer)
     if origin in (Union, types.UnionType):
         for one in inner:
@@ -114,7 +114,7 @@ def words(kind: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(words, inner)))
-    if origin in (Mapping, dict) or kind is dict or dataclasses.is_dataclass(kind):
+    if origin in (Mapping, dict) or kind is dict or _has_fields(kind):
         return "a mapping of names"
     if origin in (tuple, list, Sequence):
         return f"a list of {len(inner)}" if origin is tuple and inner[-1:] != (...,) else "a list"
@@ -137,13 +137,13 @@ def writable(text: Any) -> bool:
 def _is(kind: Any, value: Any) -> bool:
     """Say whether a value is of a kind, as far as its outermost type says it."""
     origin = get_origin(kind)
-    if kind is Any:
+    if kind in (Any, object):
         return True
     if origin is Literal:
         return any(type(value) is type(a) and value == a for a in get_args(kind))
     if origin in (Union, types.UnionType):
         return any(_is(one, value) for one in get_args(kind))
-    if origin in (Mapping, dict) or dataclasses.is_dataclass(kind):
+    if origin in (Mapping, dict) or _has_fields(kind):
         return isinstance(value, Mapping)
     if kind is Sequence:
         return isinstance(value, list | tuple)
@@ -154,18 +154,20 @@ def _is(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or is_typeddict(kind)
+
+
 def _fields(kind: Any, value: Any, where: str, newer: bool) -> Any:
     if not isinstance(value, Mapping):
         raise Malformed(f"{where} is {shown(value)}, but must be a mapping of names")
-    kinds, fields = _kinds(kind), {f.name: f for f in dataclasses.fields(kind)}
-    if newer and (strange := next((k for k in value if k not in fields), None)) is not None:
-        raise Malformed(unknown(where, strange, fields))
-    for name, field in fields.items():
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and name not in value:
-            raise Malformed(f"{where} has no {name}")
-    inside = {k: f"{where}.{k}" if where != "it" else k for k in fields}
-    return kind(**{k: check(kinds[k], value[k], inside[k], newer) for k in fields if k in value})
+    kinds, needed = _kinds(kind)
+    if newer and (strange := next((k for k in value if k not in kinds), None)) is not None:
+        raise Malformed(unknown(where, strange, kinds))
+    if (lacking := next((name for name in needed if name not in value), None)) is not None:
+        raise Malformed(f"{where} has no {lacking}")
+    inside = {k: f"{where}.{k}" if where != "it" else k for k in kinds}
+    return kind(**{k: check(kinds[k], value[k], inside[k], newer) for k in kinds if k in value})
 
 
 def unknown(where: str, name: Any, known: Iterable[str]) -> str:
@@ -175,8 +177,13 @@ def unknown(where: str, name: Any, known: Iterable[str]) -> str:
 
 
 @cache
-def _kinds(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
+def _kinds(kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """Return the types of a class's fields, and which fields it needs, in their order."""
+    kinds = get_type_hints(kind)
+    if is_typeddict(kind):
+        return kinds, [name for name in kinds if name in kind.__required_keys__]
+    fields = {f.name: f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(kind)}
+    return {name: kinds[name] for name in fields}, [name for name, needed in fields.items() if needed]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

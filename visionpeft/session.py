@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import files, scenes
+from . import files, sources
 from .adapted import put_together
 from .config import TrainConfig
 from .core import attach as attaching
@@ -90,7 +90,7 @@ class TrainSession:
                 f"{source} has no base for a delta, and {self.method.name} cannot be merged; give a checkpoint, or "
                 "train in full"
             )
-        self.data: Data = family.read_data(scenes.find(config.data or ""), base, allow_download=config.allow_download)
+        self.data: Data = family.read_data(sources.find(config.data or ""), base, allow_download=config.allow_download)
         self.base: Base
         self.base, more = family.suited(base, self.data)
         self.config = replace(settled_config, data=str(config.data), model_args={**arguments, **more})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import scenes
+from . import sources
 from .config import OPTIONS, ModelArgs, Options, TrainConfig
 from .core.base_model import Base, Data
 from .core.method import Method, make_method, restore_method
@@ -116,7 +116,7 @@ def build_with_head(family: Family, base: Base, config: TrainConfig) -> tuple[Ba
     """Return the base, made for the data's images, and with its head made for the data, or its own where there are none."""
     names, outputs, checked = base.names, {}, None
     if config.data:
-        checked = family.read_data(scenes.find(config.data), base, allow_download=config.allow_download)
+        checked = family.read_data(sources.find(config.data), base, allow_download=config.allow_download)
         names, outputs = checked.names, checked.outputs
         base, _ = family.suited(base, checked)
     head = config.head or family.defaults_for(base)["head"]

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from ultralytics.utils.metrics import ap_per_class
 
 import visionpeft
-from visionpeft import benchmark, cli, files, scenes
+from visionpeft import benchmark, cli, files, scenes, sources
 from visionpeft import presets as recipes
 from visionpeft.benchmark import cell as cells
 from visionpeft.benchmark import grid, sweep
@@ -274,19 +274,19 @@ def test_a_trial_never_sees_the_validation_images(tiles: dict[str, Any], tmp_pat
         raise TrainingError("the loss is no longer a number")
 
     monkeypatch.setattr(visionpeft.api, "train", note)
-    content = cells.attempt(second, tmp_path)
+    content = cells.run_trial(second, tmp_path)
     train_images = {str(f.resolve()) for f in (tiles["root"] / "squares" / "train").rglob("*.png")}
     assert given["files"] == train_images and given["lr0"] == 1e-2 and 0 <= content["score"] <= 1
     monkeypatch.setattr(visionpeft.api, "train", diverges)
-    assert cells.attempt(first, tmp_path)["score"] is None  # a rate that diverges is a result, the worst
+    assert cells.run_trial(first, tmp_path)["score"] is None  # a rate that diverges is a result, the worst
 
     state = sweep._Sweep(made, tmp_path, False, 1, None, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="none of the 2 trials"):
-        state._chosen(cell)
+        state._searched_options(cell)
     for trial, score in ((first, None), (second, 0.5)):
         said = {"format": 1, "hash": trial.hash, "cell": trial.spec, "score": score, "seconds": 1}
         files.write(tmp_path / "trials" / f"{trial.hash}.json", json.dumps(said))
-    assert state._chosen(cell) == {"lr0": 1e-2}
+    assert state._searched_options(cell) == {"lr0": 1e-2}
 
 
 def test_equal_time(tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_equal_time(tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     assert made.reference(full) is None and made.reference(other) == full
     speed = cells._epoch_seconds
     monkeypatch.setattr(cells, "_epoch_seconds", lambda run, images: 1.0)
-    content = cells.measure(other, tmp_path, {}, 3.7)
+    content = cells.run_cell(other, tmp_path, {}, 3.7)
     assert content["chosen"] == {"epochs": 3} and len(content["run"]["history"]) == 3 and "--epochs 3" in content["command"]
     assert content["train_seconds"] == 3.0
     run = SimpleNamespace(measured=content["run"]["measured"], arguments={"batch": 4})
@@ -304,17 +304,17 @@ def test_equal_time(tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     run.measured = {"step_seconds": None}
     monkeypatch.setattr(cells, "_epoch_seconds", speed)
     with pytest.raises(ConfigError, match="2 epochs have one step only"):
-        cells._epochs(run, 4, 1.0)  # type: ignore[arg-type]
+        cells._epochs_within(1.0, run, 4)  # type: ignore[arg-type]
     state = sweep._Sweep(made, tmp_path, False, 1, None, None)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="full · seed 0, whose time this cell would have, failed"):
-        state._seconds(other)
+        state._time_limit(other)
     for seconds in (2.5, None):
         said = {**content, "hash": full.hash, "cell": full.spec, "train_seconds": seconds}
         files.write(tmp_path / "cells" / f"{full.hash}.json", json.dumps(said))
         if seconds:
-            assert state._seconds(other) == seconds and state._seconds(full) is None
+            assert state._time_limit(other) == seconds and state._time_limit(full) is None
     with pytest.raises(ConfigError, match="trained in one step only"):
-        state._seconds(other)
+        state._time_limit(other)
     with pytest.raises(ConfigError, match="needs 'full' in the grid"):
         grid.make_grid({**tiles["config"], "equal": "time", "method": "bitfit"}, "x", tiles["root"])
 
@@ -414,9 +414,9 @@ def places(drawn: dict[str, Path], tiles: dict[str, Any], boxes: Path, tmp_path_
 def test_every_packaged_config_runs_in_small(
     path: Path, places: Path, drawn: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:
-    find = scenes.find
+    find = sources.find
     pictures = {"scenes/satellite": str(drawn["new"]), "scenes/driving": str(drawn["old"])}
-    monkeypatch.setattr(scenes, "find", lambda source: pictures.get(str(source)) or find(source))
+    monkeypatch.setattr(sources, "find", lambda source: pictures.get(str(source)) or find(source))
     config = recipes.read(path.stem, "benchmark")
     made = grid.make_grid(config, path.stem, places)
     models = config["model"] if isinstance(config["model"], list) else [config["model"]]
@@ -425,7 +425,7 @@ def test_every_packaged_config_runs_in_small(
     for cell in {c.names["model"]: c for c in made.cells}.values():  # the last method on each model
         options = {**cell.spec["options"], "epochs": 1, "batch": 4, "device": "cpu"}
         options |= {"imgsz": 64} if "imgsz" in options else {}
-        content = cells.measure(dataclasses.replace(cell, spec={**cell.spec, "options": options}), tmp_path, {}, None)
+        content = cells.run_cell(dataclasses.replace(cell, spec={**cell.spec, "options": options}), tmp_path, {}, None)
         assert bool(content["retained"]) == ("retain" in config)
         results = json.loads(json.dumps([content]))
         assert benchmark.compare(results, resamples=5)[0].names == cell.names

@@ -20,15 +20,15 @@ from pycocotools import mask as rle
 from ultralytics.data.converter import merge_multi_segment
 
 from visionpeft import cli
-from visionpeft.data import Report, check, convert
-from visionpeft.data.formats.base import FORMATS, NOT_FOUND, plain
-from visionpeft.data.layout import SUFFIXES, label_of, read_layout
-from visionpeft.data.naming import packaged
-from visionpeft.data.pictures import copies, look, read_image
-from visionpeft.data.rows import Fault, lengths, make_row, read_lines
+from visionpeft.data import CheckReport, check, convert
+from visionpeft.data.formats.base import FORMATS, NOT_FOUND, letters_of
+from visionpeft.data.label_rows import RowFault, guess_task, parse_row, read_rows
+from visionpeft.data.layout import SUFFIXES, label_file, read_layout
+from visionpeft.data.pictures import find_copies, inspect_image, read_image
 from visionpeft.data.writing import join_parts
 from visionpeft.errors import ConfigError, DataError, VisionpeftError
 from visionpeft.registry import FAMILIES
+from visionpeft.sources import packaged
 
 TAKEN = "image taken from another folder than its annotations say"
 SIZE = (96, 64)  # width, height of generated images
@@ -52,7 +52,7 @@ def make(root: Path, rows: Sequence[str] = ("0 .5 .5 .5 .5", "1 .25 .5 .25 .5"),
     return root / "data.yaml"
 
 
-def kinds(report: Report) -> dict[str, int]:
+def kinds(report: CheckReport) -> dict[str, int]:
     return {f.kind: f.count for f in report.findings}
 
 
@@ -188,7 +188,7 @@ def test_the_names_of_images_are_ultralytics_own() -> None:
 
     assert SUFFIXES == IMG_FORMATS
     for image in ("/a/images/train/x y.JPG", "/images/a/images/b/é.png", "/a/b/c.d.png"):
-        assert str(label_of(Path(image))) == img2label_paths([image])[0]
+        assert str(label_file(Path(image))) == img2label_paths([image])[0]
 
 
 def test_a_check_reads_what_training_reads(tmp_path: Path) -> None:
@@ -235,10 +235,9 @@ def test_every_task_is_told_and_drawn(task: str, tmp_path: Path) -> None:
 def test_pose_rows_are_checked(tmp_path: Path) -> None:
     report = check(make(tmp_path, ["0 .5 .5 .5 .5 .4 .4 2"], "kpt_shape: [2, 3]\n"))
     assert kinds(report)["malformed"] == 6
-    row = make_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, 0.6, 0.6], 1, "pose", 1, (2, 2))
-    assert (
-        not isinstance(row, Fault) and row.keypoints is not None and row.keypoints.tolist() == [[0.4, 0.4, 1], [0.6, 0.6, 1]]
-    )
+    row = parse_row([0, 0.5, 0.5, 0.5, 0.5, 0.4, 0.4, 0.6, 0.6], 1, "pose", 1, (2, 2))
+    assert not isinstance(row, RowFault) and row.keypoints is not None
+    assert row.keypoints.tolist() == [[0.4, 0.4, 1], [0.6, 0.6, 1]]
 
 
 def test_boxes_of_poses(tmp_path: Path) -> None:
@@ -291,7 +290,7 @@ def test_images_are_read_as_ultralytics_reads_them(name: str, tmp_path: Path) ->
     READ[name](file := tmp_path / name)
     theirs = imread(file)[..., ::-1]
     assert (np.asarray(read_image(file)) == theirs).all()
-    seen = look(file)
+    seen = inspect_image(file)
     assert seen.size == theirs.shape[1::-1] and (seen.highest == DEEP.max()) == ("deep" in name and "colour" not in name)
     assert np.asarray(seen.thumb).std() > 10, "copies of it can be found"
 
@@ -335,7 +334,7 @@ def test_copies_are_told_from_others(tmp_path: Path) -> None:
         changed = originals[i].resize((100, 75)).point(lambda v: int(v * 0.9))
         changed.save(tmp_path / f"copy{i}.jpg", quality=60)
     names = [f"{i}.png" for i in range(120)] + [f"copy{i}.jpg" for i in range(0, 120, 10)]
-    _, across = copies([look(tmp_path / n) for n in names], [0] * 120 + [1] * 12)
+    _, across = find_copies([inspect_image(tmp_path / n) for n in names], [0] * 120 + [1] * 12)
     assert {names[a]: names[b] for a, b in across.items()} == {f"copy{i}.jpg": f"{i}.png" for i in range(0, 120, 10)}
 
 
@@ -382,7 +381,7 @@ def coco_of(data: Path, part: str, step: int = 3) -> dict[str, Any]:
         with Image.open(file) as image:
             width, height = image.size
         images.append({"id": 7 * i, "file_name": file.name, "width": width, "height": height})
-        for values in read_lines(label_of(file))[0].values():
+        for values in read_rows(label_file(file))[0].values():
             cls, x, y, w, h = values
             box = [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height]
             things.append(
@@ -403,7 +402,7 @@ def write_coco(data: Path, root: Path) -> Path:
 
 
 def labels(folder: Path) -> dict[str, np.ndarray]:
-    return {f.stem: np.array(list(read_lines(f)[0].values())) for f in sorted(folder.glob("*.txt"))}
+    return {f.stem: np.array(list(read_rows(f)[0].values())) for f in sorted(folder.glob("*.txt"))}
 
 
 def same_labels(one: Path, other: Path) -> int:
@@ -495,7 +494,7 @@ def test_an_image_in_two_folders(tmp_path: Path) -> None:
 
 def row_of(out: Path) -> list[list[float]]:
     file = next(out.glob("labels/*/0.txt"))
-    return list(read_lines(file)[0].values())
+    return list(read_rows(file)[0].values())
 
 
 @pytest.mark.parametrize("coded", ("compressed", "counts"))
@@ -755,7 +754,7 @@ def test_images_are_linked_or_copied_and_keep_apart(tmp_path: Path) -> None:
     made = convert(root / "train.json", tmp_path / "out", images=root / "images")
     files = sorted(f for f in (tmp_path / "out/images").rglob("*") if f.is_file())
     assert len(files) == 5 and all(f.stat().st_nlink == 2 for f in files)
-    assert all(len(read_lines(label_of(f))[0]) == 1 for f in files)
+    assert all(len(read_rows(label_file(f))[0]) == 1 for f in files)
     assert yaml.safe_load(Path(made.data).read_text(encoding="utf-8"))["names"] == {0: "é"}
     convert(root / "train.json", tmp_path / "copied", images=root / "images", copy=True)
     assert all(f.stat().st_nlink == 1 for f in (tmp_path / "copied/images").rglob("*.png"))
@@ -963,22 +962,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch, capsys) ->
     assert code == 2 and "cannot write" in err and "Permission denied" in err
 
 
-def test_rows_are_counted_by_length() -> None:
-    assert lengths([{1: [0.0] * 5, 2: [0.0] * 9}, {1: [0.0] * 5}]) == {5: 2, 9: 1}
+def test_the_task_is_what_most_rows_are_of() -> None:
+    boxes, polygons = {1: [0.0] * 5, 2: [0.0] * 5}, {1: [0.0] * 9, 2: [0.0] * 7, 3: [0.0] * 9}
+    assert guess_task([boxes], None) == guess_task([], None) == "detect" and guess_task([boxes, polygons], None) == "segment"
+    assert guess_task([{1: [0.0] * 9}, {}], None) == "obb" and guess_task([boxes], (17, 3)) == "pose"
 
 
 # ------------------------------------------------------------------------------------------------------ packaged YAMLs
-README = (packaged()["dior"].parent / "README.md").read_text(encoding="utf-8")
+PACKAGED = packaged("datasets")
+README = (PACKAGED["dior"].parent / "README.md").read_text(encoding="utf-8")
 LISTED = [[c.strip() for c in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
 HEADER = ["set", "YAML", "task", "images", "classes", "licence", "size", "how to get and convert it"]
 
 
-@pytest.mark.parametrize("name", packaged())
+@pytest.mark.parametrize("name", PACKAGED)
 def test_a_packaged_yaml_is_whole_and_listed(name: str) -> None:
-    content = yaml.safe_load(packaged()[name].read_text(encoding="utf-8"))
+    content = yaml.safe_load(PACKAGED[name].read_text(encoding="utf-8"))
     assert content["train"] == "images/train" and content["val"] == "images/val"
     assert list(content["names"]) == list(range(len(content["names"])))
-    assert len({plain(n) for n in content["names"].values()}) == len(content["names"])
+    assert len({letters_of(n) for n in content["names"].values()}) == len(content["names"])
     rows = [row for row in LISTED if f"`{name}.yaml`" in row[1]]
     assert rows and all(row[5] for row in rows), "the README has it, with a licence"
     assert all(str(len(content["names"])) in row[4] for row in rows)
@@ -995,17 +997,17 @@ def test_the_readme_names_what_there_is() -> None:
             if "Ultralytics" in row[1]:
                 assert yaml_name in shipped
             else:
-                assert yaml_name.removesuffix(".yaml") in packaged() and yaml_name not in shipped
+                assert yaml_name.removesuffix(".yaml") in PACKAGED and yaml_name not in shipped
     for row in rows:
         for option, value in re.findall(r"--(format|names|without) ([\w-]+)", row[7]):
             assert option != "format" or value in FORMATS
-            assert option != "names" or value in packaged()
+            assert option != "names" or value in PACKAGED
 
 
 def test_the_order_of_dota_is_ultralytics_own() -> None:
     from ultralytics.utils import ROOT
 
-    ours = yaml.safe_load(packaged()["dota-v2"].read_text())["names"]
+    ours = yaml.safe_load(PACKAGED["dota-v2"].read_text())["names"]
     for name, count in (("DOTAv1", 15), ("DOTAv1.5", 16)):
         theirs = yaml.safe_load((ROOT / "cfg" / "datasets" / f"{name}.yaml").read_text())["names"]
         assert theirs == {i: ours[i] for i in range(count)}

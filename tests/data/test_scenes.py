@@ -16,7 +16,7 @@ from ultralytics.data.dataset import ClassificationDataset, YOLODataset
 from ultralytics.data.utils import check_cls_dataset, check_det_dataset, load_dataset_cache_file
 from ultralytics.nn.tasks import torch_safe_load
 
-from visionpeft import scenes
+from visionpeft import scenes, sources
 from visionpeft.errors import ConfigError
 from visionpeft.scenes import sets
 from visionpeft.scenes.draw import FINE, Canvas, Frame, ellipse, rectangle
@@ -120,6 +120,15 @@ def test_points_of_a_plane_are_its_own() -> None:
         assert np.isclose(np.linalg.norm(nose - left), np.linalg.norm(nose - right), rtol=1e-3)
 
 
+def test_what_is_drawn_is_what_the_cached_sets_show() -> None:
+    """A set is not drawn anew while its version stays, so a change of the pictures needs another one."""
+    drawn = [draw(np.random.default_rng(2), 160) for draw in PAINTERS.values()]
+    assert sets.VERSION == "e252e9615e"
+    assert [len(scene.things) for scene in drawn] == [10, 53, 17, 23, 1, 0, 115, 11, 9]
+    means = [scene.image.mean() for scene in drawn]
+    assert means == pytest.approx([120.7, 91.3, 136.4, 109.9, 119.0, 69.1, 93.8, 95.2, 39.4], abs=0.5)
+
+
 # ----------------------------------------------------------------------------------------------------------------- the sets
 @pytest.mark.parametrize("name", [n for n, s in scenes.SETS.items() if not s.kinds])
 def test_ultralytics_reads_every_set(name: str, tmp_path: Path) -> None:
@@ -190,24 +199,24 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", scenes.SETS)
 def test_a_name_is_drawn_once(name: str, small: Path, capsys: pytest.CaptureFixture) -> None:
-    path = Path(scenes.find(f"scenes/{name}"))
+    path = Path(sources.find(f"scenes/{name}"))
     assert path.is_dir() if scenes.SETS[name].kinds else path.name == "data.yaml" and path.is_file()
     assert "drawing scenes/" in capsys.readouterr().err
     (stamp,) = {p.stat().st_mtime_ns for p in small.iterdir()}
-    assert scenes.find(f"scenes/{name}") == str(path)
+    assert sources.find(f"scenes/{name}") == str(path)
     assert [p.stat().st_mtime_ns for p in small.iterdir()] == [stamp] and not capsys.readouterr().err
 
 
 def test_other_names_are_left_alone(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in ("coco8.yaml", "yolo11n.pt", "/data/scenes/satellite", "scenes"):
-        assert scenes.find(source) == source
-    assert scenes.find("scenes/driving.pt") == str(scenes.WEIGHTS)
+        assert sources.find(source) == source
+    assert sources.find("scenes/driving.pt") == str(scenes.WEIGHTS)
     with pytest.raises(ConfigError, match="'scenes/satelite' is not known; there is .*Did you mean 'scenes/satellite'"):
-        scenes.find("scenes/satelite")
+        sources.find("scenes/satelite")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "scenes/satellite").mkdir(parents=True)
-    assert scenes.find("scenes/satellite") == "scenes/satellite", "a folder of one's own goes before"
-    assert not small.exists()
+    assert sources.find("scenes/satellite") == "scenes/satellite", "a folder of one's own goes before"
+    assert not small.exists() and scenes.find is sources.find
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +226,10 @@ def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     for variable in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "USERPROFILE"):
         monkeypatch.setenv(variable, str(file / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert scenes.cache().parent == tmp_path and scenes.cache().is_dir()
+    assert sources.cache_folder().parent == tmp_path and sources.cache_folder().is_dir()
     monkeypatch.setenv("VISIONPEFT_CACHE", str(file / "cache"))
     with pytest.raises(ConfigError, match="VISIONPEFT_CACHE=.* may write to"):
-        scenes.cache()
+        sources.cache_folder()
 
 
 def test_an_interrupted_drawing_leaves_nothing(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +243,7 @@ def test_an_interrupted_drawing_leaves_nothing(small: Path, monkeypatch: pytest.
 
     monkeypatch.setitem(sets.SETS, "driving", dataclasses.replace(made, draw=draw))
     with pytest.raises(KeyboardInterrupt):
-        scenes.find("scenes/driving")
+        sources.find("scenes/driving")
     assert drawn and list(small.iterdir()) == []
 
 
@@ -244,11 +253,11 @@ def test_two_processes_may_draw_at_once(small: Path, monkeypatch: pytest.MonkeyP
     def draw(rng: np.random.Generator, size: int) -> scenes.Scene:
         if not others:  # while the first draws, another begins and is ready earlier
             others.append("")
-            others.append(scenes.find("scenes/driving"))
+            others.append(sources.find("scenes/driving"))
         return made.draw(rng, size)
 
     monkeypatch.setitem(sets.SETS, "driving", dataclasses.replace(made, draw=draw))
-    assert scenes.find("scenes/driving") == others[1]
+    assert sources.find("scenes/driving") == others[1]
     assert [p.name for p in small.iterdir()] == [Path(others[1]).parent.name]
 
 
@@ -271,7 +280,7 @@ def test_what_it_learnt_on_driving_scenes_helps_on_satellite_scenes(tmp_path: Pa
 
     def score(model: str | Path, **options: object) -> tuple[float, float]:
         run = visionpeft.train(
-            scenes.find(scenes.EMBEDDED["data"]),
+            sources.find(scenes.EMBEDDED["data"]),
             model=model,
             device="cpu",
             project=tmp_path,

@@ -16,10 +16,10 @@ from results import DATA, METHODS, MODELS, OLD, make_failed, make_results
 
 from visionpeft import cli, report
 from visionpeft.errors import ConfigError
-from visionpeft.report.answer import answer
-from visionpeft.report.charts import apart, styles
-from visionpeft.report.content import gather
+from visionpeft.report.charts import spread_labels, styles
+from visionpeft.report.model import read_report
 from visionpeft.report.rows import front
+from visionpeft.report.summary import summarise
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 FIGURES = 9  # of a section that has everything
@@ -76,7 +76,7 @@ class Text(HTMLParser):
 # ------------------------------------------------------------------------------------------------------- what the page says
 def test_the_page_says_all_that_was_measured(results: Path, page: Path) -> None:
     said = Text(page.read_text())
-    sections = gather([results]).sections
+    sections = read_report([results]).sections
     assert len(sections) == len(MODELS) * len(DATA)
     for section in sections:
         assert f"{section.model} on {section.data}" in said.text
@@ -104,34 +104,34 @@ def test_the_page_asks_for_nothing(page: Path) -> None:
 
 
 def test_the_answer_is_the_least_memory_near_to_full(results: Path) -> None:
-    for section in gather([results]).sections:
+    for section in read_report([results]).sections:
         taken = {row.method: row.live_bytes for row in section.rows}
         scores = {row.method: row.score_mean for row in section.rows}
         near = [m for m in METHODS if scores[m] >= 0.95 * scores["full"]]
-        assert section.answer.row.method == min(near, key=lambda m: taken[m])
+        assert section.summary.row.method == min(near, key=lambda m: taken[m])
     rows = section.rows
-    alone = answer([row for row in rows if row.method in ("full", "head")], section.memory, "full")
-    assert alone.row.method == "full" and "No other keeps 95 %" in alone.said and "head: 0." in alone.said
-    assert alone.beside and alone.beside.method == "head" and dict(alone.shares)["score"] < 0.95
-    without = answer([row for row in rows if row.method != "full"], section.memory, "full")
-    assert "no full here to compare it with" in without.said and not without.beside
+    alone = summarise([row for row in rows if row.method in ("full", "head")], section.memory, "full")
+    assert alone.row.method == "full" and "No other keeps 95 %" in alone.reason and "head: 0." in alone.reason
+    assert alone.compared and alone.compared.method == "head" and dict(alone.shares)["score"] < 0.95
+    without = summarise([row for row in rows if row.method != "full"], section.memory, "full")
+    assert "no full here to compare it with" in without.reason and not without.compared
 
 
 def test_the_answer_compares_scores_of_the_same_seeds(results: Path) -> None:
-    section = gather([results]).sections[0]
+    section = read_report([results]).sections[0]
     full, head = ({row.method: row for row in section.rows}[name] for name in ("full", "head"))
     first, second = full.score_by_seed
     full = replace(full, score_by_seed={first: 0.5, second: 0.9}, score_mean=0.7)
     head = replace(head, score_by_seed={first: 0.49}, score_mean=0.49, difference=-0.01)
-    found = answer([full, head], section.memory, "full")
-    assert found.row.method == "head" and "0.490 mAP50-95 against 0.500 of full" in found.said
+    found = summarise([full, head], section.memory, "full")
+    assert found.row.method == "head" and "0.490 mAP50-95 against 0.500 of full" in found.reason
     assert dict(found.shares)["score"] == pytest.approx(0.98)
-    other = answer([full, replace(head, score_by_seed={7: 0.49})], section.memory, "full")  # no seed in common: the means
-    assert other.row.method == "full" and "against 0.700 of full" in other.said
+    other = summarise([full, replace(head, score_by_seed={7: 0.49})], section.memory, "full")  # no seed in common: the means
+    assert other.row.method == "full" and "against 0.700 of full" in other.reason
 
 
 def test_the_front_is_what_nothing_beats(results: Path) -> None:
-    section = gather([results]).sections[0]
+    section = read_report([results]).sections[0]
     best = front(section.rows, section.memory)
     for row in section.rows:
         beaten = [
@@ -147,16 +147,16 @@ def test_several_folders_are_one_report(tmp_path: Path) -> None:
     first = make_results(tmp_path / "a", models=["yolov8n"], data=["road_signs"])
     second = make_results(tmp_path / "b", models=["yolov8n"], data=["aerial_airport"])
     again = make_results(tmp_path / "c", models=["yolov8n"], data=["road_signs"])
-    whole = gather([first, second, again])
+    whole = read_report([first, second, again])
     assert [s.data for s in whole.sections] == ["aerial_airport", "road_signs"]
     assert len(whole.cells) == 2 * len(METHODS) * 2  # those of the third are those of the first
     make_failed(second, "it ran out", method="full", seed=0)  # finished in the first
-    assert not gather([first, second]).failed
+    assert not read_report([first, second]).failed
 
 
 def test_a_gpu_has_its_own_peak(tmp_path: Path) -> None:
     out = make_results(tmp_path / "gpu", models=["yolov8n"], data=["road_signs"], cuda=True)
-    section = gather([out]).sections[0]
+    section = read_report([out]).sections[0]
     assert section.memory.name == "peak GPU memory"
     row = section.rows[0]
     assert section.memory.of(row) == row.cells[0]["run"]["measured"]["cuda"]["allocated"]
@@ -292,7 +292,7 @@ def test_results_with_two_references_are_refused(tmp_path: Path) -> None:
     about = json.loads((two / "benchmark.json").read_text())
     (two / "benchmark.json").write_text(json.dumps({**about, "defaults": {"against": "head"}}))
     with pytest.raises(ConfigError, match="compared with full and head"):
-        gather([one, two])
+        read_report([one, two])
 
 
 def test_without_the_extra_markdown_is_written(results: Path, tmp_path: Path, lacking, capsys) -> None:
@@ -318,7 +318,7 @@ def test_markdown_says_how_it_was_made(results: Path, tmp_path: Path, capsys) ->
     text = file.read_text()
     assert f"`visionpeft report {results} --markdown {file}`" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
-    sections = gather([results]).sections
+    sections = read_report([results]).sections
     assert len(lines) == len(sections) * (len(METHODS) + 2)
     for section in sections:
         for row in section.rows:
@@ -329,7 +329,7 @@ def test_markdown_says_how_it_was_made(results: Path, tmp_path: Path, capsys) ->
 # ------------------------------------------------------------------------------------------------------------------- charts
 def test_labels_stand_apart() -> None:
     wanted = {"a": 0.5, "b": 0.5, "c": 0.52, "d": 0.9, "e": 0.1}
-    placed = apart(wanted, 0.05)
+    placed = spread_labels(wanted, 0.05)
     order = sorted(placed.values())
     assert all(high - low >= 0.05 - 1e-12 for low, high in zip(order, order[1:], strict=False))
     assert sorted(placed, key=placed.__getitem__) == sorted(wanted, key=wanted.__getitem__)

@@ -1,6 +1,6 @@
 """One cell of a sweep, in a process of its own: ``python -m visionpeft.benchmark.cell``, its task on stdin.
 
-The process that started it holds its stdin open, and when that closes, however the starter ended, this one ends too.
+The sweep that started the process holds its stdin open; when that closes, however the sweep ended, the process ends, too.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 
-from .. import api, files, scenes
+from .. import api, files, sources
 from ..config import TrainConfig
 from ..core.base_model import Base, Data
 from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
@@ -34,75 +34,76 @@ from ..settings import find_family
 from ..training.plots import Picture
 from ..training.result import Run
 from .grid import Cell, command, under
-from .results import FORMAT
+from .results import FORMAT, CellFailure, CellNames, CellResult, CellSpec, Retained, RunRecord, TrialResult
 
 DONE, FAILED, FULL = 0, 3, 4  # exit codes; FULL: the disk is
-SHARE = 0.2  # of the training images, held back where an option is searched
-_PROBE = 2  # epochs, to see how long one takes
+HOLDOUT_SHARE = 0.2  # of the training images, where an option is searched
+_PROBE_EPOCHS = 2  # to see how long one takes
 _PICTURES, _WIDTH = 4, 320  # validation images shown, pixels
 
 
-def measure(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | None) -> dict[str, Any]:
-    """Run a cell and return what its file holds.
+def run_cell(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | None) -> CellResult:
+    """Run a cell and return the content of its file.
 
     Args:
-        cell: Which.
+        cell: The cell.
         out: The folder of results.
         chosen: Options that a search settled.
         seconds: Time that its training steps may take; None: as many epochs as the configuration says.
     """
     began = time.perf_counter()
     arguments = {**cell.arguments(), **chosen}
-    family, base, data = _opened(arguments)
+    family, base, data = _load(arguments)
     images = len(data.facts["train"])
     if seconds is not None:
-        probe = api.train(**{**arguments, "epochs": _PROBE}, project=out / "runs" / cell.hash, name="probe", quiet=True)
-        chosen = {**chosen, "epochs": _epochs(probe, images, seconds)}
+        arguments["epochs"] = _PROBE_EPOCHS
+        probe = api.train(**arguments, project=out / "runs" / cell.hash, name="probe", quiet=True)
+        chosen = {**chosen, "epochs": _epochs_within(seconds, probe, images)}
         shutil.rmtree(probe.folder)
         arguments |= chosen
     run = api.train(**arguments, project=out / "runs", name=cell.hash, exist_ok=True, quiet=True)
-    each = _epoch_seconds(run, images)
     (run.folder / "checkpoint.pt").unlink(missing_ok=True)  # the run is complete, and this the largest of its files
-    own = {k: arguments[k] for k in ("model", "model_args") if k in arguments}
-    adapted = api.load(run.delta, **own) if run.delta else None
+    loading = {k: arguments[k] for k in ("model", "model_args") if k in arguments}
+    adapted = api.load(run.delta, **loading) if run.delta else None
     model = adapted.model if adapted and not run.merged else family.open_merged(Path(str(run.merged)))
     use = family.evaluation_options(TrainConfig.from_file(run.arguments).settled({}))
-    judged = family.evaluate(model, data, **use)
-    shown = {k: use[k] for k in ("imgsz", "device")}
-    old, retained = cell.spec["retain"], None
-    if old and adapted:
-        retained = {**api.forgetting(adapted, under(cell.root, old), **use).to_dict(), "data": old}
+    evaluated = family.evaluate(model, data, **use)
+    drawing = {k: use[k] for k in ("imgsz", "device")}
+    retained = None
+    if adapted and (old := cell.spec["retain"]):
+        retained = cast(Retained, {**api.forgetting(adapted, under(cell.root, old), **use).to_dict(), "data": old})
+    epoch_seconds = _epoch_seconds(run, images)
     return {
         "format": FORMAT,
         "hash": cell.hash,
-        "cell": cell.spec,
-        "names": cell.names,
+        "cell": cast(CellSpec, cell.spec),
+        "names": cast(CellNames, cell.names),
         "task": base.task,
         "score": family.primary_metric(base.task),
-        "run": run.to_dict(),
+        "run": cast(RunRecord, run.to_dict()),
         "chosen": chosen,
-        "states": {"bn": run.plan.bn, **{k: run.arguments[k] for k in ("head", "lean")}},
+        "states": {"bn": run.plan.bn, "head": run.arguments["head"], "lean": run.arguments["lean"]},
         "retained": retained,
-        "evidence": judged.predictions.pack(),
+        "evidence": evaluated.predictions.pack(),
         "interval": None,
         "pictures": {
             "labels": [_jpeg(p) for p in family.draw(None, data, _PICTURES)],
-            "after": [_jpeg(p) for p in family.draw(model, data, _PICTURES, **shown)],
+            "after": [_jpeg(p) for p in family.draw(model, data, _PICTURES, **drawing)],
         },
         "command": command(arguments),
         "environment": _environment(run),
-        "train_seconds": each and round(each * len(run.history), 3),
+        "train_seconds": epoch_seconds and round(epoch_seconds * len(run.history), 3),
         "seconds": round(time.perf_counter() - began, 2),
     }
 
 
-def attempt(cell: Cell, out: Path) -> dict[str, Any]:
-    """Run one trial of a search, on the training images alone, and return what its file holds."""
+def run_trial(cell: Cell, out: Path) -> TrialResult:
+    """Run one trial of a search, on the training images alone, and return the content of its file."""
     began = time.perf_counter()
     arguments = {**cell.arguments(), **cell.spec["trial"]}
-    family, base, data = _opened(arguments)
+    family, base, data = _load(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        arguments["data"] = family.holdout_split(data, Path(folder), SHARE)
+        arguments["data"] = family.holdout_split(data, Path(folder), HOLDOUT_SHARE)
         score: float | None = None
         error = ""
         try:
@@ -110,8 +111,8 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
             score = run.after[family.primary_metric(base.task)]
         except (OutOfMemory, Interrupted):
             raise
-        except TrainingError as wrong:  # a rate that diverges is a result, the worst
-            error = str(wrong)
+        except TrainingError as diverged:  # a rate that diverges is a result, the worst
+            error = str(diverged)
     shutil.rmtree(out / "runs" / cell.hash, ignore_errors=True)
     seconds = round(time.perf_counter() - began, 2)
     return {"format": FORMAT, "hash": cell.hash, "cell": cell.spec, "score": score, "error": error, "seconds": seconds}
@@ -120,14 +121,13 @@ def attempt(cell: Cell, out: Path) -> dict[str, Any]:
 def main() -> int:
     """Do the task that stands on stdin; returns the exit code."""
     task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    threading.Thread(target=_exit_with_sweep, daemon=True).start()
     out, cell = Path(task["out"]), Cell(task["spec"], task["names"], task["root"])
     trial = "trial" in cell.spec
-    folder = out / "runs" / cell.hash
     began = time.perf_counter()
     try:
-        made = attempt(cell, out) if trial else measure(cell, out, task["chosen"], task["seconds"])
-        files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(made) + "\n")
+        result = run_trial(cell, out) if trial else run_cell(cell, out, task["chosen"], task["seconds"])
+        files.write(out / ("trials" if trial else "cells") / f"{cell.hash}.json", json.dumps(result) + "\n")
         return DONE
     except Stopped as stopped:  # ends as if nothing had held the signal up: the sweep files it, or has ended, too
         signal.raise_signal(stopped.signal)
@@ -137,16 +137,15 @@ def main() -> int:
             return FULL
         if not isinstance(error, VisionpeftError):
             traceback.print_exc()
-        said = failed(cell, error_kind(error), str(error), folder, time.perf_counter() - began)
-        files.write(out / "failed" / f"{cell.hash}.json", json.dumps(said, indent=1) + "\n")
+        file_failure(cell, out, error_kind(error), str(error), time.perf_counter() - began)
         return FAILED
 
 
-def failed(cell: Cell, kind: str, error: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """Return what the file of a cell that failed holds."""
-    log = folder / "log.txt"
-    last = log.read_text(errors="replace").splitlines()[-30:] if log.is_file() else []
-    return {
+def file_failure(cell: Cell, out: Path, kind: str, error: str, seconds: float, started: bool = True) -> None:
+    """Write the file of a cell that failed, with the last lines of its log where it has started."""
+    log = out / "runs" / cell.hash / "log.txt"
+    last = log.read_text(errors="replace").splitlines()[-30:] if started and log.is_file() else []
+    failure: CellFailure = {
         "format": FORMAT,
         "hash": cell.hash,
         "cell": cell.spec,
@@ -156,24 +155,23 @@ def failed(cell: Cell, kind: str, error: str, folder: Path, seconds: float) -> d
         "log": "\n".join(last),
         "seconds": round(seconds, 2),
     }
+    files.write(out / "failed" / f"{cell.hash}.json", json.dumps(failure, indent=1) + "\n")
 
 
 def error_kind(error: Exception) -> str:
     """Return the name that an error is filed under."""
-    said = str(error)
-    if isinstance(error, MemoryError) or "can't allocate memory" in said or "Cannot allocate memory" in said:
-        return "OutOfMemory"
-    return "OutOfMemory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    full = any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+    return "OutOfMemory" if full or isinstance(error, MemoryError | torch.OutOfMemoryError) else type(error).__name__
 
 
-def _opened(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
-    """Return what `train` is to work on."""
+def _load(arguments: Mapping[str, Any]) -> tuple[Family, Base, Data]:
+    """Return the family, the base and the data of a run."""
     family = find_family(arguments["model"])
     base = family.load(arguments["model"], **arguments.get("model_args", {}))
-    return family, base, family.read_data(scenes.find(arguments["data"]), base)
+    return family, base, family.read_data(sources.find(arguments["data"]), base)
 
 
-def _end_with_the_starter() -> None:
+def _exit_with_sweep() -> None:
     sys.stdin.read()
     os._exit(1)
 
@@ -187,15 +185,15 @@ def _epoch_seconds(run: Run, images: int) -> float | None:
     return step * (math.ceil(images / batch) if batch >= 1 else 1)
 
 
-def _epochs(run: Run, images: int, seconds: float) -> int:
-    """Return how many epochs fit into so many seconds, at least one, by a run's own speed."""
+def _epochs_within(seconds: float, run: Run, images: int) -> int:
+    """Return how many epochs of a run's own speed fit into so many seconds, at least one."""
     each = _epoch_seconds(run, images)
     if each is None:
-        raise ConfigError(f"{_PROBE} epochs have one step only, too few to measure its time; give a smaller batch")
+        raise ConfigError(f"{_PROBE_EPOCHS} epochs have one step only, too few to measure its time; give a smaller batch")
     return max(int(seconds / each), 1)
 
 
-def _environment(run: Run) -> dict[str, Any]:
+def _environment(run: Run) -> dict[str, object]:
     cuda = run.arguments["device"] != "cpu" and torch.cuda.is_available()
     return {
         "platform": platform.platform(),
@@ -226,4 +224,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # all is written; at the interpreter's own end, threads of torch's that still run may abort the process
+    os._exit(code)  # at the interpreter's own end, threads of torch's that still run may abort the process

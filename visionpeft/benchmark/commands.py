@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 from ..errors import printable
+from ..helptext import arguments_of
 
 
+@arguments_of("visionpeft.benchmark.sweep", "run")
 def benchmark(
     *,
     out: str,
@@ -25,31 +27,6 @@ def benchmark(
 
     What is in the folder of results already is not run again, so the same command goes on after Ctrl-C or a crash. Without
     --config, the table of what is there. Exits with 1 where a cell of the folder failed.
-
-    Parameters
-    ----------
-    out
-        The folder of results.
-    config
-        A YAML file, or the name of one of visionpeft's: scenes, aerial_airport, road_signs, eurosat, eurosat_vit.
-    root
-        What relative paths in the config are relative to.
-    retry
-        Run those cells again that failed.
-    equal
-        epochs: all cells train as many; time: as many as fit into the time that full fine-tuning trains.
-    retain
-        A data set of the base's own classes, to measure what is forgotten.
-    seed
-        A seed instead of the config's; several: --seed 0 --seed 1.
-    only
-        A regular expression for methods as the table calls them: 'full|lora|lora, budget 2%'.
-    jobs
-        Cells at a time.
-    threads
-        Of each cell; by default $OMP_NUM_THREADS, else the cores shared among the jobs.
-    quiet
-        Show no progress.
     """
     from .comparison import table
     from .results import read
@@ -72,8 +49,9 @@ def benchmark(
         quiet=quiet,
     )
     print(table(cells))
-    failed = read(out, "failed")
-    for one in failed:
-        said = f"{' · '.join(one['names'].values())} · seed {one['cell']['seed']} failed: {one['error']} ({one['hash']})"
-        print(f"visionpeft: {printable(said)}", file=sys.stderr)
-    return 1 if failed else 0
+    failures = read(out, "failed")
+    for failure in failures:
+        label = " · ".join(map(str, failure["names"].values()))
+        sentence = f"{label} · seed {failure['cell']['seed']} failed: {failure['error']} ({failure['hash']})"
+        print(f"visionpeft: {printable(sentence)}", file=sys.stderr)
+    return 1 if failures else 0

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import scenes
+from .. import sources
 from ..config import OPTIONS, RENAMED, TrainConfig
 from ..core.base_model import Base
 from ..errors import ConfigError
 from ..families.base import Family
 from ..methods.base import matches
-from ..scenes.sets import PREFIX
+from ..scenes import PREFIX
 from ..settings import find_family, split_options
 
 AXES = ("model", "data", "method", "freeze", "seed")
@@ -187,7 +187,7 @@ class _Places:
             source = under(self.root, model)
             given = {k: under(self.root, v) for k, v in model_args.items()}
             family = find_family(source)
-            read = [scenes.find(source), *(v for v in given.values() if isinstance(v, str))]
+            read = [sources.find(source), *(v for v in given.values() if isinstance(v, str))]
             digest = hashlib.sha256()
             for file in (Path(f) for f in read if Path(f).is_file()):
                 digest.update(file.read_bytes())
@@ -198,7 +198,7 @@ class _Places:
         """Return the fingerprint of a data set; with `old`, check that the base knows its classes."""
         key = (source, base.source, old)
         if key not in self._data:
-            read = family.read_data(scenes.find(under(self.root, source)), base, allow_download=allow_download)
+            read = family.read_data(sources.find(under(self.root, source)), base, allow_download=allow_download)
             if old:
                 family.check_classes(base.names, read)
             self._data[key] = read.fingerprint

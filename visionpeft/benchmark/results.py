@@ -10,10 +10,9 @@ RESULTS/runs/HASH/          what train() left; nothing here reads it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from .. import schema
 from ..errors import ConfigError
@@ -21,135 +20,166 @@ from ..schema import Malformed
 from .grid import hash_of
 
 FORMAT = 1
-Numbers = Mapping[str, Real | None]
+if TYPE_CHECKING:
+    Count: TypeAlias = int
+    Number: TypeAlias = float
+else:  # a file may hold any number, NaN included
+    Count = Number = Real
+Numbers: TypeAlias = Mapping[str, Number | None]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a cell is; its hash is of this, and of whatever else stands there."""
+class CellSpec(TypedDict):
+    """The definition of a cell. Its hash is of all that stands there, of which this is what tables need."""
 
     model: Any
     data: Any
     seed: int
-    freeze: int | Sequence[int | str]
-    options: Mapping[str, Any]
+    freeze: int | list[int | str]
+    options: Mapping[str, object]
     own: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Names:
-    """What a table calls a cell."""
+class CellNames(TypedDict):
+    """The names of a cell in a table."""
 
     model: str
     data: str
     method: str
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """How many numbers a model has, and how many of them train."""
+class Parameters(TypedDict):
+    """Counts of a model's parameters: all, and those that train in body and head."""
 
-    total: Real
-    body: Real
-    head: Real
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run measured; older ones did not measure all of it."""
-
-    saved_bytes: Real | None = None
-    live_bytes: Real | None = None
-    peak_bytes: Real | None = None
-    peak_measure: str | None = ""
-    step_seconds: Real | None = None
-    cuda: Numbers | None = None
-    state_bytes: Numbers | None = None
-    seconds_by_part: Numbers | None = None
-    saved_by_stage: Numbers | None = None
-    saved_by_cause: Numbers | None = None
+    total: Count
+    body: Count
+    head: Count
 
 
-@dataclass(frozen=True)
-class Ran:
-    """Of ``run.json``, what a row is made of."""
+class Measured(TypedDict, total=False):
+    """Measurements of a run; older ones did not measure all of it."""
 
+    saved_bytes: Count | None
+    live_bytes: Count | None
+    peak_bytes: Count | None
+    peak_measure: str | None
+    step_seconds: Number | None
+    cuda: Numbers | None
+    state_bytes: Numbers | None
+    seconds_by_part: Numbers | None
+    saved_by_stage: Numbers | None
+    saved_by_cause: Numbers | None
+
+
+class _Run(TypedDict):
     after: Numbers
     parameters: Parameters
     measured: Measured
     history: Sequence[Numbers]
-    delta_bytes: Numbers | None
-    before: Numbers | None = None
-    arguments: Mapping[str, Any] | None = None
-    versions: Mapping[str, Any] | None = None
+    delta_bytes: dict[str, Count] | None
 
 
-@dataclass(frozen=True)
-class States:
-    """What a row must say of itself beside its numbers."""
+class RunRecord(_Run, total=False):
+    """The part of ``run.json`` that a row is made of."""
+
+    before: Numbers | None
+    arguments: Mapping[str, object] | None
+    versions: Mapping[str, object] | None
+
+
+class States(TypedDict):
+    """The treatment of batch norm and of the head, and the level of lean training."""
 
     bn: str
     head: str
     lean: str
 
 
-@dataclass(frozen=True)
-class Retained:
-    """What is left of the old classes."""
-
-    before: Real
-    after: Real
-    per_class: Mapping[str, tuple[Real, Real]] | None = None
+class _Retained(TypedDict):
+    before: Number
+    after: Number
 
 
-@dataclass(frozen=True)
-class Done:
-    """A cell that is done."""
+class Retained(_Retained, total=False):
+    """Scores on the old classes, before and after."""
 
-    cell: Spec
-    names: Names
+    per_class: Mapping[str, tuple[Number, Number]] | None
+    metric: str
+    data: str
+
+
+class _Result(TypedDict):
+    cell: CellSpec
+    names: CellNames
     score: str
-    run: Ran
+    run: RunRecord
     states: States
     evidence: Mapping[str, str] | None
-    seconds: Real
+    seconds: Number
     format: int
     hash: str
-    task: str | None = ""
-    retained: Retained | None = None
-    pictures: Mapping[str, Sequence[str] | None] | None = None
-    command: str | None = ""
-    environment: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A cell that failed."""
+class Pictures(TypedDict, total=False):
+    """JPEGs of validation images in base64, with their labels and with predictions."""
 
-    cell: Mapping[str, Any]
-    names: Mapping[str, Any]
+    labels: Sequence[str] | None
+    after: Sequence[str] | None
+
+
+class CellResult(_Result, total=False):
+    """The file of a cell that is done."""
+
+    task: str | None
+    retained: Retained | None
+    pictures: Pictures | None
+    command: str | None
+    environment: Mapping[str, object] | None
+    chosen: Any
+    interval: Any
+    train_seconds: Any
+
+
+class _Failure(TypedDict):
+    cell: Mapping[str, object]
+    names: Mapping[str, object]
     error: str
     kind: str
     format: int
     hash: str
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A run that chose an option."""
+class CellFailure(_Failure, total=False):
+    """The file of a cell that failed."""
 
-    cell: Mapping[str, Any]
-    score: Real | None
-    seconds: Real
+    log: Any
+    seconds: Any
+
+
+class _Trial(TypedDict):
+    cell: Mapping[str, object]
+    score: Number | None
+    seconds: Number
     format: int
     hash: str
 
 
-_KINDS: dict[str, type] = {"cells": Done, "failed": Failed, "trials": Trial}
+class TrialResult(_Trial, total=False):
+    """The file of a run that chose an option."""
+
+    error: Any
 
 
-def read(out: str | Path, kind: str = "cells") -> list[dict[str, Any]]:
-    """Return what a folder of results holds, in the order of the files' names.
+_KINDS: dict[str, type] = {"cells": CellResult, "failed": CellFailure, "trials": TrialResult}
+
+
+@overload
+def read(out: str | Path, kind: Literal["cells"] = "cells") -> list[CellResult]: ...
+@overload
+def read(out: str | Path, kind: Literal["failed"]) -> list[CellFailure]: ...
+@overload
+def read(out: str | Path, kind: str) -> list[Any]: ...
+def read(out: str | Path, kind: str = "cells") -> list[Any]:
+    """Return the contents of a folder of results, in the order of the files' names.
 
     Args:
         out: The folder.
@@ -163,7 +193,7 @@ def read(out: str | Path, kind: str = "cells") -> list[dict[str, Any]]:
     return [load(file, kind) for file in sorted((Path(out) / kind).glob("*.json")) if not file.name.startswith(".")]
 
 
-def load(file: Path, kind: str) -> dict[str, Any]:
+def load(file: Path, kind: str) -> Any:
     """Return one file's content.
 
     Raises:

@@ -1,5 +1,14 @@
 """Data sets: checked before training, and converted to Ultralytics' format."""
 
-from .. import _lazy
+from typing import Any
 
-__getattr__, __dir__, __all__ = _lazy.attach(__name__)
+from .. import _lazy, deprecation
+
+_get, __dir__, __all__ = _lazy.attach(__name__)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Report":
+        deprecation.warn("visionpeft.data.Report", "visionpeft.data.CheckReport")
+        name = "CheckReport"
+    return _get(name)

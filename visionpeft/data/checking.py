@@ -1,6 +1,6 @@
-"""The check of a data set: every file read, every row judged, every picture compared.
+"""The check of a data set: every file is read, every row parsed, every picture compared.
 
-What Ultralytics would leave out or read wrongly without a word that one sees is a problem; what it copes with is a note.
+A problem is what Ultralytics would leave out or read wrongly without a word that one sees; a note is what it copes with.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..process import untouched
-from .layout import TASKS, Layout, class_of, composed, is_image, label_of, read_layout
-from .pictures import Picture, copies, look_all
-from .report import Finding, Report, Split, Tally
-from .rows import Fault, Row, guess_task, known_task, lengths, make_row, read_lines, sticks_out
-from .sheet import Tile, draw_sheet, pick
+from .label_rows import LabelRow, RowFault, guess_task, parse_row, read_rows, sticks_out
+from .layout import TASKS, Layout, class_of, composed, is_image, label_file, read_layout
+from .pictures import ImageFacts, find_copies, inspect_images
+from .report import CheckReport, Finding, Split, Tally
+from .sheet import Tile, choose_tiles, draw_sheet
 
 _TINY = 8  # pixels: the stride of the finest map that YOLO's heads look at
 KINDS = {  # kind: (is a problem, title, advice)
@@ -51,14 +51,15 @@ KINDS = {  # kind: (is a problem, title, advice)
 
 
 @untouched()
-def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet: str | Path | None = None) -> Report:
+def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet: str | Path | None = None) -> CheckReport:
     """Check a data set for what spoils training or measuring.
 
     Args:
-        path: A data YAML (Ultralytics' format), the name of one that Ultralytics ships, or a folder with train/CLASS.
-        task: detect, segment, pose or obb; by default told from ``kpt_shape`` and the rows.
-        imgsz: Object sizes are given for images of this size.
-        sheet: Write a contact sheet to this image file: train and val images with their labels drawn.
+        path: A data YAML, the name of one that Ultralytics ships, or a folder with train/CLASS and val/CLASS.
+        task: detect, segment, pose or obb; by default told from kpt_shape and the rows. Where all rows have nine numbers,
+            they are taken for oriented boxes.
+        imgsz: Object sizes are given for images of this size; by default 640.
+        sheet: Write a contact sheet to this file (.png, .jpg): train and val images with their labels drawn.
 
     Returns:
         Counts and findings.
@@ -70,16 +71,18 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
     if imgsz < 32:
         raise ConfigError(f"imgsz={imgsz} is no image size; give 32 or more")
     layout = read_layout(path)
-    known_task(task, ("classify",) if layout.classify else TASKS[:-1])
-    pictures = look_all(f for images in layout.splits.values() for f in images)
+    tasks = ("classify",) if layout.classify else TASKS[:-1]
+    if task not in (None, *tasks):
+        raise DataError(f"task={task} is not known here; give one of {', '.join(tasks)}, or leave it out")
+    pictures = inspect_images(f for images in layout.splits.values() for f in images)
     notes = Tally()
     for file, picture in pictures.items():
         if picture.fault:
-            notes.add("unreadable", f"{layout.short(file)}: {picture.fault}")
+            notes.add("unreadable", f"{layout.relative(file)}: {picture.fault}")
         if picture.highest is not None:
-            notes.add("deep", f"{layout.short(file)}: up to {picture.highest}, which becomes {picture.highest >> 8}")
+            notes.add("deep", f"{layout.relative(file)}: up to {picture.highest}, which becomes {picture.highest >> 8}")
     for file in layout.others:
-        notes.add("other format", layout.short(file))
+        notes.add("other format", layout.relative(file))
     for part in sorted({"train", "val"} - set(layout.splits)):
         notes.add("split", part)
     for name, count in Counter(layout.names.values()).items():
@@ -97,19 +100,19 @@ def check(path: str | Path, task: str | None = None, *, imgsz: int = 640, sheet:
         _orphans(layout, notes)
     _compare_classes(layout.names, splits, notes)
     _compare_pictures(layout, pictures, notes)
-    drawn = str(draw_sheet(sheet, pick(tiles), layout.names)) if sheet else None
+    drawn = str(draw_sheet(sheet, choose_tiles(tiles), layout.names)) if sheet else None
     findings = tuple(
         Finding(kind, title, problem, notes.counts[kind], advice, tuple(notes.examples[kind]))
         for kind, (problem, title, advice) in KINDS.items()  # problems first
         if notes.counts[kind]
     )
-    return Report(layout.source, task, layout.names, splits, findings, imgsz, _TINY, drawn)
+    return CheckReport(layout.source, task, layout.names, splits, findings, imgsz, _TINY, drawn)
 
 
 Tiles = dict[str, list[Tile]]
 
 
-def _count_folders(layout: Layout, pictures: Mapping[Path, Picture]) -> tuple[dict[str, Split], Tiles]:
+def _count_folders(layout: Layout, pictures: Mapping[Path, ImageFacts]) -> tuple[dict[str, Split], Tiles]:
     splits, tiles = {}, {}
     numbers = {name: i for i, name in layout.names.items()}
     for part, images in layout.splits.items():
@@ -122,61 +125,66 @@ def _count_folders(layout: Layout, pictures: Mapping[Path, Picture]) -> tuple[di
 
 
 def _count_rows(
-    layout: Layout, pictures: Mapping[Path, Picture], task: str | None, imgsz: int, notes: Tally
+    layout: Layout, pictures: Mapping[Path, ImageFacts], task: str | None, imgsz: int, notes: Tally
 ) -> tuple[dict[str, Split], str, Tiles]:
-    files = {f: label_of(f) for f in pictures}
-    read = {label: read_lines(label) for label in files.values() if os.path.isfile(label)}
-    for label, count in Counter(files.values()).items():
+    labels = {file: label_file(file) for file in pictures}
+    read = {label: read_rows(label) for label in labels.values() if os.path.isfile(label)}
+    for label, count in Counter(labels.values()).items():
         if count > 1 and label in read:
-            owners = ", ".join(f.name for f in files if files[f] == label)
-            notes.add("shared", f"{layout.short(label)}: {owners}")
+            owners = ", ".join(f.name for f in labels if labels[f] == label)
+            notes.add("shared", f"{layout.relative(label)}: {owners}")
     if task is None:
-        task = guess_task(lengths(rows for rows, _ in read.values()), layout.kpt_shape)
+        task = guess_task((rows for rows, _ in read.values()), layout.kpt_shape)
     if task == "pose" and layout.kpt_shape is None:
         raise ConfigError(f"task=pose needs 'kpt_shape: [keypoints, 3]' in {layout.source}; add it, or give another task")
-    made: dict[Path, list[Row]] = {}
-    cut = 5 + math.prod(layout.kpt_shape) if layout.kpt_shape and task != "pose" else None
-    for label, (numbers, faults) in read.items():
-        if cut:  # of a pose, Ultralytics takes the box
-            numbers = {line: values[:5] if len(values) == cut else values for line, values in numbers.items()}
-        name = layout.short(label)
-        counts = {len(values) for values in numbers.values()}
-        if task in ("detect", "segment", "obb") and 5 in counts and max(counts) > 6:
-            notes.add("mixed", name)
-        rows, seen = [], set()
-        for line, values in numbers.items():
-            row = make_row(values, line, task, len(layout.names), layout.kpt_shape)
-            if isinstance(row, Fault):
-                faults.append(row)
-            elif tuple(values) in seen:
-                notes.add("duplicate row", f"{name}:{line}")
-            else:
-                rows.append(row)
-                if sticks_out(row):
-                    notes.add("sticks out", f"{name}:{line}")
-            seen.add(tuple(values))
-        for fault in sorted(faults, key=lambda f: f.line):
-            notes.add(fault.kind, f"{name}:{fault.line}: {fault.words}")
-        made[label] = rows
+    parsed = {label: _parse(layout, label, numbers, faults, task, notes) for label, (numbers, faults) in read.items()}
     splits, tiles = {}, {}
     for part, images in layout.splits.items():
-        splits[part] = _split(layout, pictures, {f: made.get(files[f]) for f in images}, read, imgsz)
-        tiles[part] = [Tile(f, part, tuple(made.get(files[f], ()))) for f in images if not pictures[f].fault]
+        splits[part] = _split(layout, pictures, {f: parsed.get(labels[f]) for f in images}, read, imgsz)
+        tiles[part] = [Tile(f, part, tuple(parsed.get(labels[f], ()))) for f in images if not pictures[f].fault]
         if not splits[part].objects:
             notes.add("no labels", part)
             continue
         for image in images:
-            if files[image] not in read:
-                notes.add("unlabelled", layout.short(image))
+            if labels[image] not in read:
+                notes.add("unlabelled", layout.relative(image))
         if splits[part].tiny >= 0.1:
             notes.add("tiny", f"{part}: {splits[part].tiny:.0%}")
     return splits, task, tiles
 
 
+def _parse(
+    layout: Layout, label: Path, numbers: dict[int, list[float]], faults: list[RowFault], task: str, notes: Tally
+) -> list[LabelRow]:
+    """Return the objects of a label file, and note its faults."""
+    name = layout.relative(label)
+    if layout.kpt_shape and task != "pose":  # of a pose, Ultralytics takes the box
+        length = 5 + math.prod(layout.kpt_shape)
+        numbers = {line: values[:5] if len(values) == length else values for line, values in numbers.items()}
+    lengths = {len(values) for values in numbers.values()}
+    if task in ("detect", "segment", "obb") and 5 in lengths and max(lengths) > 6:
+        notes.add("mixed", name)
+    rows, seen, faults = [], set(), list(faults)
+    for line, values in numbers.items():
+        row = parse_row(values, line, task, len(layout.names), layout.kpt_shape)
+        if isinstance(row, RowFault):
+            faults.append(row)
+        elif tuple(values) in seen:
+            notes.add("duplicate row", f"{name}:{line}")
+        else:
+            rows.append(row)
+            if sticks_out(row):
+                notes.add("sticks out", f"{name}:{line}")
+        seen.add(tuple(values))
+    for fault in sorted(faults, key=lambda f: f.line):
+        notes.add(fault.kind, f"{name}:{fault.line}: {fault.reason}")
+    return rows
+
+
 def _split(
     layout: Layout,
-    pictures: Mapping[Path, Picture],
-    labelled: Mapping[Path, list[Row] | None],
+    pictures: Mapping[Path, ImageFacts],
+    labelled: Mapping[Path, list[LabelRow] | None],
     read: Mapping[Path, tuple],
     imgsz: int,
 ) -> Split:
@@ -193,7 +201,7 @@ def _split(
     return Split(
         images=len(labelled),
         objects=len(sides),
-        background=sum(rows is not None and not any(read[label_of(f)]) for f, rows in labelled.items()),
+        background=sum(rows is not None and not any(read[label_file(f)]) for f, rows in labelled.items()),
         unlabelled=sum(rows is None for rows in labelled.values()),
         sizes=_sizes(pictures, labelled),
         classes=classes,
@@ -202,24 +210,24 @@ def _split(
     )
 
 
-def _sizes(pictures: Mapping[Path, Picture], files: Mapping[Path, object] | list[Path]) -> tuple[tuple[int, int], ...]:
+def _sizes(pictures: Mapping[Path, ImageFacts], files: Mapping[Path, object] | list[Path]) -> tuple[tuple[int, int], ...]:
     """Return the smallest, median and largest size by area."""
     sizes = sorted((s for f in files if (s := pictures[f].size)), key=math.prod)
     return (sizes[0], sizes[len(sizes) // 2], sizes[-1]) if sizes else ()
 
 
 def _orphans(layout: Layout, notes: Tally) -> None:
-    """Find label files that no image belongs to: also none that another split, or none, would use."""
+    """Note the label files beside those in use to which no image belongs, of any split or none."""
     folders: dict[Path, Path] = {}
     for images in layout.splits.values():
-        folders.update((label_of(f).parent, f.parent) for f in images)
+        folders.update((label_file(f).parent, f.parent) for f in images)
     for labels, folder in sorted(folders.items()):
         if labels == folder or not labels.is_dir() or not folder.is_dir():
             continue
         stems = {f.stem for f in folder.iterdir() if is_image(f)}
         for file in sorted(labels.glob("*.txt")):
             if file.stem not in stems and file.name != "classes.txt":  # which labelImg writes
-                notes.add("orphan", layout.short(file))
+                notes.add("orphan", layout.relative(file))
 
 
 def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], notes: Tally) -> None:
@@ -232,15 +240,15 @@ def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], note
                 notes.add("no train", f"{name}: {split.classes[name]} in {part}")
 
 
-def _compare_pictures(layout: Layout, pictures: Mapping[Path, Picture], notes: Tally) -> None:
+def _compare_pictures(layout: Layout, pictures: Mapping[Path, ImageFacts], notes: Tally) -> None:
     files = [(f, i) for i, images in enumerate(layout.splits.values()) for f in images]
     seen = [pictures[f] for f, _ in files]
-    within, across = copies(seen, [i for _, i in files])
+    within, across = find_copies(seen, [i for _, i in files])
     for found, exact, near in ((within, "copy", "near copy"), (across, "leak", "near leak")):
         for here, there in sorted(found.items()):
             one, other = files[here][0], files[there][0]
             same = seen[here].digest == seen[there].digest
-            pair = f"{layout.short(one)} = {layout.short(other)}" if one != other else f"{layout.short(one)}, the same file"
+            pair = layout.relative(one) + (f" = {layout.relative(other)}" if one != other else ", the same file")
             notes.add(exact if same else near, pair)
             if layout.classify and same and class_of(layout.root, one) != class_of(layout.root, other):
                 notes.add("conflict", pair)

@@ -21,28 +21,28 @@ import yaml
 from .. import tables
 from ..errors import ConfigError, DataError, printable
 from ..process import untouched
-from .formats.base import FORMATS, Entry, Request, Source
+from .formats.base import FORMATS, Request, Sample, Source
 from .layout import SPLITS
 from .naming import order_classes
-from .report import Tally, listed, watched
-from .writing import Writer
+from .report import Tally, counted_lines, with_progress
+from .writing import SampleWriter
 
 _MARK = "# Made by visionpeft data convert"  # what may be replaced
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written; ``print`` it or take `to_dict()`.
+    """The result of a conversion; ``print`` it or take `to_dict()`.
 
     Attributes:
         data: The data YAML, for `train` and `check`.
-        format: What was read.
-        task: What the labels are for.
+        format: The format that was read.
+        task: The task that the labels are for.
         names: Classes by index.
-        images: Per split.
-        objects: Per split and class.
-        left: What was left out, and why: a count, and the first few.
-        changed: What was changed: boxes clipped, images copied where they could not be linked, ...
+        images: Count per split.
+        objects: Count per split and class.
+        left: Images and objects left out: by reason a count, and the first few.
+        changed: Changes, such as boxes that were clipped, images that were copied as they could not be linked: the same.
     """
 
     data: str
@@ -55,7 +55,7 @@ class Conversion:
     changed: dict[str, tuple[int, tuple[str, ...]]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold."""
+        """Return all of it as plain JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Conversion:
         title = f"{self.format} to {self.task}, {len(self.names)} class{'es' * (len(self.names) != 1)}"
         parts = [tables.text(title, ("split", "images", "objects"), rows, 80, (1, 2))]
         for heading, found in (("left out:", self.left), ("changed:", self.changed)):
-            lines = [line for what, (n, examples) in found.items() for line in listed(what, n, examples)]
+            lines = [line for what, (n, examples) in found.items() for line in counted_lines(what, n, examples)]
             parts += ["\n".join([heading, *lines])] if lines else []
         return "\n\n".join([*parts, f"data: {printable(self.data)}"])
 
@@ -88,22 +88,22 @@ def convert(
 
     Args:
         source: A COCO JSON, or the folder of a COCO, Pascal VOC, KITTI or DOTA set.
-        out: The folder to make.
+        out: The folder to make: whole at the end, or absent.
         format: coco, voc, kitti or dota; by default told from the files.
-        images: Where the images are, if not where the format keeps them.
-        annotations: The file or folder of annotations, where `source` holds several.
+        images: The folder of the images, if they are not where the format keeps them.
+        annotations: The file or folder of annotations, where the source holds several.
         task: detect, segment, pose or obb; by default what the annotations hold.
-        val: Share of images that goes to val where the source has no val split. It is chosen by a hash of each image's
-            name, so it is the same every time, and stays when images are added.
-        names: Classes in the order wanted, or a data YAML that names them, or the name of a packaged one (dior, ...).
+        val: Share of images for val, where the source has no val; by default 0.2. Chosen by a hash of the file name, so it
+            is the same every time, and stays when images are added.
+        names: Classes in the order wanted: car,bus,... or a data YAML, or a packaged one's name: dior, dota-v2, ai-tod, ...
             Others are left out; case, spaces and marks do not count. By default the source's.
         without: Classes to leave out.
-        difficult: Keep objects that VOC or DOTA marks as difficult.
-        copy: Copy images; by default they are hard links, which take no space.
-        exist_ok: Replace `out` if an earlier conversion made it.
+        difficult: Keep objects that Pascal VOC or DOTA marks as difficult.
+        copy: Copy the images; by default they are hard links, which take no space.
+        exist_ok: Replace a folder that an earlier conversion made.
 
     Returns:
-        What was written, left out and changed.
+        Counts of all that was written, left out and changed.
 
     Raises:
         DataError: The source is missing, not understood, or holds nothing that can be used.
@@ -111,35 +111,31 @@ def convert(
     """
     if not 0 < val < 1:
         raise ConfigError(f"val={val} is no share; give a number between 0 and 1, such as 0.2")
-    request = Request(
-        _there(source, "source"), _there(images, "images", folder=True), _there(annotations, "annotations"), task, difficult
-    )
+    places = _existing(source, "source"), _existing(images, "images", folder=True), _existing(annotations, "annotations")
+    request = Request(*places, task, difficult)
     out = Path(out)
     _refuse_taken(out, request.root, exist_ok)
-    name = format or _guess(request.root)
+    name = format or _detect_format(request.root)
     read = FORMATS[name].read(request)
     if task is not None and task not in read.tasks:
         raise ConfigError(f"task={task} cannot be made of this {name} set; it holds {', '.join(read.tasks)}")
     task = task or read.tasks[0]
     order, numbers, dropped = order_classes(read.names, names, without)
-    writer = Writer(task, numbers, dropped, read.left, read.changed, copy)
-    claims = Counter(e.file for e in read.entries)
-    for entry in read.entries:
-        if claims[entry.file] > 1:  # which of them are its objects?
-            read.left.add("annotation of an image that another annotates, too", f"{entry.name} ({entry.file.name})")
-    entries = [e for e in read.entries if claims[e.file] == 1]
-    counts: dict[str, Counter[str]] = {}
+    writer = SampleWriter(task, numbers, dropped, read.skipped, read.changed, copy)
+    objects: dict[str, Counter[str]] = {}
     written: Counter[str] = Counter()
+    samples = list(assign_splits(_unshared(read), val, read.changed))
     with _staged(out) as folder:
-        for entry in watched(with_splits(entries, val, writer.changed), "converting", len(entries)):
-            if (objects := writer.write(entry, folder)) is not None:
-                counts.setdefault(entry.split, Counter()).update(order[i] for i in objects)
-                written[entry.split] += 1
-        if not sum(map(len, counts.values())):
-            raise DataError(f"{source} has no object that can be used: {_sums(writer.left)}")
-        if lacking := {"train", "val"} - set(counts):
-            raise DataError(f"{source} has no usable image for {lacking.pop()}: {_sums(writer.left)}; give more images")
-        parts = [p for p in SPLITS if p in counts]
+        for sample in with_progress(samples, "converting", len(samples)):
+            if (classes := writer.write(sample, folder)) is not None:
+                objects.setdefault(sample.split, Counter()).update(order[i] for i in classes)
+                written[sample.split] += 1
+        reasons = read.skipped.summary() or "it has no objects"
+        if not any(objects.values()):
+            raise DataError(f"{source} has no object that can be used: {reasons}")
+        if lacking := {"train", "val"} - set(objects):
+            raise DataError(f"{source} has no usable image for {lacking.pop()}: {reasons}; give more images")
+        parts = [p for p in SPLITS if p in objects]
         (folder / "data.yaml").write_text(_yaml(request.root, name, parts, order, task, read), encoding="utf-8")
     return Conversion(
         str(out / "data.yaml"),
@@ -147,40 +143,53 @@ def convert(
         task,
         dict(enumerate(order)),
         {p: written[p] for p in parts},
-        {p: dict(counts[p]) for p in parts},
-        _found(writer.left),
-        _found(writer.changed),
+        {p: dict(objects[p]) for p in parts},
+        read.skipped.to_dict(),
+        read.changed.to_dict(),
     )
 
 
-def with_splits(entries: Sequence[Entry], val: float, changed: Tally) -> Iterator[Entry]:
-    """Give every entry train, val or test. Where the source does not have both train and val, all but test is split anew.
+def _unshared(source: Source) -> list[Sample]:
+    """Return the samples but those whose image another annotates, too: nobody knows which are its objects."""
+    claims = Counter(sample.file for sample in source.samples)
+    for sample in source.samples:
+        if claims[sample.file] > 1:
+            source.skipped.add("annotation of an image that another annotates, too", f"{sample.name} ({sample.file.name})")
+    return [sample for sample in source.samples if claims[sample.file] == 1]
+
+
+def assign_splits(samples: Sequence[Sample], val: float, changed: Tally) -> Iterator[Sample]:
+    """Give every sample train, val or test. Where the source does not have both train and val, all but test is split anew.
 
     An image goes to val where the SHA-1 of its name, as a share of all, is below `val`; where that leaves one of the two
     empty, the nearest image goes there.
     """
-    parts = {e.split for e in entries}
+    parts = {s.split for s in samples}
     if "val" in parts and parts & {"train", ""}:
-        yield from (replace(e, split=e.split or "train") for e in entries)
+        yield from (replace(s, split=s.split or "train") for s in samples)
         return
     loose = parts - {"test"} or parts
-    shares = {i: _share(e.name) for i, e in enumerate(entries) if e.split in loose}
+    shares = {i: _share(s.name) for i, s in enumerate(samples) if s.split in loose}
     order = sorted(shares, key=lambda i: (shares[i], i))
     count = sum(share < val for share in shares.values())
     if len(order) > 1:
         count = min(max(count, 1), len(order) - 1)
     chosen = set(order[:count])
     changed.add(f"image put into train or val by the hash of its name ({count:,} into val)", count=len(order))
-    for i, entry in enumerate(entries):
-        yield replace(entry, split="val" if i in chosen else "train") if i in shares else entry
+    for i, sample in enumerate(samples):
+        yield replace(sample, split="val" if i in chosen else "train") if i in shares else sample
 
 
 def _share(name: str) -> float:
     return int(hashlib.sha1(os.fsencode(name)).hexdigest(), 16) / 16**40
 
 
-def _there(place: str | Path | None, what: str, folder: bool = False) -> Any:
-    """Return a path that was given, if it is there."""
+def _existing(place: str | Path | None, what: str, folder: bool = False) -> Any:
+    """Return a path that was given, or None.
+
+    Raises:
+        DataError: It is not there.
+    """
     if place is None:
         return None
     path = Path(place)
@@ -189,7 +198,7 @@ def _there(place: str | Path | None, what: str, folder: bool = False) -> Any:
     return path
 
 
-def _guess(root: Path) -> str:
+def _detect_format(root: Path) -> str:
     fits = [name for name, form in FORMATS.items() if form.fits(root)]
     if len(fits) != 1:
         found = f"looks like {' and '.join(fits)}" if fits else f"looks like none of {', '.join(FORMATS)}"
@@ -199,7 +208,7 @@ def _guess(root: Path) -> str:
 
 def _yaml(root: Path, format: str, parts: list[str], order: list[str], task: str, read: Source) -> str:
     """Return the data YAML. It has no path: folders resolve beside it, wherever it is moved."""
-    values: dict[str, Any] = {p: f"images/{p}" for p in parts}
+    values: dict[str, object] = {p: f"images/{p}" for p in parts}
     if task == "pose":
         points = list(read.keypoints)
         values["kpt_shape"] = [len(points), 3]
@@ -234,7 +243,7 @@ def _refuse_taken(out: Path, root: Path, exist_ok: bool) -> None:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """Give a folder that becomes `out` if all goes well, and disappears if not."""
+    """Yield a folder that becomes `out` if all goes well, and disappears if not."""
     stage = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -253,11 +262,3 @@ def _staged(out: Path) -> Iterator[Path]:
             if not out.exists() and (stage / "old").exists():
                 (stage / "old").rename(out)
             shutil.rmtree(stage, ignore_errors=True)
-
-
-def _found(tally: Tally) -> dict[str, tuple[int, tuple[str, ...]]]:
-    return {kind: (n, tuple(tally.examples[kind])) for kind, n in tally.counts.items()}
-
-
-def _sums(tally: Tally) -> str:
-    return ", ".join(f"{n} x {kind}" for kind, n in tally.counts.items()) or "it has no objects"

@@ -1,4 +1,4 @@
-"""Where the images and labels of a set lie: a data YAML as Ultralytics reads it, or a folder with a folder per class."""
+"""The layout of a set on disk: images and labels of a data YAML as Ultralytics reads it, or a folder with one per class."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ SUFFIXES = frozenset("avif bmp dng heic heif jp2 jpeg jpg mpo png tif tiff webp"
 _OTHERS = frozenset("gif j2k jfif jpe jpx jxl pbm pgm pnm ppm tga".split())  # pictures, too, but not to Ultralytics
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}  # folders a split may be called
-_MOST = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
+_MAX_CLASSES = 100_000  # classes; a larger nc is a slip, and so many names would not fit in memory
+Yaml = dict[str, Any]  # a data YAML's values, checked where they are used
 _KEYS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}  # what a data YAML may call it
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A set's files.
+    """The files of a set.
 
     Attributes:
-        source: What was given.
+        source: The set's name, as it was given.
         root: The folder that files are named relative to.
         names: Classes by index.
         splits: Image files of train, val and test, where there are any.
@@ -48,13 +49,13 @@ class Layout:
     kpt_shape: tuple[int, int] | None = None
     classify: bool = False
 
-    def short(self, file: Path) -> str:
+    def relative(self, file: Path) -> str:
         """Return a file's name for people: relative to the root where it is below it."""
         return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
 
 
 def read_layout(source: str | Path) -> Layout:
-    """Find a set's images.
+    """Return the layout of a set.
 
     Args:
         source: A data YAML, the name of one that Ultralytics ships, a folder that holds one, or a folder with train/CLASS.
@@ -79,10 +80,10 @@ def _read(path: Path, source: str) -> Layout:
         raise DataError(
             f"{source} is neither a data YAML nor a folder; give a .yaml, or a folder with train/CLASS and val/CLASS"
         )
-    return _read_yaml(path if path.is_file() else _shipped(path), source)
+    return _read_yaml(path if path.is_file() else _shipped_yaml(path), source)
 
 
-def label_of(image: Path) -> Path:
+def label_file(image: Path) -> Path:
     """Return where Ultralytics looks for an image's labels: the last folder `images` is called `labels`."""
     here, there = f"{os.sep}images{os.sep}", f"{os.sep}labels{os.sep}"
     return Path(there.join(str(image).rsplit(here, 1))).with_suffix(".txt")
@@ -108,7 +109,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _shipped(path: Path) -> Path:
+def _shipped_yaml(path: Path) -> Path:
     """Return the data YAML of that name that Ultralytics ships."""
     shipped = {f.name: f for family in FAMILIES.values() if family.data_yamls for f in family.data_yamls.glob("*.yaml")}
     if path.name != str(path) or path.name not in shipped:
@@ -131,8 +132,8 @@ def _read_yaml(path: Path, source: str) -> Layout:
     return Layout(source, root, _names(values, path), splits, tuple(sorted(others)), _kpt_shape(values, path))
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """Return what a data YAML holds.
+def read_values(path: Path) -> Yaml:
+    """Return the values of a data YAML.
 
     Raises:
         DataError: It is no YAML, or a value holds letters that are not UTF-8: Ultralytics would drop them without a word.
@@ -141,7 +142,7 @@ def read_values(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
         wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if wide else "utf-8-sig", errors="replace")
-        values, twice = read_yaml(text), _twice(yaml.compose(text, yaml.SafeLoader))
+        values, twice = read_yaml(text), _duplicate_key(yaml.compose(text, yaml.SafeLoader))
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable YAML ({' '.join(str(error).split())})") from error
     if twice:
@@ -151,12 +152,12 @@ def read_values(path: Path) -> dict[str, Any]:
     return {k: None if v == "None" else v for k, v in values.items()} if isinstance(values, dict) else {}
 
 
-def _twice(node: Any) -> str:
-    """Return what a YAML, or the mapping of its names, says twice, or ""."""
+def _duplicate_key(node: Any) -> str:
+    """Return the first key that a YAML, or the mapping of its names, holds twice, or ""."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     keys = [str(key.value) for key, _ in pairs]
     inner = next((value for key, value in pairs if key.value == "names"), None)
-    return next((key for key in keys if keys.count(key) > 1), "") or (_twice(inner) if inner else "")
+    return next((key for key in keys if keys.count(key) > 1), "") or (_duplicate_key(inner) if inner else "")
 
 
 def _not_utf8(values: Any, wide: bool) -> str:
@@ -177,7 +178,7 @@ def read_names(path: Path) -> dict[int, str]:
     return _names(read_values(path), path)
 
 
-def _root(path: Path, values: dict[str, Any]) -> Path:
+def _root(path: Path, values: Yaml) -> Path:
     """Return the folder that a data YAML's places are relative to, by Ultralytics' rules."""
     given = values.get("path")
     if given is not None and not isinstance(given, str):
@@ -188,7 +189,7 @@ def _root(path: Path, values: dict[str, Any]) -> Path:
     return root.resolve()
 
 
-def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
+def _names(values: Yaml, path: Path) -> dict[int, str]:
     names = values.get("names")
     try:  # numbers may be written as text
         count = int(str(values["nc"]).removesuffix(".0")) if "nc" in values else None
@@ -198,7 +199,7 @@ def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
         ) from None
     try:
         if names is None:
-            names = [f"class_{i}" for i in range(min(count or 0, _MOST))]
+            names = [f"class_{i}" for i in range(min(count or 0, _MAX_CLASSES))]
         names = {int(k): str(v) for k, v in (enumerate(names) if isinstance(names, list) else names.items())}
     except (ValueError, TypeError, AttributeError):
         names = {}
@@ -209,7 +210,7 @@ def _names(values: dict[str, Any], path: Path) -> dict[int, str]:
     return {i: names[i] for i in range(len(names))}
 
 
-def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
+def _kpt_shape(values: Yaml, path: Path) -> tuple[int, int] | None:
     shape = values.get("kpt_shape")
     if shape is None:
         return None
@@ -218,7 +219,7 @@ def _kpt_shape(values: dict[str, Any], path: Path) -> tuple[int, int] | None:
     return shape[0], shape[1]
 
 
-def listed(file: Path) -> list[str]:
+def listed_images(file: Path) -> list[str]:
     """Return the images that a text file lists, by Ultralytics' rules: ./ is its folder, and a comment, or a line that does
     not end as an image does, is no entry. Blanks around a name count.
 
@@ -247,7 +248,7 @@ def _images(root: Path, given: Any, part: str, source: str) -> tuple[list[Path],
             images, more = find_images(path)
             found, others = found + images, others + more
         elif path.is_file():
-            found += map(Path, listed(path))
+            found += map(Path, listed_images(path))
         else:
             raise DataError(f"the {part} images of {source} are not at {path}; correct '{part}:' or 'path:' in the YAML")
     if not found:

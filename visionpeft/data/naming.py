@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, nearest
-from .formats.base import plain
+from ..sources import packaged
+from .formats.base import letters_of
 from .layout import read_names
 
 
@@ -17,8 +18,8 @@ def order_classes(
 
     Args:
         found: The source's.
-        names: Those wanted, in order: a list, text with commas, a data YAML, or the name of a packaged one; None for all.
-        without: Those to leave out.
+        names: The classes wanted, in order: a list, text with commas, a data YAML or the name of a packaged one; None: all.
+        without: The classes to leave out.
 
     Returns:
         Their names in order; the index of each class of the source that is written; and those left out on request.
@@ -44,13 +45,13 @@ def _match(name: str, names: Sequence[str]) -> str | None:
     """Return the name among `names`: itself, or the only one that is the same but for case, spaces and marks."""
     if name in names:
         return name
-    same = [n for n in names if plain(n) == plain(name) != ""]
+    same = [n for n in names if letters_of(n) == letters_of(name) != ""]
     return same[0] if len(same) == 1 else None
 
 
 def _named(names: Sequence[str] | str | Path) -> list[str]:
     """Return class names from a list, from text with commas, from a data YAML, or from a packaged one by its name."""
-    if isinstance(names, str) and (own := packaged()).get(names):
+    if isinstance(names, str) and (own := packaged("datasets")).get(names):
         names = own[names]
     if isinstance(names, str | Path) and Path(names).suffix in (".yaml", ".yml"):
         return list(read_names(Path(names)).values())
@@ -59,10 +60,3 @@ def _named(names: Sequence[str] | str | Path) -> list[str]:
     if not kept:
         raise ConfigError(f"names={names} names no classes; give car,bus,..., or a data YAML")
     return kept
-
-
-def packaged() -> dict[str, Path]:
-    """Return the data YAMLs that come with visionpeft, by name."""
-    here = Path(__file__).parents[1] / "datasets"
-    folder = here if here.is_dir() else Path(__file__).parents[2] / "datasets"  # in a checkout
-    return {f.stem: f for f in sorted(folder.glob("*.yaml"))}

@@ -1,4 +1,4 @@
-"""What a check found, as a value that prints at 80 columns and turns into JSON."""
+"""The report of a check, which prints at 80 columns and turns into JSON, and the tally it is made from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WIDTH, _CLASSES, _EXAMPLES = 80, 25, 3
 
 
 class Tally:
-    """What was found, counted by kind, with the first few examples of each."""
+    """Counts by kind, with the first few examples of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -32,8 +32,16 @@ class Tally:
         if example and len(self.examples[kind]) < _EXAMPLES:
             self.examples[kind].append(printable(example))
 
+    def to_dict(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        """Return the count and the examples of each kind."""
+        return {kind: (count, tuple(self.examples[kind])) for kind, count in self.counts.items()}
 
-def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+    def summary(self) -> str:
+        """Return the counts on one line: 2 x row that is malformed, 1 x DontCare region."""
+        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
+
+
+def with_progress(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     """Return items, with a bar of progress on a terminal's stderr while they are taken."""
     console = Console(stderr=True)
     return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
@@ -41,15 +49,15 @@ def watched(items: Iterable[T], what: str, total: int) -> Iterable[T]:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong, or worth knowing.
+    """A kind of problem or note, with how often it was found.
 
     Attributes:
         kind: A key of `checking.KINDS`.
         title: The same for people.
         problem: Whether it spoils training or measuring; else it is a note.
-        count: How often.
-        advice: What it does, or what to do.
-        examples: The first few, with file names.
+        count: How often it was found.
+        advice: Its consequence, or the remedy.
+        examples: The first few places, with file names.
     """
 
     kind: str
@@ -71,8 +79,8 @@ class Split:
         unlabelled: Images without a label file.
         sizes: Smallest, median and largest image, (width, height) by area.
         classes: Objects per class; zero where there are none.
-        side: Median of sqrt(width x height) of the objects, in pixels at `Report.imgsz`; None without boxes.
-        tiny: Share of objects below `Report.tiny` pixels.
+        side: Median of sqrt(width x height) of the objects, in pixels at `CheckReport.imgsz`; None without boxes.
+        tiny: Share of objects below `CheckReport.tiny` pixels.
     """
 
     images: int = 0
@@ -86,11 +94,11 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Report:
-    """A checked set; ``print`` it, ask `ok`, or take `to_dict()`.
+class CheckReport:
+    """The report of a checked set; ``print`` it, ask `ok`, or take `to_dict()`.
 
     Attributes:
-        source: What was checked.
+        source: The set that was checked, as it was named.
         task: detect, segment, pose, obb or classify.
         names: Classes by index.
         splits: Counts of train, val and test.
@@ -115,20 +123,23 @@ class Report:
         return not any(f.problem for f in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as what JSON can hold."""
+        """Return all of it as plain JSON values."""
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
         classes = f"{len(self.names)} class{'es' * (len(self.names) != 1)}"
         parts = [f"{printable(self.source)}: {self.task}, {classes}", self._splits(), self._classes()]
-        parts += [_listed(title, [f for f in self.findings if f.problem == bad]) for title, bad in _SECTIONS]
+        for title, problem in (("problems", True), ("notes", False)):
+            found = [f for f in self.findings if f.problem == problem]
+            lines = [line for f in found for line in counted_lines(f"{f.title}. {f.advice}", f.count, f.examples)]
+            parts += ["\n".join([f"{title}:", *lines])] if found else []
         if self.sheet:
             parts.append(f"contact sheet: {printable(self.sheet)}")
         return "\n\n".join(p for p in (*parts, self.verdict) if p)
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The outcome in one sentence."""
         bad = sum(f.problem for f in self.findings)
         notes = len(self.findings) - bad
         tail = f", {notes} note{'s' * (notes != 1)}" if notes else ""
@@ -138,13 +149,13 @@ class Report:
         if self.task == "classify":
             rows = [(n, f"{s.images:,}", *_sizes(s)) for n, s in self.splits.items()]
             return tables.text("", ("split", "images", "smallest", "median", "largest"), rows, _WIDTH, range(1, 5))
-        names = ("split", "images", "objects", "empty", "no labels", "image sizes", "object", f"<{self.tiny}px")
+        headings = ("split", "images", "objects", "empty", "no labels", "image sizes", "object", f"<{self.tiny}px")
         counts = [
             (n, f"{s.images:,}", f"{s.objects:,}", s.background, s.unlabelled, _range(s), _side(s), f"{s.tiny:.0%}")
             for n, s in self.splits.items()
         ]
         return (
-            tables.text("", names, counts, _WIDTH, (1, 2, 3, 4, 6, 7))
+            tables.text("", headings, counts, _WIDTH, (1, 2, 3, 4, 6, 7))
             + f"\nobject: median of sqrt(width x height) at imgsz={self.imgsz}; <{self.tiny}px: share that is smaller"
         )
 
@@ -158,18 +169,8 @@ class Report:
         return tables.text(f"{counted} per class", ("class", *self.splits), rows, _WIDTH, range(1, 1 + len(self.splits)))
 
 
-_SECTIONS = (("problems", True), ("notes", False))
-
-
-def _listed(title: str, findings: Sequence[Finding]) -> str:
-    lines = [f"{title}:"] if findings else []
-    for f in findings:
-        lines += listed(f"{f.title}. {f.advice}", f.count, f.examples)
-    return "\n".join(lines)
-
-
-def listed(what: str, count: int, examples: Sequence[str]) -> list[str]:
-    """Return lines that say how often something is there, and where first."""
+def counted_lines(what: str, count: int, examples: Sequence[str]) -> list[str]:
+    """Return the lines of something that was counted, with its first few examples."""
     lines = textwrap.wrap(f"{count:,} x {what}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
     lines += [f"      {e}" for e in examples]
     return lines + [f"      ... and {count - len(examples):,} more"] * bool(examples and count > len(examples))

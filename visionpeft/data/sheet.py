@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .. import files
 from ..errors import ConfigError, printable
+from .label_rows import LabelRow
 from .pictures import converted
-from .rows import Row
 
 _COLUMNS, _ROWS, _TILE, _CAPTION, _LINE = 4, 4, 360, 18, 20
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -23,11 +23,11 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 @dataclass(frozen=True)
 class Tile:
-    """An image of a split with its objects; of a classification set, with its class."""
+    """An image of a split with its objects; in a classification set, with its class."""
 
     file: Path
     split: str
-    rows: tuple[Row, ...]
+    rows: tuple[LabelRow, ...]
     cls: int | None = None
 
     @property
@@ -35,8 +35,8 @@ class Tile:
         return {self.cls} if self.cls is not None else {row.cls for row in self.rows}
 
 
-def pick(tiles: Mapping[str, Sequence[Tile]]) -> list[Tile]:
-    """Choose what to show: half train, half val, rare classes first, then at random but always the same."""
+def choose_tiles(tiles: Mapping[str, Sequence[Tile]]) -> list[Tile]:
+    """Choose the images to show: half train, half val, rare classes first, then at random but always the same."""
     shown = [part for part in ("train", "val") if tiles.get(part)] or [part for part in tiles if tiles[part]][:1]
     chosen: list[Tile] = []
     for part in shown:
@@ -75,7 +75,7 @@ def draw_sheet(path: str | Path, tiles: Sequence[Tile], names: Mapping[int, str]
     sheet = Image.new("RGB", (_COLUMNS * _TILE, height), "white")
     for i, tile in enumerate(tiles):
         x, y = i % _COLUMNS * _TILE, i // _COLUMNS * (_TILE + _CAPTION)
-        sheet.paste(_draw(tile, names, font), (x, y + _CAPTION))
+        sheet.paste(_draw_tile(tile, names, font), (x, y + _CAPTION))
         caption = printable(f"{tile.split}: {tile.file.name}")
         while font.getlength(caption) > _TILE - 8:
             caption = caption[:-2].rstrip("…") + "…"
@@ -105,7 +105,7 @@ def _legend(classes: Sequence[int], names: Mapping[int, str], font: Font) -> lis
     return lines
 
 
-def _draw(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
+def _draw_tile(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
     """Return an image of a tile's size with its objects."""
     with Image.open(tile.file) as opened:
         opened.draft("RGB", (_TILE, _TILE))
@@ -128,16 +128,16 @@ def _draw(tile: Tile, names: Mapping[int, str], font: Font) -> Image.Image:
     for row, points in tags:  # each class once, and every object that has room for its name
         text = names[row.cls]
         if row.cls not in named or row.side[0] * width > font.getlength(text) + 4:
-            _tag(pen, min(x for x, _ in points), min(y for _, y in points), text, _colour(row.cls), font, image.size)
+            _draw_name(pen, min(x for x, _ in points), min(y for _, y in points), text, _colour(row.cls), font, image.size)
             named.add(row.cls)
     if tile.cls is not None:
-        _tag(pen, 0, 16, names[tile.cls], _colour(tile.cls), font, image.size)
+        _draw_name(pen, 0, 16, names[tile.cls], _colour(tile.cls), font, image.size)
     framed = Image.new("RGB", (_TILE, _TILE), "white")
     framed.paste(image, ((_TILE - width) // 2, (_TILE - height) // 2))
     return framed
 
 
-def _tag(
+def _draw_name(
     pen: ImageDraw.ImageDraw,
     x: float,
     y: float,

@@ -1,107 +1,109 @@
-"""An image and its labels in Ultralytics' layout: coordinates become shares, boxes are clipped, files linked or copied."""
+"""The writer of images and labels in Ultralytics' layout: shares of the image, clipped boxes, files linked or copied."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .formats.base import Entry, Thing
+from .formats.base import Annotation, Sample
+from .label_rows import area
 from .layout import SUFFIXES
-from .pictures import header
+from .pictures import image_sizes
 from .report import Tally
-from .rows import area
 
-_LEAST = 1e-3  # pixels: what is thinner has no width
+_THINNEST = 1e-3  # pixels: a thinner object has no width
 
 
 @dataclass(frozen=True)
-class Writer:
-    """Writes images and labels, and counts what it leaves out and changes."""
+class SampleWriter:
+    """Writes images and labels, and counts what it skips and changes."""
 
     task: str
     numbers: Mapping[str, int]  # of the source's classes
     dropped: frozenset[str]  # classes that are left out on request
-    left: Tally
+    skipped: Tally
     changed: Tally
     copy: bool
 
-    def write(self, entry: Entry, folder: Path) -> list[int] | None:
-        """Write an image and its labels; return the classes of its objects, or None where it is left out."""
-        size = self._size(entry)
+    def write(self, sample: Sample, folder: Path) -> list[int] | None:
+        """Write an image and its labels; return the classes of its objects, or None where it is skipped."""
+        size = self._size(sample)
         if size is None:
             return None
-        rows = [row for thing in entry.things(self.task) if (row := self._row(thing, size, entry.name))]
-        image = self._free(folder / "images" / entry.split, entry)
+        rows = [row for one in sample.annotations(self.task) if (row := self._row(one, size, sample.name))]
+        image = self._unused_name(folder / "images" / sample.split, sample)
         label = folder / "labels" / image.relative_to(folder / "images").with_suffix(".txt")
         for file in (image, label):
             file.parent.mkdir(parents=True, exist_ok=True)
-        self._place(entry.file, image)
+        self._link_or_copy(sample.file, image)
         label.write_text("".join(f"{cls} {' '.join(f'{v:.8g}' for v in values)}\n" for cls, values in rows))
         return [cls for cls, _ in rows]
 
-    def _size(self, entry: Entry) -> tuple[int, int] | None:
+    def _size(self, sample: Sample) -> tuple[int, int] | None:
         """Return the size that the annotations refer to, or None where the image cannot be used with them."""
-        if entry.file.suffix[1:].lower() not in SUFFIXES:
-            self.left.add("image of a format that Ultralytics does not read", entry.name)
+        if sample.file.suffix[1:].lower() not in SUFFIXES:
+            self.skipped.add("image of a format that Ultralytics does not read", sample.name)
             return None
         try:
-            raw, size = header(entry.file)
+            stored, size = image_sizes(sample.file)
         except (OSError, ValueError, SyntaxError) as error:
-            self.left.add("image that is not readable", f"{entry.name}: {' '.join(str(error).split())[:80]}")
+            self.skipped.add("image that is not readable", f"{sample.name}: {' '.join(str(error).split())[:80]}")
             return None
-        stated = entry.size or size
-        if stated == size or abs(stated[0] * size[1] / (stated[1] * size[0]) - 1) < 0.01:  # the same, or resized
+        stated = sample.size or size
+        if stated == size or _same_shape(stated, size):  # the same, or resized
             return stated
-        turned_after = raw != size and abs(stated[0] * raw[1] / (stated[1] * raw[0]) - 1) < 0.01
+        turned_after = stored != size and _same_shape(stated, stored)
         why = "was annotated before its EXIF tag turned it" if turned_after else "is not of the shape its annotations state"
-        self.left.add(f"image that {why}", f"{entry.name}: {size[0]}x{size[1]}, not {stated[0]}x{stated[1]}")
+        self.skipped.add(f"image that {why}", f"{sample.name}: {size[0]}x{size[1]}, not {stated[0]}x{stated[1]}")
         return None
 
-    def _row(self, thing: Thing, size: tuple[int, int], image: str) -> tuple[int, list[float]] | None:
-        """Return an object's class and numbers, as shares of the image."""
-        cls = self.numbers.get(thing.name)
+    def _row(self, annotation: Annotation, size: tuple[int, int], image: str) -> tuple[int, list[float]] | None:
+        """Return an object's class and numbers, or None where it is skipped."""
+        cls = self.numbers.get(annotation.name)
         if cls is None:
-            asked = thing.name in self.dropped
-            self.left.add(f"object of class {thing.name}" if asked else "object of a class that is not named", image)
+            kind = f"class {annotation.name}" if annotation.name in self.dropped else "a class that is not named"
+            self.skipped.add(f"object of {kind}", image)
             return None
-        outlines = [o for o in thing.outlines if len(o) >= 3]
-        if self.task in ("segment", "obb") and not outlines:
-            self.left.add("object without an outline (task=detect takes its box)", image)
+        numbers = (self._polygon if self.task in ("segment", "obb") else self._box)(annotation, size, image)
+        if isinstance(numbers, str):
+            self.skipped.add(numbers, image)
             return None
-        if self.task == "pose" and thing.keypoints is None:
-            self.left.add("object without keypoints (task=detect takes its box)", image)
-            return None
-        if self.task in ("segment", "obb"):
-            outlines = [
-                o if self.task == "obb" and _mostly_inside(o, size) else self._clip(o, size, image) for o in outlines
-            ]
-            if not (outlines := [o for o in outlines if abs(area(o)) > _LEAST**2]):
-                self.left.add("object without area", image)
-                return None
-            return cls, list((join_parts(outlines) / size).ravel())
-        if thing.box is None and not outlines:
-            self.left.add("object without a box", image)
-            return None
-        corners = np.concatenate(outlines) if thing.box is None else np.array(thing.box).reshape(2, 2)
-        if thing.box is None:
-            corners = np.stack((corners.min(0), corners.max(0)))
+        return cls, numbers
+
+    def _polygon(self, annotation: Annotation, size: tuple[int, int], image: str) -> list[float] | str:
+        """Return x and y of each corner as shares of the image, or why the object is skipped."""
+        if not (outlines := _usable(annotation.outlines)):
+            return "object without an outline (task=detect takes its box)"
+        clipped = [o if self.task == "obb" and _mostly_inside(o, size) else self._clip(o, size, image) for o in outlines]
+        outlines = [o for o in clipped if abs(area(o)) > _THINNEST**2]
+        return list((join_parts(outlines) / size).ravel()) if outlines else "object without area"
+
+    def _box(self, annotation: Annotation, size: tuple[int, int], image: str) -> list[float] | str:
+        """Return x, y, width, height and keypoints as shares of the image, or why the object is skipped."""
+        points = annotation.keypoints if self.task == "pose" else np.zeros((0, 3))
+        if points is None:
+            return "object without keypoints (task=detect takes its box)"
+        if annotation.box is not None:
+            corners = np.array(annotation.box).reshape(2, 2)
+        elif outlines := _usable(annotation.outlines):
+            around = np.concatenate(outlines)
+            corners = np.stack((around.min(0), around.max(0)))
+        else:
+            return "object without a box"
         (left, top), (right, bottom) = self._clip(corners, size, image)
-        if right - left < _LEAST or bottom - top < _LEAST:
-            self.left.add("object without width or height", image)
-            return None
+        if right - left < _THINNEST or bottom - top < _THINNEST:
+            return "object without width or height"
         width, height = size
         values = [(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height]
-        if self.task == "pose" and thing.keypoints is not None:
-            points = thing.keypoints.copy()
-            points[:, :2] = np.where(points[:, 2:] > 0, np.clip(points[:, :2] / size, 0, 1), 0)
-            values += list(points.ravel())
-        return cls, values
+        points = points.copy()
+        points[:, :2] = np.where(points[:, 2:] > 0, np.clip(points[:, :2] / size, 0, 1), 0)
+        return [*values, *points.ravel()]
 
     def _clip(self, points: np.ndarray, size: tuple[int, int], image: str) -> np.ndarray:
         clipped = np.clip(points, 0, size)
@@ -109,9 +111,9 @@ class Writer:
             self.changed.add("outline or box clipped to its image", image)
         return clipped
 
-    def _free(self, folder: Path, entry: Entry) -> Path:
+    def _unused_name(self, folder: Path, sample: Sample) -> Path:
         """Return where an image goes: under its own name, folders included, unless another has that name or stem."""
-        named = PurePosixPath(entry.name).with_suffix(entry.file.suffix)
+        named = PurePosixPath(sample.name).with_suffix(sample.file.suffix)
         safe = not named.is_absolute() and not {"..", "images"} & set(named.parts)  # Ultralytics looks for `images`
         image = folder.joinpath(*(named.parts if safe else (named.name,)))
         stem, count = image.stem, 1
@@ -119,10 +121,10 @@ class Writer:
             count += 1
             image = image.with_stem(f"{stem}-{count}")
         if count > 1:
-            self.changed.add("image renamed, as another has its name", f"{entry.name} to {image.name}")
+            self.changed.add("image renamed, as another has its name", f"{sample.name} to {image.name}")
         return image
 
-    def _place(self, file: Path, image: Path) -> None:
+    def _link_or_copy(self, file: Path, image: Path) -> None:
         if not self.copy:
             try:
                 os.link(file.resolve(), image)
@@ -130,6 +132,10 @@ class Writer:
             except OSError:  # another disk, or a file system without hard links
                 self.changed.add("image copied, as it could not be linked", file.name)
         shutil.copy2(file, image)
+
+
+def _usable(outlines: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [o for o in outlines if len(o) >= 3]
 
 
 def join_parts(outlines: list[np.ndarray]) -> np.ndarray:
@@ -157,6 +163,10 @@ def _nearest(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
 def _from(outline: np.ndarray, start: int) -> np.ndarray:
     """Return an outline that begins and ends at one of its corners."""
     return np.concatenate([np.roll(outline, -start, axis=0), outline[start : start + 1]])
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return abs(one[0] * other[1] / (one[1] * other[0]) - 1) < 0.01
 
 
 def _mostly_inside(outline: np.ndarray, size: tuple[int, int]) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core.base_model import Data
 from ..data.layout import SUFFIXES, composed, find_images
-from ..data.pictures import BROKEN, read_image, unfit
+from ..data.pictures import READ_ERRORS, read_image, unfit_reason
 from ..errors import DataError
 from ..training.plots import Picture, guessed, spread
 
@@ -230,11 +230,11 @@ def _fault(file: Path) -> str | None:
     """Return why an image would be read otherwise than it is meant, "" where it is fine, None where it is broken."""
     try:
         with Image.open(file) as image:
-            if why := unfit(image):
+            if why := unfit_reason(image):
                 return why
             image.draft("RGB", (32, 32))  # of a JPEG only an eighth is computed, but all of it is read
             image.load()
-    except BROKEN:
+    except READ_ERRORS:
         return None
     return ""
 
@@ -262,5 +262,5 @@ def open_image(image: Any) -> Image.Image:
         return read_image(image)
     except DataError:
         raise
-    except BROKEN as error:
+    except READ_ERRORS as error:
         raise DataError(f"{image} cannot be read as an image; give another") from error

@@ -13,7 +13,7 @@ from ..core.base_model import Base, Data
 from ..core.plan import Plan
 from ..errors import ConfigError
 from ..lean.frozen_stages import DTYPES, Prefix
-from ..scenes import cache
+from ..sources import cache_folder
 from ..training.distributed import devices
 from ..training.feature_cache import Store, content, key
 from .base import Family
@@ -64,7 +64,7 @@ def prepare_frozen_stages(
         rounds=rounds,
         seed=config.seed,
     )
-    store = Store(cache() / "views" / f"{name}.views", rounds, limit)
+    store = Store(cache_folder() / "views" / f"{name}.views", rounds, limit)
     if not store.file.is_file():
         images, share = len(data.facts["train"]), rounds.share
         count = min(int(share), images) if share > 1 else round(images * share)

@@ -48,14 +48,14 @@ _SHAPE = alt.Shape("shape:N", scale=None)
 # --------------------------------------------------------------------------------------------------------------------- style
 @dataclass(frozen=True)
 class Style:
-    """How a method looks."""
+    """The look of a method."""
 
     colour: str
     shape: str
     dash: list[int]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what a row of a figure's data carries."""
+    def to_dict(self) -> dict[str, object]:
+        """Return the values that a row of a figure's data carries."""
         return {"colour": self.colour, "shape": self.shape, "dash": self.dash}
 
 
@@ -79,7 +79,7 @@ class Point:
     y: float
     low: float | None
     high: float | None
-    said: Mapping[str, str]  # what a pointer over it shows
+    tips: Mapping[str, str]  # shown under a pointer
     front: bool = False
 
 
@@ -88,21 +88,21 @@ def scatter(points: Sequence[Point], style: Mapping[str, Style], x: str, y: str,
 
     Args:
         points: One for each method.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
         y: Title of the axis.
         log: Whether x is logarithmic.
     """
     fronts = any(p.front for p in points)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for p in points:
         own = style[p.method].to_dict()
         row = {"method": p.method, "x": p.x, "y": p.y, "low": p.low, "high": p.high, "front": p.front}
-        row |= {f"said{i}": text for i, text in enumerate(p.said.values())}
+        row |= {f"said{i}": text for i, text in enumerate(p.tips.values())}
         rows.append({**row, **own, "fill": own["colour"] if p.front or not fronts else _PAPER})
     base = alt.Chart(alt.Data(values=rows)).encode(x=_logarithmic(points, x) if log else _linear(x))
     height = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(tickCount=5))
-    tips = [alt.Tooltip("method:N"), *(alt.Tooltip(f"said{i}:N", title=name) for i, name in enumerate(points[0].said))]
+    tips = [alt.Tooltip("method:N"), *(alt.Tooltip(f"said{i}:N", title=name) for i, name in enumerate(points[0].tips))]
     line = base.transform_filter("datum.front").mark_line(interpolate="step-after", strokeDash=[4, 3], color=_MUTED)
     whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.55)
     marks = base.mark_point(filled=True, size=110, strokeWidth=2, opacity=1)
@@ -151,19 +151,21 @@ def curves(lines: Sequence[Line], style: Mapping[str, Style], y: str) -> Spec:
 
     Args:
         lines: At least one.
-        style: Of each method.
+        style: The look of each method.
         y: Title of the axis.
     """
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"method": line.method, "epoch": epoch, "y": mean, "low": low, "high": high, "said": f"{mean:.3f}"}
         | style[line.method].to_dict()
         for line in lines
         for epoch, (mean, low, high) in sorted(line.values.items())
     ]
-    bottom, top = min(row["low"] for row in rows), max(row["high"] for row in rows)
+    values = [value for line in lines for value in line.values.values()]
+    bottom, top = min(low for _, low, _ in values), max(high for _, _, high in values)
     gap = 15 * ((top - bottom) or 1) / HEIGHT
-    ends = apart({line.method: line.values[max(line.values)][0] for line in lines}, gap)
-    names = [{"method": method, "epoch": max(row["epoch"] for row in rows), "y": at} for method, at in ends.items()]
+    last = max(epoch for line in lines for epoch in line.values)
+    ends = spread_labels({line.method: line.values[max(line.values)][0] for line in lines}, gap)
+    names = [{"method": method, "epoch": last, "y": at} for method, at in ends.items()]
     x = alt.X("epoch:Q", axis=alt.Axis(tickMinStep=1, format="d", grid=False), scale=_leaving_room(ends, nice=False))
     domain = alt.Scale(domain=[min(bottom, *ends.values()), max(top, *ends.values())], nice=False)
     height = alt.Y("y:Q", title=y, scale=domain, axis=alt.Axis(tickCount=5))
@@ -178,8 +180,9 @@ def curves(lines: Sequence[Line], style: Mapping[str, Style], y: str) -> Spec:
     return _spec(layers, HEIGHT)
 
 
-def apart(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return places for labels at least `gap` apart, in the order of, and as near as that lets to, those wanted."""
+def spread_labels(wanted: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Return places for labels that are at least `gap` apart, in the same order as those wanted, and as near to them as can
+    be."""
     groups: list[tuple[list[str], float]] = []  # of labels that touch, and the middle of each group
     for name in sorted(wanted, key=lambda n: wanted[n]):
         group, middle = [name], wanted[name]
@@ -201,10 +204,10 @@ def stacked(
     """Return a bar for each method, of parts, and the legend of the parts.
 
     Args:
-        parts: What each bar is made of.
+        parts: The parts of each bar.
         x: Title of the axis.
-        text: Says a value.
-        unit: Of the axis.
+        text: Returns a value as text.
+        unit: Unit of the axis.
         ends: Parts with colours of their own, not of the ramp that the others are on; then the legend names few of those.
     """
     names = list(dict.fromkeys(name for own in parts.values() for name in own))
@@ -236,21 +239,21 @@ def _ramp(place: int, count: int) -> str:
     return f"color-mix(in oklab, var(--ramp-low), var(--ramp-high) {round(100 * place / max(count - 1, 1))}%)"
 
 
-def changes(values: Mapping[str, tuple[float, float]], style: Mapping[str, Style], x: str) -> Spec:
-    """Return for each method a line from a value before to one after.
+def before_after(values: Mapping[str, tuple[float, float]], style: Mapping[str, Style], x: str) -> Spec:
+    """Return a line for each method, from a value before to one after.
 
     Args:
         values: Before and after, by method.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
     """
-    rows: list[dict[str, Any]] = [
+    rows = [
         {"method": method, "before": before, "after": after, "said": f"{before:.3f} → {after:.3f}"}
         | {"right": max(before, after)}
         | style[method].to_dict()
         for method, (before, after) in values.items()
     ]
-    room = _leaving_room((str(row["said"]) for row in rows), domain=[0, max(row["right"] for row in rows)])
+    room = _leaving_room((str(row["said"]) for row in rows), domain=[0, max(map(max, values.values()))])
     width = alt.X("after:Q", title=x, axis=alt.Axis(tickCount=4), scale=room)
     tips = [alt.Tooltip("method:N"), alt.Tooltip("said:N", title="before → after")]
     base = alt.Chart(alt.Data(values=rows)).encode(y=alt.Y("method:N", sort=list(values), title=None))
@@ -264,12 +267,12 @@ def changes(values: Mapping[str, tuple[float, float]], style: Mapping[str, Style
     return _spec(layers, BAR * len(rows))
 
 
-def strokes(values: Mapping[str, Mapping[str, tuple[float, float]]], style: Mapping[str, Style], x: str) -> Spec:
-    """Return for each method a stroke for the change of each of many values.
+def change_ticks(values: Mapping[str, Mapping[str, tuple[float, float]]], style: Mapping[str, Style], x: str) -> Spec:
+    """Return a row of strokes for each method, one for the change of each value.
 
     Args:
         values: Before and after, by method and name.
-        style: Of each method.
+        style: The look of each method.
         x: Title of the axis.
     """
     rows = [

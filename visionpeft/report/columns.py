@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..benchmark import Row
 from ..tables import size
+from .formatting import MISSING, interval, percent, score, seconds, signed
 from .rows import delta_size, gpu_peak, share
-from .words import GONE, interval, percent, score, seconds, signed
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class Column:
 
     Attributes:
         name: Its heading.
-        hint: What it means.
-        value: What it is sorted by; None: the row has none.
-        text: What it shows.
+        hint: Its meaning.
+        value: Returns the number to sort a row by; None: the row has none.
+        text: Returns the text for a row.
     """
 
     name: str
@@ -61,11 +61,11 @@ def _score(row: Row) -> str:
 
 def _difference(row: Row) -> str:
     if row.difference is None:
-        return GONE
+        return MISSING
     return signed(row.difference) + interval(row.difference_low, row.difference_high, signed)
 
 
 def _retained(row: Row) -> str:
     if row.retained_before is None or row.retained_after is None:
-        return GONE
+        return MISSING
     return f"{score(row.retained_before)} → {score(row.retained_after)}"

@@ -1,4 +1,4 @@
-"""Which figures a section has, and what they are of."""
+"""The figures of a section: each is there where its section has the numbers for it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 from ..benchmark import Row
 from ..tables import size
-from .charts import Legend, Line, Point, Spec, Style, changes, curves, scatter, stacked, strokes, styles
-from .content import Report, Section
-from .rows import front, history_of, mean, old_classes, split_of, trained
-from .words import interval, score, seconds
+from .charts import Legend, Line, Point, Spec, Style, before_after, change_ticks, curves, scatter, stacked, styles
+from .formatting import interval, score, seconds
+from .model import BenchmarkReport, Section
+from .rows import PartsKey, front, mean, mean_parts, old_classes, scores_by_epoch, trained
 
 _MEGA = 1e6  # bytes of a MB, as `tables.size` counts them
-_CAUSES = 5  # operations that are named; the others are summed up
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,9 @@ class Figure:
     """A figure of the page.
 
     Attributes:
-        title: What it shows.
+        title: Its title.
         caption: How to read it.
-        spec: Vega-Lite.
+        spec: Its drawing, as Vega-Lite.
         legend: Names and colours of parts; empty where all is named beside its mark.
     """
 
@@ -33,17 +32,57 @@ class Figure:
     legend: Legend = field(default_factory=list)
 
 
-def figures(section: Section, report: Report) -> list[Figure]:
-    """Return the figures for which a section has what they show."""
+@dataclass(frozen=True)
+class _Parts:
+    """A figure of bars, one for each method, that a measurement's parts make up."""
+
+    key: PartsKey
+    title: str
+    caption: str
+    axis: str = "MB"
+    unit: float = _MEGA  # of the axis
+    text: Callable[[float], str] = size
+    most: int | None = None  # parts that are named; the others are summed up
+    ends: tuple[str, ...] = ()  # parts with colours of their own
+
+
+_PARTS = (
+    _Parts(
+        "seconds_by_part",
+        "Step time by part",
+        "Each part's median over the steps after the first; mean over the seeds.",
+        axis="seconds a step",
+        unit=1,
+        text=seconds,
+    ),
+    _Parts(
+        "saved_by_stage",
+        "Bytes saved for backward, by stage",
+        "From the first stage (light) to the last (dark), then the head and the loss.",
+        ends=("head", "loss"),
+    ),
+    _Parts(
+        "saved_by_cause",
+        "Bytes saved for backward, by operation",
+        "Which operations keep what their gradients need.",
+        most=5,
+    ),
+    _Parts(
+        "state_bytes",
+        "Bytes that stay between steps",
+        "The model's weights and buffers, gradients, the optimizer's state and the moving average.",
+    ),
+)
+
+
+def figures(section: Section, report: BenchmarkReport) -> list[Figure]:
+    """Return the figures for which a section has the numbers."""
     style = styles(report.methods)
     made = (
         _score_and_memory(section, style),
         _score_and_parameters(section, style),
         _training(section, style),
-        _step_time(section),
-        _saved_by_stage(section),
-        _saved_by_operation(section),
-        _state(section),
+        *(_bars(section, parts) for parts in _PARTS),
         _forgotten(section, style),
         _forgotten_by_class(section, style),
     )
@@ -76,8 +115,8 @@ def _score_and_parameters(section: Section, style: Mapping[str, Style]) -> Figur
     return Figure(f"{section.metric} against trained parameters", caption + _whiskers(section), spec)
 
 
-def _point(row: Row, section: Section, x: float, said: Mapping[str, str], best: bool = False) -> Point:
-    shown = {section.metric: score(row.score_mean) + interval(row.low, row.high), **said}
+def _point(row: Row, section: Section, x: float, more: Mapping[str, str], best: bool = False) -> Point:
+    shown = {section.metric: score(row.score_mean) + interval(row.low, row.high), **more}
     return Point(row.method, x, row.score_mean, row.low, row.high, shown, best)
 
 
@@ -88,7 +127,7 @@ def _whiskers(section: Section) -> str:
 def _training(section: Section, style: Mapping[str, Style]) -> Figure | None:
     lines = []
     for row in section.rows:
-        runs = [history_of(cell, section.metric) for cell in row.cells]
+        runs = [scores_by_epoch(cell, section.metric) for cell in row.cells]
         values = {epoch: [run[epoch] for run in runs if epoch in run] for epoch in {e for run in runs for e in run}}
         if values:
             lines.append(Line(row.method, {e: (mean(v) or 0.0, min(v), max(v)) for e, v in values.items()}))
@@ -100,63 +139,26 @@ def _training(section: Section, style: Mapping[str, Style]) -> Figure | None:
     return Figure(f"{section.metric} while it trains", caption, curves(lines, style, section.metric))
 
 
-# ----------------------------------------------------------------------------------------------------------- time and memory
-def _step_time(section: Section) -> Figure | None:
-    caption = "Each part's median over the steps after the first; mean over the seeds."
-    return _parts(section, "Step time by part", caption, "seconds_by_part", "seconds a step", seconds)
-
-
-def _saved_by_stage(section: Section) -> Figure | None:
-    caption = "From the first stage (light) to the last (dark), then the head and the loss."
-    return _bytes(section, "Bytes saved for backward, by stage", caption, "saved_by_stage", ends=("head", "loss"))
-
-
-def _saved_by_operation(section: Section) -> Figure | None:
-    caption = "Which operations keep what their gradients need."
-    splits = {row.method: split_of(row, "saved_by_cause") for row in section.rows}
-    totals = {n: sum(own.get(n, 0) for own in splits.values()) for own in splits.values() for n in own if n != "other"}
-    named = sorted(totals, key=lambda n: -totals[n])[:_CAUSES]
-
-    def few(own: Mapping[str, float]) -> dict[str, float]:
-        rest = sum(value for name, value in own.items() if name not in named)
-        return {**{name: own.get(name, 0) for name in named}, **({"other": rest} if rest else {})}
-
-    return _bytes(section, "Bytes saved for backward, by operation", caption, "saved_by_cause", few)
-
-
-def _state(section: Section) -> Figure | None:
-    caption = "The model's weights and buffers, gradients, the optimizer's state and the moving average."
-    return _bytes(section, "Bytes that stay between steps", caption, "state_bytes")
-
-
-def _bytes(
-    section: Section,
-    title: str,
-    caption: str,
-    key: str,
-    few: Callable[[Mapping[str, float]], dict[str, float]] = dict,
-    ends: tuple[str, ...] = (),
-) -> Figure | None:
-    return _parts(section, title, caption, key, "MB", size, _MEGA, few, ends)
-
-
-def _parts(
-    section: Section,
-    title: str,
-    caption: str,
-    key: str,
-    x: str,
-    text: Callable[[float], str],
-    unit: float = 1,
-    few: Callable[[Mapping[str, float]], dict[str, float]] = dict,
-    ends: tuple[str, ...] = (),
-) -> Figure | None:
-    splits = {row.method: few(split_of(row, key)) for row in section.rows}
+def _bars(section: Section, parts: _Parts) -> Figure | None:
+    splits = {row.method: mean_parts(row, parts.key) for row in section.rows}
+    if parts.most is not None:
+        splits = _largest(splits, parts.most)
     splits = {method: own for method, own in splits.items() if sum(own.values()) > 0}
     if not splits:
         return None
-    spec, legend = stacked(splits, x, text, unit, ends)
-    return Figure(title, caption, spec, legend)
+    spec, legend = stacked(splits, parts.axis, parts.text, parts.unit, parts.ends)
+    return Figure(parts.title, parts.caption, spec, legend)
+
+
+def _largest(splits: Mapping[str, Mapping[str, float]], count: int) -> dict[str, dict[str, float]]:
+    """Return the parts that are the largest over all methods, and the sum of the others as "other"."""
+    totals = {n: sum(own.get(n, 0) for own in splits.values()) for own in splits.values() for n in own if n != "other"}
+    named = sorted(totals, key=lambda n: -totals[n])[:count]
+    made = {}
+    for method, own in splits.items():
+        rest = sum(value for name, value in own.items() if name not in named)
+        made[method] = {**{name: own.get(name, 0) for name in named}, **({"other": rest} if rest else {})}
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------- forgetting
@@ -168,18 +170,18 @@ def _forgotten(section: Section, style: Mapping[str, Style]) -> Figure | None:
     }
     if not values:
         return None
-    retained = next(kept for cell in section.cells if (kept := cell.get("retained")))
+    retained = next(scores for cell in section.cells if (scores := cell.get("retained")))
     caption = (
         "The base's own head on the adapted body: the upright stroke is the base before training, the mark is after. "
         "Deploying both heads takes two passes, one over each body."
     )
-    spec = changes(values, style, f"{retained['metric']} on {retained['data']}")
+    spec = before_after(values, style, f"{retained['metric']} on {retained['data']}")
     return Figure("What the body forgot of the base's classes", caption, spec)
 
 
 def _forgotten_by_class(section: Section, style: Mapping[str, Style]) -> Figure | None:
-    values = {row.method: own for row in section.rows if (own := old_classes(row))}
+    values = {row.method: scores for row in section.rows if (scores := old_classes(row))}
     if not values:
         return None
     caption = "One stroke for each of the base's classes; those left of the line lost. The table below names them."
-    return Figure("What it forgot, class by class", caption, strokes(values, style, "change in score"))
+    return Figure("What it forgot, class by class", caption, change_ticks(values, style, "change in score"))

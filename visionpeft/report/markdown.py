@@ -6,16 +6,16 @@ import shlex
 
 from ..benchmark import markdown
 from ..tables import escaped
-from .answer import rule
-from .content import Report
+from .model import BenchmarkReport
+from .summary import rule
 
 
-def render(report: Report, out: str) -> str:
+def render(report: BenchmarkReport, out: str) -> str:
     """Return the tables, with the command that makes them again.
 
     Args:
-        report: What they say.
-        out: The file they are written to, for that command.
+        report: The report.
+        out: The file that they are written to, for that command.
     """
     command = shlex.join(["visionpeft", "report", *report.folders, "--markdown", out])
     lines = [f"# {escaped(report.name)}", "", f"Regenerate with `{command}`.", ""]
@@ -23,11 +23,11 @@ def render(report: Report, out: str) -> str:
         lines += [f"## {escaped(section.model)} on {escaped(section.data)}", ""]
         if section.settings:
             lines += [f"{escaped(section.settings)}.", ""]
-        lines += [f"**{escaped(section.answer.row.method)}**. {escaped(section.answer.said)}", ""]
+        lines += [f"**{escaped(section.summary.row.method)}**. {escaped(section.summary.reason)}", ""]
         lines += [markdown(section.rows, report.against), ""]
     if report.failed:
         lines += [f"{len(report.failed)} failed:", ""]
-        lines += [f"- {escaped(f.what)}: {escaped(f.kind)}: {escaped(f.error)}" for f in report.failed]
+        lines += [f"- {escaped(f.cell)}: {escaped(f.kind)}: {escaped(f.error)}" for f in report.failed]
         lines.append("")
     lines += [f"- {escaped(note)}" for note in (rule(report.against), *report.notes)]
     return "\n".join(lines) + "\n"

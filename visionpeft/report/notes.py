@@ -1,4 +1,4 @@
-"""What a reader must know to read the numbers rightly."""
+"""Notes that a reader needs to read the numbers rightly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def notes(rows: Sequence[Row], against: str) -> list[str]:
     """Return the notes that these rows need.
 
     Args:
-        rows: Of all sections.
+        rows: Rows of all sections.
         against: The label of the reference.
     """
     cells = [cell for row in rows for cell in row.cells]

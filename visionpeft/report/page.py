@@ -6,40 +6,31 @@ import base64
 import binascii
 import json
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from importlib.metadata import version
-from typing import Any
 
 import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .answer import rule
 from .columns import columns
-from .content import Report, Section
 from .figures import figures
+from .formatting import count_of, percent, score, signed
+from .model import BenchmarkReport, Section
 from .rows import by_seed, front, old_classes, states
-from .words import count_of, percent, score, signed
+from .summary import rule
 
 _JPEG = b"\xff\xd8\xff"
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Predictions of some validation images: a column for the labels, then one for each method."""
-
-    columns: list[tuple[str, list[str]]]  # title, data URIs
-
-
-def render(report: Report) -> str:
+def render(report: BenchmarkReport) -> str:
     """Return the page's HTML.
 
     Args:
-        report: What it says.
+        report: The report.
     """
     environment = Environment(
         loader=PackageLoader("visionpeft.report"),
@@ -81,24 +72,25 @@ def _file(name: str) -> str:
     return (resources.files("visionpeft.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def _pictures(section: Section) -> Pictures | None:
-    """Return the pictures of the first seed of every method that has any, beside the labels."""
+def _pictures(section: Section) -> list[tuple[str, list[str]]]:
+    """Return columns of predictions on the same images: title and data URIs, of the labels, then of every method's first
+    seed that has any."""
     shown: list[tuple[str, list[str]]] = []
     for row in section.rows:
-        own = next((p for cell in by_seed(row) if (p := cell.get("pictures")) and p.get("after")), None)
-        if own:
-            if not shown and own.get("labels"):
-                shown.append(("labels", _uris(own["labels"])))
-            shown.append((row.method, _uris(own["after"])))
-    return Pictures(shown) if shown else None
+        pictures = next((p for cell in by_seed(row) if (p := cell.get("pictures")) and p.get("after")), None)
+        if pictures:
+            if not shown and pictures.get("labels"):
+                shown.append(("labels", _data_uris(pictures["labels"])))
+            shown.append((row.method, _data_uris(pictures["after"])))
+    return shown
 
 
-def _uris(pictures: list[str]) -> list[str]:
+def _data_uris(pictures: Sequence[str] | None) -> list[str]:
     """Return data URIs; what is no JPEG is left out."""
-    return [f"data:image/jpeg;base64,{p}" for p in pictures if _is_jpeg(p)]
+    return [f"data:image/jpeg;base64,{p}" for p in pictures or () if _is_jpeg(p)]
 
 
-def _is_jpeg(text: Any) -> bool:
+def _is_jpeg(text: str) -> bool:
     try:
         return base64.b64decode(text, validate=True).startswith(_JPEG)
     except (binascii.Error, TypeError, ValueError):
@@ -107,23 +99,24 @@ def _is_jpeg(text: Any) -> bool:
 
 def _classes(section: Section) -> tuple[list[str], list[tuple[str, float, list[float | None]]]]:
     """Return methods, and of each old class its score before and its changes, what was lost most first."""
-    by_row = {row.method: found for row in section.rows if (found := old_classes(row))}
-    names = dict.fromkeys(n for own in by_row.values() for n in own)
+    by_method = {row.method: scores for row in section.rows if (scores := old_classes(row))}
     table = []
-    for name in names:
-        before = next(own[name][0] for own in by_row.values() if name in own)
-        table.append((name, before, [own[name][1] - own[name][0] if name in own else None for own in by_row.values()]))
+    for name in dict.fromkeys(n for scores in by_method.values() for n in scores):
+        pairs = [scores.get(name) for scores in by_method.values()]
+        before = next(pair[0] for pair in pairs if pair)
+        table.append((name, before, [pair[1] - pair[0] if pair else None for pair in pairs]))
     table.sort(key=lambda line: min(c for c in line[2] if c is not None))
-    return list(by_row), table
+    return list(by_method), table
 
 
 def _commands(section: Section) -> list[tuple[str, str]]:
-    return [(f"{c['names']['method']}, seed {c['cell']['seed']}", c["command"]) for c in section.cells if c.get("command")]
+    commands = [(f"{c['names']['method']}, seed {c['cell']['seed']}", c.get("command")) for c in section.cells]
+    return [(label, command) for label, command in commands if command]
 
 
-def _environments(report: Report) -> list[tuple[int, dict[str, Any]]]:
+def _environments(report: BenchmarkReport) -> list[tuple[int, dict[str, str]]]:
     """Return the environments that cells ran in, each with how many did, the most common first."""
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    found: dict[str, tuple[int, dict[str, str]]] = {}
     for cell in report.cells:
         facts = {**_flat(cell["run"].get("versions") or {}), **_flat(cell.get("environment") or {})}
         key = repr(sorted(facts.items()))
@@ -131,8 +124,8 @@ def _environments(report: Report) -> list[tuple[int, dict[str, Any]]]:
     return sorted(found.values(), key=lambda entry: -entry[0])
 
 
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+def _flat(facts: Mapping[str, object]) -> dict[str, str]:
+    flat: dict[str, str] = {}
     for name, value in facts.items():
-        made |= _flat(value) if isinstance(value, Mapping) else {name: value}
-    return {k: str(v) for k, v in made.items() if v is not None}
+        flat |= _flat(value) if isinstance(value, Mapping) else {} if value is None else {name: str(value)}
+    return flat

@@ -1,20 +1,21 @@
-"""What is read off the rows of a benchmark, and off the cells behind them. Cells of older runs lack some of it."""
+"""Facts read off the rows of a benchmark, and off the cells behind them. Cells of older runs lack some of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Literal
 
 from ..benchmark import Row
+from ..benchmark.results import CellResult
 
-Cell = Mapping[str, Any]
+PartsKey = Literal["seconds_by_part", "saved_by_stage", "saved_by_cause", "state_bytes"]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What stands for the peak memory of some rows."""
+    """The measure of memory by which some rows are compared."""
 
     name: str  # of an axis
     meaning: str
@@ -56,54 +57,52 @@ def share(row: Row) -> float:
 
 def gpu_peak(row: Row) -> float | None:
     """Return the mean over the seeds of the CUDA allocator's peak; None on a CPU."""
-    return mean((measured(cell).get("cuda") or {}).get("allocated") for cell in row.cells)
+    return mean((cell["run"]["measured"].get("cuda") or {}).get("allocated") for cell in row.cells)
 
 
 def delta_size(row: Row) -> float | None:
     """Return the bytes of the delta file; None: the model has no base."""
-    return (row.delta_bytes or {}).get("file")
+    return row.delta_bytes.get("file")
 
 
 def states(row: Row) -> dict[str, str]:
-    """Return what a row must say of itself beside its numbers."""
+    """Return the settings that are shown with a row's numbers."""
     frozen = ", ".join(map(str, row.freeze)) if isinstance(row.freeze, list | tuple) else row.freeze
     epochs = "/".join(map(str, dict.fromkeys(row.epochs.values())))
-    said = {"bn": row.bn, "head": row.head, "lean": row.lean, "freeze": frozen, "epochs": epochs, "seeds": row.seeds}
-    return {name: str(value) for name, value in said.items()}
+    settings = {"bn": row.bn, "head": row.head, "lean": row.lean, "freeze": frozen, "epochs": epochs, "seeds": row.seeds}
+    return {name: str(value) for name, value in settings.items()}
 
 
-def split_of(row: Row, key: str) -> dict[str, float]:
-    """Return the mean over the seeds of a measured split, such as "saved_by_stage", by part; empty where no cell has it."""
-    splits = [split for cell in row.cells if (split := measured(cell).get(key))]
+def mean_parts(row: Row, key: PartsKey) -> dict[str, float]:
+    """Return the mean over the seeds of a measurement, by part; empty where no cell has it."""
+    splits = [split for cell in row.cells if (split := cell["run"]["measured"].get(key))]
     means = {name: mean(split.get(name) for split in splits) for name in dict.fromkeys(n for s in splits for n in s)}
     return {name: value for name, value in means.items() if value is not None}
 
 
-def history_of(cell: Cell, metric: str) -> dict[int, float]:
+def scores_by_epoch(cell: CellResult, metric: str) -> dict[int, float]:
     """Return a run's score by epoch; epoch 0 is the model before training."""
-    found = {int(r["epoch"]): r[metric] for r in cell["run"].get("history") or [] if r.get(metric) is not None}
+    scores = {int(r["epoch"] or 0): value for r in cell["run"]["history"] if (value := r.get(metric)) is not None}
     before = (cell["run"].get("before") or {}).get(metric)
-    return {0: before, **found} if found and before is not None else found
+    return {0: before, **scores} if scores and before is not None else scores
 
 
 def old_classes(row: Row) -> dict[str, tuple[float, float]]:
     """Return the mean over the seeds of each old class's score, before and after."""
-    kept = [retained.get("per_class") or {} for cell in row.cells if (retained := cell.get("retained"))]
-    names = dict.fromkeys(name for own in kept for name in own)
-    return {n: (fmean(o[n][0] for o in kept if n in o), fmean(o[n][1] for o in kept if n in o)) for n in names}
+    of_cells = [retained.get("per_class") or {} for cell in row.cells if (retained := cell.get("retained"))]
+    means = {}
+    for name in dict.fromkeys(name for scores in of_cells for name in scores):
+        pairs = [scores[name] for scores in of_cells if name in scores]
+        means[name] = fmean(before for before, _ in pairs), fmean(after for _, after in pairs)
+    return means
 
 
-def by_seed(row: Row) -> list[dict[str, Any]]:
+def by_seed(row: Row) -> list[CellResult]:
     """Return a row's cells, in the order of their seeds."""
     return sorted(row.cells, key=lambda cell: cell["cell"]["seed"])
 
 
-def measured(cell: Cell) -> Mapping[str, Any]:
-    """Return what a cell's run measured."""
-    return cell["run"].get("measured") or {}
-
-
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of those that are there, or None."""
+    """Return the mean of the values that are there, or None."""
     there = [v for v in values if v is not None]
     return fmean(there) if there else None

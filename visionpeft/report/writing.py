@@ -1,4 +1,4 @@
-"""Where a report is written."""
+"""The writing of a report: a page of HTML, Markdown, or both."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .. import files
 from ..errors import ConfigError, need
-from .content import gather
 from .markdown import render as render_markdown
+from .model import read_report
 
 _NEEDS = ("altair", "vl_convert", "jinja2")  # of the extra "report"
 
@@ -47,7 +47,7 @@ def write(
             need(package, "report", "the page (not Markdown)")
     if folder := next((file for file in (page, markdown) if file is not None and Path(file).is_dir()), None):
         raise ConfigError(f"{folder} is a folder; name the file to write, such as {Path(folder) / 'report.html'}")
-    report = gather(folders)
+    report = read_report(folders)
     written = []
     if page is not None:
         from .page import render  # altair takes half a second

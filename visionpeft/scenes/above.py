@@ -1,4 +1,4 @@
-"""What is seen from straight above: aircraft, ships, vehicles, tanks, courts, and what only resembles them."""
+"""The painter of things seen from straight above: aircraft, ships, vehicles, tanks, courts, and what only resembles them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PAINTS += [(236, 236, 232), (92, 92, 94), (178, 160, 120), (60, 92, 80)]
 CONTAINERS = [(170, 60, 44), (44, 84, 130), (60, 110, 84), (206, 150, 60), (190, 190, 186), (120, 58, 46)]
 
 
-class Painter:
-    """One scene being drawn: its canvas, its random numbers, its sun."""
+class AerialPainter:
+    """Draws one scene from above, with a canvas, random numbers and a sun of its own."""
 
     def __init__(self, rng: Generator, size: int) -> None:
         self.rng, self.size, self.canvas = rng, size, Canvas(size)
@@ -44,24 +44,24 @@ class Painter:
         self.canvas.paint(texture * (1 - contrast / 2 + contrast * noise(self.rng, self.size, 60, 3))[..., None])
 
     def sheet(self, points: Floats, colour: Colour) -> None:
-        """A polygon of the ground in the picture."""
+        """Draw a polygon of the ground in the picture."""
         self.canvas.sheet(points, colour, self.grain)
 
     def fall(self, points: Floats, height: float) -> None:
-        """The shadow of a flat thing whose edge is `points`, at a height in the frame's units."""
+        """Draw the shadow of a flat thing whose edge is `points`, at a height in the frame's units."""
         step = self.sun * height * self.unit
         for part in (0.5, 1.0):
             self.canvas.shade(points + step * part, self.dark**0.5)
 
     def free(self, at: Frame, width: float) -> bool:
-        """Whether no object is where one of length 1 and `width` would come to lie."""
+        """Return whether no object is where one of length 1 and `width` would come to lie."""
         grid = np.stack(np.meshgrid(np.linspace(-0.5, 0.5, 7), np.linspace(-0.5, 0.5, 3) * width), -1).reshape(-1, 2)
         x, y = np.clip(at(grid) * FINE, 0, len(self.canvas.ids) - 1).astype(int).T
         return not self.canvas.ids[y, x].any()
 
     # ------------------------------------------------------------------------------------------------------------- objects
     def plane(self, at: Frame) -> None:
-        """One of length 1; none where another stands."""
+        """Draw a plane of length 1; none where another stands."""
         if not self.free(at, 0.7):
             return
         rng, draw = self.rng, self.canvas.polygon
@@ -102,7 +102,7 @@ class Painter:
             draw(at(rectangle(0.02, width * 1.1, 0.43, 0)), (60, 66, 74))
 
     def ship(self, at: Frame, wake: bool = False) -> None:
-        """A hull of length 1, drawn by what it carries; none where another lies."""
+        """Draw a ship of length 1 with its load; none where another lies."""
         if not self.free(at, 0.3):
             return
         rng, draw = self.rng, self.canvas.polygon
@@ -149,7 +149,7 @@ class Painter:
             draw(at(rectangle(0.045, half * 0.5, x - 0.03)), self.pick(CONTAINERS))
 
     def vehicle(self, at: Frame, long: bool = False) -> None:
-        """A car of length 1, or a lorry; none where something stands."""
+        """Draw a car of length 1, or a lorry; none where something stands."""
         if not self.free(at, 0.45):
             return
         rng, draw = self.rng, self.canvas.polygon
@@ -172,7 +172,7 @@ class Painter:
             draw(at(rectangle(0.38, half * 1.36, -0.07)), np.minimum(paint * 1.1, 255))
 
     def tank(self, at: Frame) -> None:
-        """A storage tank of diameter 1."""
+        """Draw a storage tank of diameter 1."""
         rng, draw, height = self.rng, self.canvas.polygon, self.rng.uniform(0.25, 0.6)
         rim = at(ellipse(1, 1, count=36))
         step = self.sun * height * at.scale
@@ -197,7 +197,7 @@ class Painter:
             draw(at(rectangle(0.05, 0.14, 0.48)), paint * 0.55)
 
     def court(self, at: Frame) -> None:
-        """A tennis court of length 1."""
+        """Draw a tennis court of length 1."""
         draw = self.canvas.polygon
         outer, inner = self.pick([(62, 108, 76), (150, 84, 62), (70, 100, 130)]), self.pick([(70, 110, 150), (168, 96, 70)])
         white = (204, 206, 204)
@@ -212,7 +212,7 @@ class Painter:
 
     # ------------------------------------------------------------------------------------------------------------- clutter
     def tree(self, x: float, y: float, radius: float) -> None:
-        """In pixels of the picture."""
+        """Draw a tree, in pixels of the picture."""
         rng = self.rng
         crown = ellipse(2 * radius, 2 * radius, x, y, 9) + rng.normal(0, radius * 0.12, (9, 2))
         self.canvas.shade(crown + self.sun * radius * 1.4, self.dark)
@@ -221,7 +221,7 @@ class Painter:
         self.canvas.polygon((crown - (x, y)) * 0.62 + (x, y) - self.sun * radius * 0.3, green * 1.22)
 
     def hall(self, at: Frame, length: float, width: float, height: float = 8, units: bool = True) -> None:
-        """A flat roof in the frame's units, with what stands on it."""
+        """Draw a flat roof in the frame's units, with units of machinery on it."""
         rng, draw = self.rng, self.canvas.polygon
         edge = at(rectangle(length, width))
         self.fall(edge, height)
@@ -256,7 +256,7 @@ class Painter:
             draw(at(rectangle(3, 3, *rng.uniform(-5, 5, 2))), roof * 0.6)
 
     def road(self, points: Floats, width: float, lines: bool = True) -> None:
-        """Through points in the picture; `width` in the frame's units."""
+        """Draw a road through points in the picture; `width` is in the frame's units."""
         colour, wide = np.asarray(self.pick(ASPHALT)), width * self.unit
         self.canvas.line(points, near(self.rng, (150, 142, 128)), wide * 1.25)
         self.canvas.line(points, colour, wide)
@@ -267,7 +267,7 @@ class Painter:
                     self.canvas.line([first, second], (206, 204, 196), 0.5)
 
     def traffic(self, at: Frame, length: float, width: float, count: int) -> None:
-        """Vehicles on a straight road along the frame's x axis."""
+        """Draw vehicles on a straight road along the frame's x axis."""
         taken: list[float] = []
         for _ in range(count):
             x, way = self.rng.uniform(-length / 2, length / 2), self.rng.choice([-1, 1])
@@ -285,7 +285,7 @@ class Painter:
                 self.tree(x * self.size, y * self.size, (radius[0] + r * (radius[1] - radius[0])) * self.unit)
 
     def clouds(self) -> None:
-        """Now and then thin clouds, each with its shadow."""
+        """Draw thin clouds now and then, each with its shadow."""
         rng = self.rng
         if rng.random() > 0.25:
             return

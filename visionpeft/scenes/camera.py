@@ -1,4 +1,4 @@
-"""A camera over a road: where points in space come to lie in the picture, and how weather and light tint them."""
+"""A camera over a road: its view of points in space, and a painter whose weather and light tint them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class View:
     roll: float
 
     def __call__(self, points: ArrayLike) -> Floats:
-        """(N, 3) in space -> (N, 2) in the picture."""
+        """Return points in the picture, (N, 2), of (N, 3) in space."""
         x, y, z = np.asarray(points, float).T
         z, centre = np.maximum(z, 0.6), self.size / 2
         u = self.focal * (x + self.bend * z * z) / z + self.middle - centre
@@ -35,7 +35,7 @@ class View:
         return np.array([c * u - s * v + centre, s * u + c * v + centre]).T
 
     def eye(self, z: float) -> Floats:
-        """Where the camera seems to be from a thing at z: a bend moves it aside."""
+        """Return where the camera seems to be from a thing at z: a bend moves it aside."""
         return np.array([-self.bend * z**2, self.height, 0.0])
 
     def depth(self) -> Floats:
@@ -47,7 +47,7 @@ class View:
 
 @dataclass(frozen=True)
 class Pose:
-    """Where a vehicle stands: its own (forward, up, right) points in space."""
+    """The place of a vehicle: turns its own (forward, up, right) points to points in space."""
 
     x: float
     z: float
@@ -55,14 +55,14 @@ class Pose:
     side: int = 1  # which of its sides the camera sees
 
     def __call__(self, points: ArrayLike) -> Floats:
-        """(N, 3) -> (N, 3)."""
+        """Return (N, 3) points in space of (N, 3) of the vehicle's own."""
         a, b, r = np.asarray(points, float).T
         c, s = np.cos(self.yaw), np.sin(self.yaw)
         return np.stack([self.x + a * s + r * self.side * c, b, self.z + a * c - r * self.side * s], 1)
 
 
-class Painter:
-    """One scene being drawn: its canvas, camera, weather and light, and what draws shapes in space."""
+class RoadPainter:
+    """Draws shapes in space on a canvas, as a camera sees them in some weather and light."""
 
     def __init__(self, rng: Generator, size: int, light: str, weather: str) -> None:
         self.rng, self.size, self.canvas = rng, size, Canvas(size)

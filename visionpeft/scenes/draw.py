@@ -1,4 +1,4 @@
-"""What the painters share: a canvas finer than its picture, and beside it a map of whose each fine pixel is."""
+"""The canvas of all painters: finer than its picture, with a map beside it of the thing that each fine pixel shows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Thing:
-    """One labelled object; all coordinates are pixels of the picture, (0, 0) being its upper left corner.
+    """A labelled object; all coordinates are pixels of the picture, (0, 0) being its upper left corner.
 
     Attributes:
         name: Its class.
         id: Its number in the scene's `ids`.
-        box: x0, y0, x1, y1 around what is visible of it.
-        outline: (N, 2), around what is visible; parts that something in front separates are joined by a line without width.
-        corners: (4, 2), the tightest box in the object's own direction around what is visible, from front left clockwise.
+        box: x0, y0, x1, y1 around its visible part.
+        outline: (N, 2), around its visible part; parts that something in front separates are joined by a line without width.
+        corners: (4, 2), the tightest box in the object's own direction around the same, from front left clockwise.
         points: (K, 3), x, y and 2 (seen), 1 (hidden by something) or 0 (outside the picture).
     """
 
@@ -43,12 +43,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """A picture and its labelled objects.
 
     Attributes:
         image: uint8, (size, size, 3), RGB.
         ids: int16, (FINE * size, FINE * size): the id of the thing that each fine pixel shows, 0 for none.
-        things: What is labelled, in the order of drawing.
+        things: Its labelled objects, in the order of drawing.
     """
 
     image: NDArray[np.uint8]
@@ -96,7 +96,7 @@ class _Draft:
 
 @dataclass
 class Canvas:
-    """Shapes are drawn from back to front, in pixels of the picture."""
+    """A picture on which shapes are drawn from back to front, in its pixels."""
 
     size: int
     pixels: NDArray[np.uint8] = field(init=False)
@@ -111,12 +111,12 @@ class Canvas:
 
     @property
     def owner(self) -> int:
-        """The id of the thing being drawn, 0 for none."""
+        """Id of the thing being drawn, 0 for none."""
         return self._draft.id if self._draft else 0
 
     @contextmanager
     def thing(self, name: str, angle: float = 0.0, points: ArrayLike = ()) -> Iterator[None]:
-        """What is drawn inside belongs to one thing, which looks along `angle` and has `points` (K, 2)."""
+        """Let all that is drawn inside belong to one thing, which looks along `angle` and has `points` (K, 2)."""
         side = len(self.ids)
         low, high = np.array([side, side]), np.array([0, 0])
         draft = _Draft(name, len(self._drafts) + 1, angle, np.asarray(points, float).reshape(-1, 2), low, high)
@@ -271,7 +271,7 @@ def ellipse(length: float, width: float, x: float = 0.0, y: float = 0.0, count: 
 
 
 def develop(rng: np.random.Generator, image: NDArray[np.uint8], grain: float, blur: float = 0.0) -> NDArray[np.uint8]:
-    """What a camera does to a picture: blur, contrast, a tint, and grain."""
+    """Return a picture as a camera would take it: with blur, contrast, a tint, and grain."""
     picture = image.astype(np.float32)
     if blur > 0.2:
         picture[:] = cv2.GaussianBlur(picture, (0, 0), blur)

@@ -10,16 +10,16 @@ from numpy.random import Generator
 
 from .camera import Pose
 from .draw import FINE, Colour, Floats, Scene, blend, develop, near, noise
-from .street import Street
+from .street import StreetPainter
 
 NAMES = ("car", "truck", "bus", "cyclist", "person", "sign", "light")
 
 
-class Painter(Street):
-    """Draws the whole, from the sky to the rain."""
+class DrivingPainter(StreetPainter):
+    """Draws a whole scene, from the sky to the rain."""
 
     def backdrop(self) -> None:
-        """Sky, clouds, hills, ground."""
+        """Draw sky, clouds, hills and ground."""
         rng, size = self.rng, self.size
         ends: dict[str, tuple[Colour, Colour]] = {
             "day": ((96, 146, 206), (190, 212, 230)),
@@ -47,7 +47,7 @@ class Painter(Street):
                 self.canvas.polygon(outline, self.tone(near(rng, colour), distance * 0.4))
 
     def road(self, lanes: int, wide: float) -> None:
-        """Asphalt with kerbs, pavements and markings."""
+        """Draw asphalt with kerbs, pavements and markings."""
         rng, edge, pavement = self.rng, lanes * wide / 2, self.rng.uniform(1.6, 3.2)
         self.edge, self.path = edge, pavement
         asphalt = self.pick([(88, 88, 92), (104, 102, 100), (74, 76, 82), (118, 116, 112)])
@@ -77,7 +77,7 @@ class Painter(Street):
                 self.strip(x, x + 0.55, white, z, z + 3)
 
     def add(self, z: float, what: Callable[..., None], *arguments: object) -> None:
-        """Put something z metres away on the list, which is drawn from the far end."""
+        """Put something z metres away on the list that is drawn from the far end."""
         self.items.append((z, lambda: what(*arguments)))
 
     def roadside(self) -> None:
@@ -138,7 +138,7 @@ class Painter(Street):
                     self.add(z, self.car, along(side * (edge + 0.9), z))
 
     def shine(self, picture: Floats) -> Floats:
-        """Add the light of one's own headlights and of all lamps."""
+        """Return a picture with the light of one's own headlights and of all lamps."""
         size = self.size
         if self.light == "night":
             depth, off = self.view.depth(), np.abs(np.linspace(-1, 1, size))
@@ -173,7 +173,7 @@ def scene(rng: Generator, size: int = 320, night: bool = False) -> Scene:
     """
     light = str(rng.choice(["night", "dusk"], p=[0.7, 0.3])) if night else "day"
     weather = str(rng.choice(["clear", "rain", "fog"], p=[0.35, 0.55, 0.1] if night else [0.66, 0.18, 0.16]))
-    painter = Painter(rng, size, light, weather)
+    painter = DrivingPainter(rng, size, light, weather)
     lanes, wide = int(rng.integers(1, 3)) * 2, rng.uniform(3.0, 3.7)
     painter.backdrop()
     painter.road(lanes, wide)

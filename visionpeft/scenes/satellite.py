@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.random import Generator
 
-from .above import ASPHALT, CONTAINERS, GRASS, PAVED, SOIL, WATER, Painter
+from .above import ASPHALT, CONTAINERS, GRASS, PAVED, SOIL, WATER, AerialPainter
 from .draw import Frame, Scene, develop, ellipse, near, noise, rectangle
 
 NAMES = ("plane", "ship", "vehicle", "tank", "court")
@@ -16,7 +16,7 @@ FLIPPED = (0, 2, 1, 3)  # which of them is which in a mirror
 
 
 # ------------------------------------------------------------------------------------------------------------- the layouts
-def _airport(p: Painter) -> None:
+def _airport(p: AerialPainter) -> None:
     rng, f, draw = p.rng, p.frame, p.canvas.polygon
     p.land(GRASS)
     far = p.reach
@@ -69,7 +69,7 @@ def _airport(p: Painter) -> None:
     p.trees(25)
 
 
-def _harbour(p: Painter) -> None:
+def _harbour(p: AerialPainter) -> None:
     rng, f, draw = p.rng, p.frame, p.canvas.polygon
     p.land(WATER, 4, 0.16)
     ripple = noise(rng, p.size, 70, 2, rng.uniform(1, 4))
@@ -124,7 +124,7 @@ def _harbour(p: Painter) -> None:
     p.traffic(f.at(0, shore + 16), 2 * far, 18, int(rng.integers(2, 9)))
 
 
-def _industry(p: Painter) -> None:
+def _industry(p: AerialPainter) -> None:
     rng, f, draw = p.rng, p.frame, p.canvas.polygon
     p.land([*SOIL, *PAVED], 7)
     far, pitch = p.reach, rng.uniform(58, 84)
@@ -161,7 +161,7 @@ def _industry(p: Painter) -> None:
         p.traffic(f.at(0, (i + 0.5) * pitch), 2 * far, 10, int(rng.integers(0, 5)))
 
 
-def _housing(p: Painter) -> None:
+def _housing(p: AerialPainter) -> None:
     rng, f, draw = p.rng, p.frame, p.canvas.polygon
     p.land(GRASS, 8)
     far, block, lot = p.reach, rng.uniform(96, 116), 42
@@ -193,7 +193,7 @@ def _housing(p: Painter) -> None:
     p.trees(150)
 
 
-def _parking(p: Painter) -> None:
+def _parking(p: AerialPainter) -> None:
     rng, f, draw = p.rng, p.frame, p.canvas.polygon
     p.land(GRASS if rng.random() < 0.5 else PAVED, 7)
     far = p.reach
@@ -229,7 +229,7 @@ def _parking(p: Painter) -> None:
     p.trees(60)
 
 
-def _fields(p: Painter) -> None:
+def _fields(p: AerialPainter) -> None:
     rng, f = p.rng, p.frame
     p.land(GRASS, 6)
     far = p.reach
@@ -260,7 +260,7 @@ def _fields(p: Painter) -> None:
     p.trees(20)
 
 
-def _forest(p: Painter) -> None:
+def _forest(p: AerialPainter) -> None:
     rng = p.rng
     p.land([(52, 70, 44), (64, 82, 50), (72, 80, 52)], 6)
     if rng.random() < 0.6:
@@ -272,7 +272,7 @@ def _forest(p: Painter) -> None:
             p.tree(x * p.size, y * p.size, (3 + 4.5 * r) * p.unit)
 
 
-_LAYOUTS: dict[str, tuple[Callable[[Painter], None], float]] = {  # and how often each is drawn for detection
+_LAYOUTS: dict[str, tuple[Callable[[AerialPainter], None], float]] = {  # and how often each is drawn for detection
     "airport": (_airport, 0.3),
     "harbour": (_harbour, 0.27),
     "industry": (_industry, 0.17),
@@ -290,7 +290,7 @@ def scene(rng: Generator, size: int = 320, kind: str | None = None) -> Scene:
     Things are those of `NAMES`; planes carry `POINTS`.
     """
     kinds, weights = list(_LAYOUTS), [weight for _, weight in _LAYOUTS.values()]
-    painter = Painter(rng, size)
+    painter = AerialPainter(rng, size)
     _LAYOUTS[kind or rng.choice(kinds, p=weights)][0](painter)
     painter.clouds()
     drawn = painter.canvas.scene()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from .draw import Floats, Scene, Thing
 
 WEIGHTS = Path(__file__).with_name("driving.pt")  # made by benchmarks/embedded.py
 PREFIX = "scenes/"
+VERSION = "e252e9615e"  # of the pictures, in the names of cached sets: give another where they change
 EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user names neither data nor model
     "model": "scenes/driving.pt",
     "data": "scenes/satellite",
@@ -38,12 +37,12 @@ EMBEDDED: dict[str, Any] = {  # arguments of `visionpeft.train` where the user n
 
 @dataclass(frozen=True)
 class SceneSet:
-    """What a name under "scenes/" stands for.
+    """A set of generated scenes.
 
     Attributes:
-        task: Ultralytics' name of it.
+        task: Ultralytics' name of the task.
         names: Classes; other things are not labelled.
-        draw: Draws a scene from random numbers, and a size in pixels.
+        draw: Draws a scene, of random numbers and a size in pixels.
         kinds: The pictures' own classes, for classification; `draw` takes one as `kind`.
         train: Pictures to train on (of each kind).
         val: Pictures to measure on (of each kind).
@@ -58,6 +57,10 @@ class SceneSet:
     val: int = 64
     size: int = 320
 
+    def entry(self, root: Path) -> Path:
+        """Return what `train` takes of a drawn set: its data YAML, or its folder for classification."""
+        return root if self.kinds else root / "data.yaml"
+
 
 SETS = {
     "satellite": SceneSet("detect", satellite.NAMES, satellite.scene),
@@ -71,27 +74,16 @@ SETS = {
 }
 
 
-def find(source: str | Path) -> str:
-    """Return the path that a name under "scenes/" stands for, and anything else as it is.
-
-    "scenes/satellite" and the like are drawn into the cache folder (see `cache`) when they are first asked for;
-    "scenes/driving.pt" is the packaged detector. A file or folder of that name in the working directory goes before.
+def find_set(name: str) -> SceneSet:
+    """Return the set of a name, without the "scenes/" before it.
 
     Raises:
-        ConfigError: There is no such name, or no place to draw at.
+        ConfigError: There is none.
     """
-    name = Path(source).as_posix()
-    if not name.startswith(PREFIX) or Path(source).exists():
-        return str(source)
-    name = name.removeprefix(PREFIX)
-    if name == WEIGHTS.name:
-        return str(WEIGHTS)
-    _check(name)
-    folder = cache() / f"{name}-{_version()}"
-    if not folder.is_dir():
-        print(f"drawing {PREFIX}{name} into {folder}", file=sys.stderr)
-        write(name, folder)
-    return str(_entry(name, folder))
+    if name not in SETS:
+        known = [PREFIX + n for n in (*SETS, WEIGHTS.name)]
+        raise ConfigError(f"'{PREFIX}{name}' is not known; there is {', '.join(known)}.{nearest(PREFIX + name, known)}")
+    return SETS[name]
 
 
 def write(
@@ -100,8 +92,8 @@ def write(
     """Draw a set into a new folder, which is there when it is complete and not before.
 
     Args:
-        name: One of `SETS`.
-        root: The folder.
+        name: One of `SETS`, such as satellite.
+        root: The folder to make.
         train: Pictures to train on; for classification of each kind.
         val: Pictures to measure on; for classification of each kind.
         size: Pixels along each side.
@@ -113,9 +105,9 @@ def write(
     Raises:
         ConfigError: The name is not known, a number is not usable, or the folder exists or cannot be written.
     """
-    made, root = SETS[_check(name)], Path(root)
-    counts = {"train": made.train if train is None else train, "val": made.val if val is None else val}
-    side = made.size if size is None else size
+    scene_set, root = find_set(name), Path(root)
+    counts = {"train": scene_set.train if train is None else train, "val": scene_set.val if val is None else val}
+    side = scene_set.size if size is None else size
     if min(counts.values()) < 1 or not 32 <= side <= 4096:
         given = f"train={counts['train']}, val={counts['val']}, size={side}"
         raise ConfigError(f"{given} is not usable; train and val must be at least 1, size 32 to 4096")
@@ -123,94 +115,47 @@ def write(
         raise ConfigError(f"{root} exists; give a new folder to draw {PREFIX}{name} into")
     temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=writable(root.resolve().parent)))
     try:
-        _fill(made, temporary, counts, side, seed)
+        _draw(scene_set, temporary, counts, side, seed)
         temporary.chmod(0o755)
         try:
             os.replace(temporary, root)
         except OSError:
-            if not _entry(name, root).exists():  # it does where another process has drawn the same meanwhile
+            if not scene_set.entry(root).exists():  # it does where another process has drawn the same meanwhile
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return _entry(name, root)
-
-
-def cache() -> Path:
-    """Return where sets are kept: $VISIONPEFT_CACHE, or the user's cache folder; the temporary one where that is read-only.
-
-    Raises:
-        ConfigError: $VISIONPEFT_CACHE is set, and cannot be written.
-    """
-    if chosen := os.environ.get("VISIONPEFT_CACHE"):
-        try:
-            return writable(chosen)
-        except ConfigError as error:
-            raise ConfigError(f"cannot write to VISIONPEFT_CACHE={chosen}; set it to a folder you may write to") from error
-    user = str(os.getuid()) if hasattr(os, "getuid") else ""  # the temporary folder may be everybody's
-    for folder in (_home() / "visionpeft", Path(tempfile.gettempdir()) / f"visionpeft{user}"):
-        try:
-            return writable(folder)
-        except ConfigError:
-            continue
-    raise ConfigError("no folder to draw scenes into can be written; set VISIONPEFT_CACHE to one")
-
-
-def _home() -> Path:
-    """The platform's folder for what can be made again."""
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
-def _check(name: str) -> str:
-    if name not in SETS:
-        known = [PREFIX + n for n in (*SETS, WEIGHTS.name)]
-        raise ConfigError(f"'{PREFIX}{name}' is not known; there is {', '.join(known)}.{nearest(PREFIX + name, known)}")
-    return name
-
-
-def _version() -> str:
-    """What of this room decides how the sets look."""
-    digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:10]
-
-
-def _entry(name: str, root: Path) -> Path:
-    return root if SETS[name].kinds else root / "data.yaml"
+    return scene_set.entry(root)
 
 
 # --------------------------------------------------------------------------------------------------------------- on disk
-def _fill(made: SceneSet, root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+def _draw(scene_set: SceneSet, root: Path, counts: dict[str, int], size: int, seed: int) -> None:
+    names = scene_set.names
     for number, (part, count) in enumerate(counts.items()):
-        for k, kind in enumerate(made.kinds):
+        for k, kind in enumerate(scene_set.kinds):
             folder = root / part / kind
             folder.mkdir(parents=True)
             for i in range(count):
-                scene = made.draw(np.random.default_rng([seed, number, k, i]), size, kind=kind)
+                scene = scene_set.draw(np.random.default_rng([seed, number, k, i]), size, kind=kind)
                 _save(scene, folder / f"{i:04d}.jpg")
-        if made.kinds:
+        if scene_set.kinds:
             continue
         for folder in (root / "images" / part, root / "labels" / part):
             folder.mkdir(parents=True)
         for i in range(count):
-            scene = made.draw(np.random.default_rng([seed, number, i]), size)
+            scene = scene_set.draw(np.random.default_rng([seed, number, i]), size)
             _save(scene, root / "images" / part / f"{i:04d}.jpg")
-            rows = [f"{made.names.index(t.name)} {_row(t, made.task, size)}\n" for t in scene.things if t.name in made.names]
+            rows = [f"{names.index(t.name)} {_row(t, scene_set.task, size)}\n" for t in scene.things if t.name in names]
             (root / "labels" / part / f"{i:04d}.txt").write_text("".join(rows))
-    if not made.kinds:
-        facts: dict[str, Any] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(made.names))}
-        if made.task == "pose":
+    if not scene_set.kinds:
+        facts: dict[str, object] = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
+        if scene_set.task == "pose":
             facts |= {"kpt_shape": [len(satellite.POINTS), 3], "flip_idx": list(satellite.FLIPPED)}
-            facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(made.names))}}
+            facts |= {"kpt_names": {i: list(satellite.POINTS) for i in range(len(names))}}
         (root / "data.yaml").write_text(yaml.safe_dump(facts, sort_keys=False))
 
 
 def _save(scene: Scene, path: Path) -> None:
-    """JPEG, not through OpenCV's own files, which know no paths beyond ASCII on Windows."""
+    """Write a JPEG, not through OpenCV's own files, which know no paths beyond ASCII on Windows."""
     good, data = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     if not good:
         raise OSError(f"{path} could not be encoded")
@@ -218,7 +163,7 @@ def _save(scene: Scene, path: Path) -> None:
 
 
 def _row(thing: Thing, task: str, size: int) -> str:
-    """A label without its class, in fractions of the picture."""
+    """Return a label without its class, as shares of the picture."""
     if task == "segment":
         return _numbers(_simple(thing.outline) / size)
     if task == "obb":  # Ultralytics refuses corners outside the picture
@@ -231,7 +176,7 @@ def _row(thing: Thing, task: str, size: int) -> str:
 
 
 def _simple(outline: Floats) -> Floats:
-    """The same outline to a third of a pixel with fewer points."""
+    """Return an outline with fewer points, the same to a third of a pixel."""
     short = np.asarray(cv2.approxPolyDP(outline.astype(np.float32)[:, None], 0.33, True), float)[:, 0]
     return short if len(short) > 2 else outline
 

@@ -1,4 +1,4 @@
-"""What stands and moves on a street: vehicles, people, signs, lights, trees and houses."""
+"""The painter of things on a street: vehicles, people, signs, lights, trees and houses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .camera import Painter, Pose
+from .camera import Pose, RoadPainter
 from .draw import Colour, Floats, ellipse, rectangle
 
 _PAINTS = [(214, 216, 218), (176, 180, 184), (44, 46, 50), (26, 28, 32), (156, 36, 34), (40, 66, 122), (96, 100, 106)]
@@ -43,7 +43,7 @@ _CARS = [  # length, width and height in metres
 ]
 
 
-class Street(Painter):
+class StreetPainter(RoadPainter):
     """Draws one thing at a time, in metres: x to the right, z ahead."""
 
     # ------------------------------------------------------------------------------------------------------------ vehicles
@@ -76,7 +76,7 @@ class Street(Painter):
         return None
 
     def ends(self, pose: Pose, size: ArrayLike, low: float) -> None:
-        """Lamps, plate and grille of the end that faces the camera, lamps at the height `low`."""
+        """Draw lamps, plate and grille of the end that faces the camera, lamps at the height `low`."""
         long, wide, high = np.asarray(size, float)
         eye = self.view.eye(pose.z)[[0, 2]] - (pose.x, pose.z)
         ahead = float(eye @ (np.sin(pose.yaw), np.cos(pose.yaw)))
@@ -108,7 +108,7 @@ class Street(Painter):
                 )
 
     def under(self, pose: Pose, size: ArrayLike) -> None:
-        """The shadow on the ground."""
+        """Draw the shadow on the ground."""
         long, wide, _ = np.asarray(size, float)
         flat = rectangle(long * 1.02, wide * 1.12)
         points = pose(np.stack([flat[:, 0], flat[:, 0] * 0, flat[:, 1]], 1))
@@ -251,7 +251,7 @@ class Street(Painter):
                     flat(rectangle(wide * rng.uniform(0.8, 1.5), 0.24, 0, y), ink)
 
     def signal(self, x: float, z: float, height: float, arm: float = 0.0) -> None:
-        """A traffic light, on a mast or on an arm over the road."""
+        """Draw a traffic light, on a mast or on an arm over the road."""
         self.pole(x, z, height + 0.5, 0.13)
         if arm:
             self.upright(x, z, rectangle(abs(arm), 0.1, arm / 2, height + 0.45), (104, 106, 108))
@@ -267,7 +267,7 @@ class Street(Painter):
                     self.glow((x + arm, height + y, z), 0.4 if self.dark else 0.2, colour)
 
     def lamp(self, x: float, z: float) -> None:
-        """A street lamp, and by night the light under it."""
+        """Draw a street lamp, and by night the light under it."""
         reach = -np.sign(x) * 1.8
         self.pole(x, z, 7.5, 0.14)
         self.upright(x, z, [(0, 7.4), (reach, 7.8), (reach, 7.9), (0, 7.5)], (104, 106, 108))
@@ -297,7 +297,7 @@ class Street(Painter):
             self.upright(x, z, leaf + rng.normal(0, 0.06, leaf.shape), green * bright)
 
     def building(self, x: float, z: float, wide: float, deep: float, high: float) -> None:
-        """One whose wall along the road stands at x, from z on."""
+        """Draw a building whose wall along the road stands at x, from z on."""
         rng, wall, side = self.rng, self.pick(_WALLS), np.sign(x)
         start = max(z, 1.5)
         sides = (((0.0, 1.0), z + deep - start, 0.72), ((side, 0.0), wide, 0.9))  # along the road, and across it

@@ -1,4 +1,4 @@
-"""What a format's reader hands over: images with objects in pixels, and what it left out."""
+"""The interface of a format: a reader of annotations in pixels, which counts what it skips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMATS = Registry("visionpeft.data.formats", "format")
 
 
 @dataclass(frozen=True)
-class Thing:
+class Annotation:
     """An annotated object, in pixels of the image as it was annotated.
 
     Attributes:
@@ -39,7 +39,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Sample:
     """An image and its annotations.
 
     Attributes:
@@ -47,14 +47,14 @@ class Entry:
         name: Its name in the source, which may hold folders.
         split: train, val or test, or "" where the source does not say.
         size: Width and height that the source states, or None.
-        things: Returns its objects for a task; called once, when they are written.
+        annotations: Returns its objects for a task; called once, when they are written.
     """
 
     file: Path
     name: str
     split: str
     size: tuple[int, int] | None
-    things: Callable[[str], Iterable[Thing]]
+    annotations: Callable[[str], Iterable[Annotation]]
 
 
 @dataclass
@@ -62,25 +62,40 @@ class Source:
     """A data set as it was read.
 
     Attributes:
-        names: Classes in order.
         tasks: The tasks its annotations can be written for, the likeliest first.
-        entries: Its images.
-        left: What was left out, and why.
-        changed: What is not quite as the annotations say.
+        names: Classes in order.
+        samples: Its images.
+        skipped: Counts of what cannot be used, by reason.
+        changed: Counts of what is not quite as the annotations say.
         keypoints: Names of the keypoints, of a pose set.
     """
 
-    names: list[str]
     tasks: tuple[str, ...]
-    entries: list[Entry]
-    left: Tally = field(default_factory=Tally)
+    names: list[str] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    skipped: Tally = field(default_factory=Tally)
     changed: Tally = field(default_factory=Tally)
     keypoints: tuple[str, ...] = ()
+
+    def add(
+        self,
+        label: Path,
+        image: Path | None,
+        split: str,
+        annotations: list[Annotation],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Add the image of a label file, and its classes in the order of the alphabet; an image of None is skipped."""
+        if image is None:
+            self.skipped.add(NOT_FOUND, f"for {label.name} ({len(annotations)} objects)")
+        else:
+            self.names = sorted({*self.names, *(a.name for a in annotations)})
+            self.samples.append(Sample(image, image.name, split, size, lambda task: annotations))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be read.
+    """A request to read a data set.
 
     Attributes:
         root: The file or folder given.
@@ -110,7 +125,7 @@ class Format(ABC):
     @staticmethod
     @abstractmethod
     def read(request: Request) -> Source:
-        """Read it.
+        """Read a data set of this format.
 
         Raises:
             DataError: It is not this format, or nothing in it can be used.
@@ -123,23 +138,18 @@ def split_of(words: str) -> str:
     return next((part for part, names in SPLITS.items() if any(n in found for n in names)), "")
 
 
-def plain(name: str) -> str:
-    """Return a class's name without case, spaces and marks: 'Expressway-toll-station' is 'expressway toll station'."""
+def letters_of(name: str) -> str:
+    """Return a class's name without case, spaces and marks: 'Expressway-toll-station' is 'expresswaytollstation'."""
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
-def always(things: list[Thing]) -> Callable[[str], list[Thing]]:
-    """Return `Entry.things` for objects that are the same for every task."""
-    return lambda task: things
-
-
-class Images:
+class ImageIndex:
     """The image files below some folders, found by the name or the stem that annotations give them."""
 
     def __init__(self, folders: Iterable[Path]):
         self.folders = list(dict.fromkeys(f for f in folders if f.is_dir()))
 
-    def named(self, name: str) -> Path | None:
+    def by_name(self, name: str) -> Path | None:
         """Return the file of a name, which may hold folders, one of those given among them; composed and decomposed accents
         are the same."""
         for form in dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name))):
@@ -151,7 +161,7 @@ class Images:
                     return folder / rest
         return None
 
-    def stemmed(self, stem: str, beside: str = "", name: str = "") -> Path | None:
+    def by_stem(self, stem: str, beside: str = "", name: str = "") -> Path | None:
         """Return the file of a stem in the first folder that has it. Where several below that have, it is the only one that
         lies in a folder called `beside`, or is called `name`; None where there is no such."""
         found = next((stems[stem] for stems in self._stems if stem in stems), [])
@@ -181,12 +191,12 @@ def image_folders(root: Path, start: Path) -> Iterator[Path]:
                 yield child
 
 
-def lines_of(file: Path, left: Tally) -> list[str] | None:
+def text_lines(file: Path, skipped: Tally) -> list[str] | None:
     """Return the lines of a text of annotations, or None where it is not UTF-8: class names would be garbled."""
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        left.add("annotation file that is not UTF-8", file.name)
+        skipped.add("annotation file that is not UTF-8", file.name)
         return None
 
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from ...errors import ConfigError, DataError, need
 from ..report import Tally
-from .base import FORMATS, NOT_FOUND, Entry, Format, Images, Request, Source, Thing, split_of
+from .base import FORMATS, NOT_FOUND, Annotation, Format, ImageIndex, Request, Sample, Source, split_of
 
+Json = dict[str, Any]  # an object of the file: its values are checked where they are used
 _OTHERS = ("captions", "panoptic", "stuff", "image_info", "person_keypoints")  # what COCO's own annotations/ holds besides
 
 
@@ -48,14 +49,15 @@ class Coco(Format):
             if twin := next((f for f in files if f != file and parts[f] == part), None):
                 raise DataError(f"{file} and {twin} are both of split '{part}'; give one with --annotations")
         contents = {file: _load(file) for file in files}
-        left, changed = Tally(), Tally()
-        names = _names(contents, left)
-        things = [a for c in contents.values() for a in c["annotations"]]
         keypoints = _keypoints(contents, request.task)
-        entries = [e for f, c in contents.items() for e in _entries(f, parts[f], c, request, left, changed)]
-        if not entries:
+        tasks = _tasks([a for content in contents.values() for a in content["annotations"]], keypoints)
+        source = Source(tasks, keypoints=keypoints)
+        source.names = _names(contents, source.skipped)
+        for file, content in contents.items():
+            source.samples += _samples(file, parts[file], content, request, source)
+        if not source.samples:
             raise DataError(f"none of the images that {files[0]} names was found; give their folder with --images")
-        return Source(names, _tasks(things, keypoints), entries, left, changed, keypoints)
+        return source
 
 
 def _files(root: Path, task: str | None) -> list[Path]:
@@ -68,7 +70,7 @@ def _files(root: Path, task: str | None) -> list[Path]:
     return pose if pose and (task == "pose" or not kept) else kept
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> Json:
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -83,7 +85,7 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _names(contents: dict[Path, dict[str, Any]], left: Tally) -> list[str]:
+def _names(contents: dict[Path, Json], skipped: Tally) -> list[str]:
     """Return the categories by id, whatever gaps there are, without one that only stands above others (Roboflow's)."""
     above, used, names = set(), set(), []
     for content in contents.values():
@@ -93,12 +95,12 @@ def _names(contents: dict[Path, dict[str, Any]], left: Tally) -> list[str]:
         names += [by_id[i] for i in sorted(by_id)]
     names = list(dict.fromkeys(names))
     for name in [n for n in names if n in above and n not in used]:
-        left.add("category that only stands above others", name)
+        skipped.add("category that only stands above others", name)
         names.remove(name)
     return names
 
 
-def _keypoints(contents: dict[Path, dict[str, Any]], task: str | None) -> tuple[str, ...]:
+def _keypoints(contents: dict[Path, Json], task: str | None) -> tuple[str, ...]:
     """Return the names of the keypoints, where all categories that have any have the same."""
     found = {tuple(map(str, k)) for c in contents.values() for x in c["categories"] if (k := x.get("keypoints"))}
     if len(found) > 1 and task in (None, "pose"):
@@ -116,64 +118,62 @@ def _tasks(annotations: list[Any], keypoints: tuple[str, ...]) -> tuple[str, ...
     return ("pose", *tasks) if keypoints else tuple(tasks)
 
 
-def _entries(
-    file: Path, part: str, content: dict[str, Any], request: Request, left: Tally, changed: Tally
-) -> Iterable[Entry]:
+def _samples(file: Path, part: str, content: Json, request: Request, source: Source) -> Iterable[Sample]:
     token, here = file.stem.rpartition("_")[2], file.parent  # train2017
     roots = (request.images,) if request.images else (here, request.root, here.parent)
     places = ("", f"images/{token}", token, "images", f"images/{part}", part, f"{part}/images")
-    images = Images(root / place for root in roots for place in places)
+    index = ImageIndex(root / place for root in roots for place in places)
     names = {c["id"]: str(c.get("name", c["id"])) for c in content["categories"]}
-    of_image: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    of_image: defaultdict[Any, list[Json]] = defaultdict(list)
     for annotation in content["annotations"]:
         if isinstance(annotation, dict) and annotation.get("category_id") in names:
             of_image[annotation.get("image_id")].append(annotation)
         else:
-            left.add("annotation of an unknown category", f"{file.name}: id {_id(annotation)}")
+            source.skipped.add("annotation of an unknown category", f"{file.name}: id {_id(annotation)}")
     listed = [str(image.get("file_name", "")).replace("\\", "/") for image in content["images"]]
-    alone = Counter(name.rpartition("/")[2] for name in set(listed))
+    count_of_last = Counter(name.rpartition("/")[2] for name in set(listed))
     for image, name in zip(content["images"], listed, strict=True):
         last = name.rpartition("/")[2]
-        found = images.named(name) if name else None
-        if found is None and last != name and alone[last] == 1 and (found := images.named(last)):
-            changed.add("image taken from another folder than its annotations say", f"{name}: {found}")
-        mine = of_image.pop(image["id"], [])
+        found = index.by_name(name) if name else None
+        if found is None and last != name and count_of_last[last] == 1 and (found := index.by_name(last)):
+            source.changed.add("image taken from another folder than its annotations say", f"{name}: {found}")
+        raw = of_image.pop(image["id"], [])
         if found is None:
-            left.add(NOT_FOUND, f"{name} ({len(mine)} objects)")
+            source.skipped.add(NOT_FOUND, f"{name} ({len(raw)} objects)")
             continue
-        size = (image.get("width"), image.get("height"))
-        stated = size if all(isinstance(n, int) and n > 0 for n in size) else None
+        width, height = image.get("width"), image.get("height")
+        stated = (width, height) if all(isinstance(n, int) and n > 0 for n in (width, height)) else None
 
-        def things(task: str, mine: list = mine, name: str = name) -> Iterable[Thing]:
-            return [t for a in mine if (t := _thing(a, names, name, task, left))]
+        def annotations(task: str, raw: list[Json] = raw, name: str = name) -> Iterable[Annotation]:
+            return [made for a in raw if (made := _annotation(a, names, name, task, source.skipped))]
 
-        yield Entry(found, name, part, stated, things)  # type: ignore[arg-type]
+        yield Sample(found, name, part, stated, annotations)
     if lost := sum(map(len, of_image.values())):
-        left.add("annotation of an image that is not listed", file.name, lost)
+        source.skipped.add("annotation of an image that is not listed", file.name, lost)
 
 
 def _id(annotation: Any) -> Any:
     return annotation.get("id") if isinstance(annotation, dict) else "?"
 
 
-def _thing(a: dict[str, Any], names: dict[Any, str], image: str, task: str, left: Tally) -> Thing | None:
+def _annotation(a: Json, names: dict[Any, str], image: str, task: str, skipped: Tally) -> Annotation | None:
     if a.get("iscrowd"):
-        left.add("crowd (iscrowd), which Ultralytics has no notion of", image)
+        skipped.add("crowd (iscrowd), which Ultralytics has no notion of", image)
         return None
     try:
         x, y, width, height = map(float, a["bbox"]) if a.get("bbox") else (math.nan,) * 4
         box = (x, y, x + width, y + height) if not math.isnan(x) else None
-        outlines = _outlines(a.get("segmentation"), image, left) if task == "segment" or box is None else ()
+        outlines = _outlines(a.get("segmentation"), image, skipped) if task == "segment" or box is None else ()
         keypoints = np.array(a["keypoints"], float).reshape(-1, 3) if task == "pose" and a.get("keypoints") else None
     except ConfigError:
         raise
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        left.add("annotation that is malformed", f"{image}: id {_id(a)} ({' '.join(str(error).split())[:60]})")
+        skipped.add("annotation that is malformed", f"{image}: id {_id(a)} ({' '.join(str(error).split())[:60]})")
         return None
-    return Thing(names[a["category_id"]], box, outlines, keypoints)
+    return Annotation(names[a["category_id"]], box, outlines, keypoints)
 
 
-def _outlines(segmentation: Any, image: str, left: Tally) -> tuple[np.ndarray, ...]:
+def _outlines(segmentation: Any, image: str, skipped: Tally) -> tuple[np.ndarray, ...]:
     """Return polygons: given ones, or the outer borders of a run-length mask."""
     if not segmentation:
         return ()
@@ -190,5 +190,5 @@ def _outlines(segmentation: Any, image: str, left: Tally) -> tuple[np.ndarray, .
     borders, levels = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     outer = [b for b, level in zip(borders, levels[0] if borders else (), strict=True) if level[3] < 0]
     if len(outer) < len(borders):
-        left.add("hole in a mask that was filled, as YOLO's polygons have none", image, len(borders) - len(outer))
+        skipped.add("hole in a mask that was filled, as YOLO's polygons have none", image, len(borders) - len(outer))
     return tuple(b.reshape(-1, 2).astype(float) for b in outer if len(b) >= 3)

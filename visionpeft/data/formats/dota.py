@@ -14,20 +14,7 @@ import numpy as np
 
 from ...errors import DataError
 from ..report import Tally
-from .base import (
-    FORMATS,
-    NOT_FOUND,
-    Entry,
-    Format,
-    Images,
-    Request,
-    Source,
-    Thing,
-    always,
-    image_folders,
-    lines_of,
-    split_of,
-)
+from .base import FORMATS, Annotation, Format, ImageIndex, Request, Source, image_folders, split_of, text_lines
 
 _HEADER = ("imagesource", "gsd", "acquisition")
 
@@ -42,25 +29,17 @@ class Dota(Format):
 
     @staticmethod
     def read(request: Request) -> Source:
-        root, left = request.root, Tally()
-        folders = [request.annotations] if request.annotations else _folders(root)
-        entries, names = [], set()
-        for folder in folders:
-            images = Images([request.images] if request.images else image_folders(root, folder))
+        root, source = request.root, Source(("obb", "detect"))
+        for folder in [request.annotations] if request.annotations else _folders(root):
+            images = ImageIndex([request.images] if request.images else image_folders(root, folder))
             part = split_of(folder.name) or split_of(folder.parent.name)
             for file in sorted(folder.glob("*.txt")):
-                if (lines := lines_of(file, left)) is None:
-                    continue
-                things = list(_things(file, lines, request.difficult, left))
-                found = images.stemmed(file.stem, folder.parent.name)
-                if found is None:
-                    left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
-                    continue
-                names |= {t.name for t in things}
-                entries.append(Entry(found, found.name, part, None, always(things)))
-        if not names:
+                if (lines := text_lines(file, source.skipped)) is not None:
+                    annotations = list(_annotations(file, lines, request.difficult, source.skipped))
+                    source.add(file, images.by_stem(file.stem, folder.parent.name), part, annotations)
+        if not source.names:
             raise DataError(f"{root} holds no usable DOTA labels, or their images are elsewhere; give them with --images")
-        return Source(sorted(names), ("obb", "detect"), entries, left)
+        return source
 
 
 def _folders(root: Path) -> list[Path]:
@@ -71,7 +50,7 @@ def _folders(root: Path) -> list[Path]:
     return [f for f in found if f.is_dir() and any(f.glob("*.txt"))]
 
 
-def _things(file: Path, lines: list[str], difficult: bool, left: Tally) -> Iterable[Thing]:
+def _annotations(file: Path, lines: list[str], difficult: bool, skipped: Tally) -> Iterable[Annotation]:
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words or words[0].lower().startswith(_HEADER):
@@ -82,9 +61,9 @@ def _things(file: Path, lines: list[str], difficult: bool, left: Tally) -> Itera
             if not np.isfinite(corners).all():
                 raise ValueError
         except (ValueError, IndexError):
-            left.add("row that is malformed", f"{file.name}:{number}: '{line[:40]}'")
+            skipped.add("row that is malformed", f"{file.name}:{number}: '{line[:40]}'")
             continue
         if hard and not difficult:
-            left.add("object marked as difficult (--difficult keeps it)", f"{file.name}: {name}")
+            skipped.add("object marked as difficult (--difficult keeps it)", f"{file.name}: {name}")
             continue
-        yield Thing(name, None, (corners,))
+        yield Annotation(name, None, (corners,))

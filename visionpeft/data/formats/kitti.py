@@ -12,20 +12,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..report import Tally
-from .base import (
-    FORMATS,
-    NOT_FOUND,
-    Entry,
-    Format,
-    Images,
-    Request,
-    Source,
-    Thing,
-    always,
-    image_folders,
-    lines_of,
-    listed_splits,
-)
+from .base import FORMATS, Annotation, Format, ImageIndex, Request, Source, image_folders, listed_splits, text_lines
 
 _CLASSES = ("Car", "Van", "Truck", "Pedestrian", "Person_sitting", "Cyclist", "Tram", "Misc")  # the devkit's order
 _FIELDS = 15
@@ -41,31 +28,25 @@ class Kitti(Format):
 
     @staticmethod
     def read(request: Request) -> Source:
-        root, left = request.root, Tally()
+        root, source = request.root, Source(("detect",))
         folder = request.annotations or _labels(root) or root
         files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
         if not files:
             raise DataError(f"{folder} holds no KITTI labels; give a folder with label_2/ and image_2/, such as training")
-        images = Images([request.images] if request.images else image_folders(root, folder))
+        images = ImageIndex([request.images] if request.images else image_folders(root, folder))
         splits = listed_splits(root)
-        entries, names = [], set()
         for file in files:
             if splits and file.stem not in splits:
-                left.add("image that ImageSets does not list", file.name)
-                continue
-            if (lines := lines_of(file, left)) is None:
-                continue
-            things = list(_things(file, lines, left))
-            found = images.stemmed(file.stem, folder.name.replace("label", "image"))
-            if found is None:
-                left.add(NOT_FOUND, f"for {file.name} ({len(things)} objects)")
-                continue
-            names |= {t.name for t in things}
-            entries.append(Entry(found, found.name, splits.get(file.stem, ""), None, always(things)))
-        if not names:
+                source.skipped.add("image that ImageSets does not list", file.name)
+            elif (lines := text_lines(file, source.skipped)) is not None:
+                image = images.by_stem(file.stem, folder.name.replace("label", "image"))
+                annotations = list(_annotations(file, lines, source.skipped))
+                source.add(file, image, splits.get(file.stem, ""), annotations)
+        if not source.names:
             raise DataError(f"{folder} holds no usable KITTI labels, or their images are elsewhere; give them with --images")
-        order = list(_CLASSES) if names <= set(_CLASSES) else sorted(names)
-        return Source(order, ("detect",), entries, left)
+        if set(source.names) <= set(_CLASSES):
+            source.names = list(_CLASSES)
+        return source
 
 
 def _labels(root: Path) -> Path | None:
@@ -80,19 +61,19 @@ def _labels(root: Path) -> Path | None:
     return root if len(words) in (_FIELDS, _FIELDS + 1) else None
 
 
-def _things(file: Path, lines: list[str], left: Tally) -> Iterable[Thing]:
+def _annotations(file: Path, lines: list[str], skipped: Tally) -> Iterable[Annotation]:
     for number, line in enumerate(lines, 1):
         words = line.split()
         if not words:
             continue
         if words[0] == "DontCare":
-            left.add("DontCare region", file.name)
+            skipped.add("DontCare region", file.name)
             continue
         try:
             box = (float(words[4]), float(words[5]), float(words[6]), float(words[7]))
             if len(words) < _FIELDS or not all(map(math.isfinite, box)):
                 raise ValueError
         except (ValueError, IndexError):
-            left.add("row that is malformed", f"{file.name}:{number}: '{line[:40]}'")
+            skipped.add("row that is malformed", f"{file.name}:{number}: '{line[:40]}'")
             continue
-        yield Thing(words[0], box)
+        yield Annotation(words[0], box)

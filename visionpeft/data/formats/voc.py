@@ -16,20 +16,7 @@ import numpy as np
 
 from ...errors import DataError
 from ..report import Tally
-from .base import (
-    FORMATS,
-    NOT_FOUND,
-    Entry,
-    Format,
-    Images,
-    Request,
-    Source,
-    Thing,
-    always,
-    image_folders,
-    listed_splits,
-    split_of,
-)
+from .base import FORMATS, NOT_FOUND, Annotation, Format, ImageIndex, Request, Source, image_folders, listed_splits, split_of
 
 _CORNERS = ("left_top", "right_top", "right_bottom", "left_bottom")  # of <robndbox>: x_left_top, y_left_top, ...
 
@@ -44,46 +31,38 @@ class Voc(Format):
 
     @staticmethod
     def read(request: Request) -> Source:
-        root, left = request.root, Tally()
+        root, source = request.root, Source(("detect",))
         place = request.annotations or root
         files = sorted(place.rglob("*.xml")) if place.is_dir() else []
         if not files:
             raise DataError(f"{place} holds no XML files; give a folder with Pascal VOC's, such as VOCdevkit/VOC2012")
         splits = listed_splits(root)
         parts = {f: splits.get(f.stem) if splits else _folder_split(f, root) for f in files}
-        _one_each(files, parts)
-        entries, names, oriented = [], set(), False
-        images: dict[Path, Images] = {}
+        _refuse_twins(files, parts)
+        indices: dict[Path, ImageIndex] = {}
         for file, part in parts.items():
             if part is None:
-                left.add("image that ImageSets does not list", file.name)
+                source.skipped.add("image that ImageSets does not list", file.name)
                 continue
-            tree = _parse(file, left)
-            if tree is None:
+            if (tree := _parse(file, source.skipped)) is None:
                 continue
-            if file.parent not in images:
-                folders = [request.images] if request.images else image_folders(root, file.parent)
-                images[file.parent] = Images(folders)
-            said, beside = Path(tree.findtext("filename") or "").name, file.parent.name
-            found = images[file.parent].stemmed(file.stem, beside, said)
-            found = found or images[file.parent].stemmed(Path(said).stem, beside, said)
-            if found is None:
-                left.add(NOT_FOUND, f"for {file.name} ({len(tree.findall('object'))} objects)")
+            if (folder := file.parent) not in indices:
+                indices[folder] = ImageIndex([request.images] if request.images else image_folders(root, folder))
+            stated = Path(tree.findtext("filename") or "").name
+            by_stem = (indices[folder].by_stem(stem, folder.name, stated) for stem in (file.stem, Path(stated).stem))
+            if (image := next(filter(None, by_stem), None)) is None:
+                source.skipped.add(NOT_FOUND, f"for {file.name} ({len(tree.findall('object'))} objects)")
                 continue
-            things = list(_things(tree, file, request.difficult, left))
-            names |= {t.name for t in things}
-            oriented |= any(t.outlines for t in things)
-            entries.append(Entry(found, found.name, part, _size(tree), always(things)))
-        if not entries:
+            annotations = list(_annotations(tree, file, request.difficult, source.skipped))
+            if any(a.outlines for a in annotations):
+                source.tasks = ("obb", "detect")
+            source.add(file, image, part, annotations, _size(tree))
+        if not source.samples:
             raise DataError(
-                f"none of the {len(files)} XML files in {place} can be used: {_reasons(left)}; give the images' folder with "
-                "--images, or correct the files"
+                f"none of the {len(files)} XML files in {place} can be used: {source.skipped.summary()}; give the images' "
+                "folder with --images, or correct the files"
             )
-        return Source(sorted(names), ("obb", "detect") if oriented else ("detect",), entries, left)
-
-
-def _reasons(left: Tally) -> str:
-    return ", ".join(f"{n} x {kind}" for kind, n in left.counts.items())
+        return source
 
 
 def _folder_split(file: Path, root: Path) -> str:
@@ -91,7 +70,7 @@ def _folder_split(file: Path, root: Path) -> str:
     return next((part for folder in reversed(folders) if (part := split_of(folder))), "")
 
 
-def _one_each(files: list[Path], parts: dict[Path, str | None]) -> None:
+def _refuse_twins(files: list[Path], parts: dict[Path, str | None]) -> None:
     """Refuse a folder with two sets of annotations of the same images, as DIOR's horizontal and oriented ones."""
     seen: dict[tuple[str, str | None], Path] = {}
     for file in files:
@@ -102,14 +81,14 @@ def _one_each(files: list[Path], parts: dict[Path, str | None]) -> None:
             )
 
 
-def _parse(file: Path, left: Tally) -> ElementTree.Element | None:
+def _parse(file: Path, skipped: Tally) -> ElementTree.Element | None:
     try:
         tree = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, OSError, ValueError) as error:
-        left.add("XML file that is not readable", f"{file.name}: {error}")
+        skipped.add("XML file that is not readable", f"{file.name}: {error}")
         return None
     if tree.tag != "annotation":
-        left.add("XML file that is not Pascal VOC's", f"{file.name}: <{tree.tag}>, not <annotation>")
+        skipped.add("XML file that is not Pascal VOC's", f"{file.name}: <{tree.tag}>, not <annotation>")
         return None
     return tree
 
@@ -123,22 +102,22 @@ def _size(tree: ElementTree.Element) -> tuple[int, int] | None:
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _things(tree: ElementTree.Element, file: Path, difficult: bool, left: Tally) -> Iterable[Thing]:
+def _annotations(tree: ElementTree.Element, file: Path, difficult: bool, skipped: Tally) -> Iterable[Annotation]:
     first = 1.0 if (tree.findtext("source/database") or "").startswith("The VOC") else 0.0
     for node in tree.findall("object"):
         name = (node.findtext("name") or "").strip()
         if not difficult and (node.findtext("difficult") or "0").strip() == "1":
-            left.add("object marked as difficult (--difficult keeps it)", f"{file.name}: {name}")
+            skipped.add("object marked as difficult (--difficult keeps it)", f"{file.name}: {name}")
             continue
         try:
             if not name:
                 raise ValueError("no name")
             if (box := node.find("robndbox")) is not None:
                 corners = [[float(box.findtext(f"{axis}_{c}", "")) for axis in "xy"] for c in _CORNERS]
-                yield Thing(name, None, (np.array(corners),))
+                yield Annotation(name, None, (np.array(corners),))
                 continue
             edges = [float(node.findtext(f"bndbox/{edge}", "")) for edge in ("xmin", "ymin", "xmax", "ymax")]
         except ValueError as error:
-            left.add("object that is malformed", f"{file.name}: {name} ({error})")
+            skipped.add("object that is malformed", f"{file.name}: {name} ({error})")
             continue
-        yield Thing(name, (edges[0] - first, edges[1] - first, edges[2], edges[3]))
+        yield Annotation(name, (edges[0] - first, edges[1] - first, edges[2], edges[3]))

@@ -41,12 +41,12 @@ from ...core.base_model import LARGEST_IMAGE, Base, Data
 from ...core.class_twins import plain
 from ...core.delta import fits_half
 from ...data.layout import SUFFIXES, composed, read_names, read_values
-from ...data.pictures import look, refuse_unfit
+from ...data.pictures import inspect_image, refuse_unfit
 from ...errors import ConfigError, DataError, ModelError, VisionpeftError, nearest
 from ...files import read_yaml
 from ...pickles import objection
 from ...registry import FAMILIES
-from ...scenes import find
+from ...sources import find
 from ...training.distributed import check_shares
 from ...training.feature_cache import ViewSchedule
 from ...training.job import Job
@@ -600,7 +600,7 @@ def _own_folders(data: Data, split: str) -> Data:
                 if hidden.is_dir() and hidden.parent == folder:
                     raise DataError(f"Ultralytics would take the hidden folder {hidden} for a class; remove it")
                 for file in hidden.rglob("*") if hidden.is_dir() else [hidden]:
-                    if file.suffix[1:].lower() in SUFFIXES and not look(file).fault:
+                    if file.suffix[1:].lower() in SUFFIXES and not inspect_image(file).fault:
                         raise DataError(f"Ultralytics would train on {file}, though {hidden.name} is hidden; remove that")
             spelled = {composed(name): name for name in data.names.values()}
             for place in folder.iterdir():

@@ -28,7 +28,7 @@ from yaml.reader import ReaderError
 from ...errors import DataError, ModelError, nearest
 from ...files import read_yaml
 from ...pickles import objection_to_array
-from ...scenes import find
+from ...sources import find
 from .output import aside
 
 _LARGEST = 1 << 16  # channels, classes and other numbers of a network's YAML

@@ -30,7 +30,7 @@ from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 from ...core.attach import attach, settle
 from ...core.base_model import Data
 from ...core.plan import Plan
-from ...data.layout import find_images, listed
+from ...data.layout import find_images, listed_images
 from ...errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
 from ...measure import Meter
 from ...process import random_states, set_random_states
@@ -475,7 +475,7 @@ def images(places: Any, part: str, source: str, said: bool = False) -> list[str]
             if said:
                 leave_out(others, place)
         elif place.is_file():
-            found += listed(place)
+            found += listed_images(place)
         else:
             raise DataError(f"the {part} images of {source} are not at {place}; correct '{part}:' or 'path:' in the YAML")
     if not found:

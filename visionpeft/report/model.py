@@ -1,4 +1,4 @@
-"""All that a report says, as plain values, from the folders of results alone."""
+"""The content of a report as plain values, from the folders of results alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from .. import schema
 from ..benchmark import Row, compare, read
 from ..benchmark.grid import hash_of
+from ..benchmark.results import CellFailure, CellResult
 from ..errors import ConfigError, printable
 from ..schema import Malformed
-from .answer import Answer, answer
 from .notes import notes
 from .rows import Memory, by_seed, memory_of, share
+from .summary import Summary, summarise
+
+T = TypeVar("T")
 
 AGAINST = "full"  # the reference, where the results name none
 _SETTINGS = ("imgsz", "batch", "optimizer", "lr0")  # said once where all cells of a section share them
@@ -27,14 +30,14 @@ class Section:
 
     Attributes:
         key: Unlike any other section's, and safe as an id.
-        model: Its name.
-        data: Its name.
+        model: Name of the model.
+        data: Name of the data set.
         task: detect, classify, ...
         metric: Name of the score.
-        settings: Those that all cells share, as text.
+        settings: Settings that all cells share, as text.
         rows: One for each method, the best score first.
-        memory: What stands for their memory.
-        answer: What they come to.
+        memory: The measure of their memory.
+        summary: The method that is named, and why.
     """
 
     key: str
@@ -45,11 +48,11 @@ class Section:
     settings: str
     rows: list[Row]
     memory: Memory
-    answer: Answer
+    summary: Summary
 
     @property
-    def cells(self) -> list[dict[str, Any]]:
-        """Those of all rows, in the order of the rows and of the seeds."""
+    def cells(self) -> list[CellResult]:
+        """The cells of all rows, in the order of the rows and of the seeds."""
         return [cell for row in self.rows for cell in by_seed(row)]
 
 
@@ -57,24 +60,24 @@ class Section:
 class Failure:
     """A cell that did not finish."""
 
-    what: str  # model, data, method and seed
+    cell: str  # model, data, method and seed
     kind: str  # ConfigError, OutOfMemory, ...
     error: str  # in a sentence
 
 
 @dataclass(frozen=True)
-class Report:
-    """All sections, and what is said once.
+class BenchmarkReport:
+    """All sections, and the facts about them together.
 
     Attributes:
-        name: Of the sweeps.
+        name: Name of the sweeps.
         created: When they began.
         sections: One for each model and data set.
         failed: Cells without a result.
         against: The label of the method that others are compared with.
-        methods: Of all sections: the reference, then the others by the share that trains, the largest first.
-        notes: What a reader must know.
-        folders: Of the results, as they were given.
+        methods: Methods of all sections: the reference, then the others by the share that trains, the largest first.
+        notes: Notes that a reader needs.
+        folders: Folders of the results, as they were given.
     """
 
     name: str
@@ -87,16 +90,16 @@ class Report:
     folders: list[str]
 
     @property
-    def cells(self) -> list[dict[str, Any]]:
-        """Those of all sections."""
+    def cells(self) -> list[CellResult]:
+        """The cells of all sections."""
         return [cell for section in self.sections for cell in section.cells]
 
 
-def gather(folders: Sequence[str | Path]) -> Report:
-    """Read folders of results, and work out what is to be said of them.
+def read_report(folders: Sequence[str | Path]) -> BenchmarkReport:
+    """Return the report on folders of results.
 
     Args:
-        folders: That `visionpeft benchmark` wrote into.
+        folders: Folders that `visionpeft benchmark` wrote into.
 
     Raises:
         ConfigError: A folder is missing or empty, a file in it is truncated or of something else, or the folders have
@@ -121,7 +124,7 @@ def gather(folders: Sequence[str | Path]) -> Report:
         _section(f"s{i}", [r for r in rows if (r.names["data"], r.names["model"]) == place], against)
         for i, place in enumerate(places)
     ]
-    return Report(
+    return BenchmarkReport(
         name=", ".join(dict.fromkeys(str(about["name"]) for about in abouts if about.get("name"))) or "benchmark",
         created=min((str(about["created"]) for about in abouts if about.get("created")), default="")[:16].replace("T", " "),
         sections=sections,
@@ -133,13 +136,16 @@ def gather(folders: Sequence[str | Path]) -> Report:
     )
 
 
-def _printable(content: Any) -> Any:
-    """Return what a file holds, all text in it printable."""
+def _printable(content: T) -> T:
+    """Return the content of a file, all text in it printable."""
+    made: object = content
     if isinstance(content, str):
-        return printable(content)
-    if isinstance(content, Mapping):
-        return {printable(k): _printable(v) for k, v in content.items()}
-    return [_printable(v) for v in content] if isinstance(content, list) else content
+        made = printable(content)
+    elif isinstance(content, Mapping):
+        made = {printable(k): _printable(v) for k, v in content.items()}
+    elif isinstance(content, list):
+        made = [_printable(v) for v in content]
+    return cast(T, made)
 
 
 def _section(key: str, rows: list[Row], against: str) -> Section:
@@ -154,11 +160,11 @@ def _section(key: str, rows: list[Row], against: str) -> Section:
         settings=_shared([cell["run"].get("arguments") or {} for row in rows for cell in row.cells]),
         rows=rows,
         memory=memory,
-        answer=answer(rows, memory, against),
+        summary=summarise(rows, memory, against),
     )
 
 
-def _shared(arguments: Sequence[Mapping[str, Any]]) -> str:
+def _shared(arguments: Sequence[Mapping[str, object]]) -> str:
     first = arguments[0]
     same = [k for k in _SETTINGS if first.get(k) is not None and all(a.get(k) == first[k] for a in arguments)]
     return ", ".join(f"{k} {first[k]}" for k in same)
@@ -171,15 +177,15 @@ def _ordered(rows: Sequence[Row], against: str) -> list[str]:
     return sorted(shares, key=lambda method: (method != against, -fmean(shares[method]), method))
 
 
-def _failure(cell: Mapping[str, Any]) -> Failure:
+def _failure(cell: CellFailure) -> Failure:
     spec = cell["cell"]
-    names = (cell.get("names") or {}).values() or [spec.get(k) for k in ("model", "data", "method")]
-    what = ", ".join(map(str, (*names, f"seed {spec.get('seed')}")))
-    return Failure(what, str(cell["kind"]), " ".join(str(cell["error"]).split()))
+    names = cell["names"].values() or [spec.get(k) for k in ("model", "data", "method")]
+    label = ", ".join(map(str, (*names, f"seed {spec.get('seed')}")))
+    return Failure(label, cell["kind"], " ".join(cell["error"].split()))
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """Return what benchmark.json says of the sweeps; nothing, where there is none."""
+    """Return the content of benchmark.json; nothing where there is none."""
     file = folder / "benchmark.json"
     try:
         content = schema.check(dict[str, Any], schema.parse(file.read_bytes())) if file.is_file() else {}

@@ -1,10 +1,10 @@
-"""Values as people read them."""
+"""The format of values in a report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-GONE = "–"
+MISSING = "–"
 
 
 def score(value: float) -> str:
@@ -24,7 +24,7 @@ def interval(low: float | None, high: float | None, text: Callable[[float], str]
 
 def seconds(value: float | None) -> str:
     """Return a time: 0.31 s, 64 s."""
-    return GONE if value is None else f"{value:.2f} s" if value < 10 else f"{value:,.0f} s"
+    return MISSING if value is None else f"{value:.2f} s" if value < 10 else f"{value:,.0f} s"
 
 
 def percent(share: float) -> str:

@@ -1,0 +1,13 @@
+from ..sources import find as find
+from . import driving as driving
+from . import satellite as satellite
+from .draw import Scene as Scene
+from .draw import Thing as Thing
+from .sets import EMBEDDED as EMBEDDED
+from .sets import PREFIX as PREFIX
+from .sets import SETS as SETS
+from .sets import VERSION as VERSION
+from .sets import WEIGHTS as WEIGHTS
+from .sets import SceneSet as SceneSet
+from .sets import find_set as find_set
+from .sets import write as write
