@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
-from visionpeft import api
 from visionpeft.core import delta as deltas
 from visionpeft.core.anatomy import Anatomy, GradientStats
 from visionpeft.families.timm.trainer import _Loop
 from visionpeft.families.yolo.tasks import TASKS, build
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
+from visionpeft.session import TrainSession
 
 torch.set_num_threads(1)  # more threads than free cores make small nets many times slower
 
@@ -86,7 +86,7 @@ def _seeded() -> None:
 def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's pictures take a fifth of a small one's time, so only tests that are marked draw them."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(api, "_pictures", lambda *_: {})
+        monkeypatch.setattr(TrainSession, "_pictures", lambda *_: {})
 
 
 @pytest.fixture

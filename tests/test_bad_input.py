@@ -24,6 +24,7 @@ from visionpeft import cli, files
 from visionpeft.core import delta as deltas
 from visionpeft.errors import ConfigError, DataError
 from visionpeft.registry import FAMILIES
+from visionpeft.session import TrainSession
 
 SMALL = "--epochs 1 --imgsz 64 --batch 4 --device cpu --plots false".split()
 
@@ -458,7 +459,7 @@ def test_a_crash_after_the_last_epoch(boxes: Path, checkpoint: Path, tmp_path: P
     def crash(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(visionpeft.api, "_result", crash)
+    monkeypatch.setattr(TrainSession, "_result", crash)
     with pytest.raises(MemoryError):
         visionpeft.train(boxes, model=checkpoint, project=tmp_path, **small)
     monkeypatch.undo()

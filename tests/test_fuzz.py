@@ -24,6 +24,7 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.base_model import Base
 from visionpeft.errors import ConfigError, DeltaError, MismatchError, ModelError, TrainingError, VisionpeftError
 from visionpeft.registry import FAMILIES
+from visionpeft.report.model import read_report
 from visionpeft.training import checkpoint, run_folder
 
 ODD = [None, True, -4, 0, 8.5, 10**9, 10**30, 1e30, float("nan"), float("inf"), "8", "", "\ud800", [], {}, [[]], {"a": [1]}]
