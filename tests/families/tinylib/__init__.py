@@ -118,15 +118,15 @@ class Tiny(Family):
         return Data(source, "classify", {0: "dark", 1: "light"}, "shades of grey", some, some[::2])
 
     def train(self, job: Job) -> None:
-        torch.manual_seed(job.seed)
-        model = settle(attach(self.with_head(job.base, job.data.names, job.head), job.plan), job.plan)
+        torch.manual_seed(job.config.seed)
+        model = settle(attach(self.with_head(job.base, job.data.names, job.config.head), job.plan), job.plan)
         meter = Meter(model, torch.device("cpu"), stages=job.stages)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], job.lr0)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], job.config.lr0)
         job.trackers.open(0)
         history: list[dict[str, float]] = []
-        for epoch in range(job.epochs):
-            job.open(model, epoch / job.epochs, meter)
-            for chunk in (job.data.train[i :: len(job.data.train) // job.batch] for i in range(job.batch)):
+        for epoch in range(job.config.epochs):
+            job.open(model, epoch / job.config.epochs, meter)
+            for chunk in (job.data.train[i :: len(job.data.train) // job.config.batch] for i in range(job.config.batch)):
                 files, labels = zip(*chunk, strict=True)
                 loss = nn.functional.cross_entropy(model(images(files)), torch.tensor(labels))
                 optimizer.zero_grad()
@@ -137,7 +137,13 @@ class Tiny(Family):
             if metrics["accuracy"] >= max(e["accuracy"] for e in history):
                 keep_best(job, model, metrics, epoch + 1)()
             live = checkpoint.live(model)
-            content = {"epoch": epoch, "done": epoch + 1 == job.epochs, "model": live, "ema": live, "updates": epoch + 1}
+            content = {
+                "epoch": epoch,
+                "done": epoch + 1 == job.config.epochs,
+                "model": live,
+                "ema": live,
+                "updates": epoch + 1,
+            }
             content |= {"optimizer": optimizer.state_dict(), "history": history, "measured": meter.report()}
             checkpoint.save(job.checkpoint, {**content, "random": random_states(), "origin": job.origin})
         meter.close()
