@@ -31,7 +31,7 @@ from visionpeft import lean as leanly
 from visionpeft.core.attach import attach, settle, train_mode
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
-from visionpeft.families.base import DryRun, Step
+from visionpeft.families.capabilities import DryRun, Step
 from visionpeft.memory.forecast import Case, trace
 from visionpeft.settings import find_family
 

@@ -41,7 +41,7 @@ import torch
 
 import visionpeft
 from visionpeft import files, scenes
-from visionpeft.families.base import Step
+from visionpeft.families.capabilities import Step
 from visionpeft.memory.forecast import trace
 
 HERE = Path(__file__).resolve()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import visionpeft
 from visionpeft import files
 from visionpeft.benchmark.cell import HOLDOUT_SHARE
-from visionpeft.families.timm import family as timm
+from visionpeft.families.timm import loading
 from visionpeft.families.timm.anatomy import classifiers
 from visionpeft.families.yolo import family as yolo
 from visionpeft.families.yolo import trainer as yolo_trainer
@@ -113,7 +113,7 @@ def level(tower: nn.Module) -> Tensor:
 
 def start_rows(stack: ExitStack, scale: float | None) -> None:
     """Let new heads start with rows so many times as large, or level; detectors' with the prior of a class as bias."""
-    towers, classifier = yolo.fit, timm.Timm.with_head
+    towers, classifier = yolo.with_head, loading.with_head
 
     @torch.no_grad()
     def fit_towers(source: Any, names: dict[int, str], *more: Any) -> nn.Module:
@@ -124,16 +124,16 @@ def start_rows(stack: ExitStack, scale: float | None) -> None:
         return model
 
     @torch.no_grad()
-    def fit_classifier(*given: Any, **outputs: Any) -> nn.Module:
-        model = classifier(*given, **outputs)
+    def fit_classifier(*given: Any) -> nn.Module:
+        model = classifier(*given)
         for head in map(model.get_submodule, classifiers(model)):
             head.weight.mul_(scale)
             head.bias.zero_()
         return model
 
-    stack.enter_context(patch.object(yolo, "fit", fit_towers))
-    stack.enter_context(patch.object(yolo_trainer, "fit", fit_towers))
-    stack.enter_context(patch.object(timm.Timm, "with_head", fit_classifier))
+    stack.enter_context(patch.object(yolo, "with_head", fit_towers))
+    stack.enter_context(patch.object(yolo_trainer, "with_head", fit_towers))
+    stack.enter_context(patch.object(loading, "with_head", fit_classifier))
 
 
 def table(runs: list[dict[str, Any]]) -> str:

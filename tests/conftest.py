@@ -29,7 +29,7 @@ from ultralytics.nn.tasks import guess_model_task, yaml_model_load
 
 from visionpeft.core import delta as deltas
 from visionpeft.core.anatomy import Anatomy, GradientStats
-from visionpeft.families.timm.trainer import _Loop
+from visionpeft.families.timm.trainer import Trainer
 from visionpeft.families.yolo.tasks import TASKS, build
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.session import TrainSession
@@ -231,5 +231,5 @@ def loops(
     squares = make_squares(tmp_path_factory.mktemp("squares"))
     return {
         "yolo": (boxes, {**common, "model": checkpoint, "imgsz": 64}, PeftTrainerMixin, "_model_train"),
-        "timm": (squares, {**common, **named}, _Loop, "_epoch"),
+        "timm": (squares, {**common, **named}, Trainer, "_epoch"),
     }

@@ -299,7 +299,7 @@ def test_a_class_without_images_to_measure_on(tmp_path: Path, caplog) -> None:
     (data / "train" / "green" / "0.png").write_bytes((data / "train" / "red" / "0.png").read_bytes())
     for _ in range(2):  # no folder, and an empty one
         read = FAMILIES["timm"]().read_data(str(data))
-        assert read.names == {0: "blue", 1: "green", 2: "red"} and {i for _, i in read.facts["val"]} == {0, 2}
+        assert read.names == {0: "blue", 1: "green", 2: "red"} and {i for _, i in read.val} == {0, 2}
         assert "no val images of green" in caplog.text
         (data / "val" / "green").mkdir(exist_ok=True)
     shutil.rmtree(data / "train")

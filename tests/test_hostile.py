@@ -319,7 +319,7 @@ def test_with_leave_it_is_run(tmp_path: Path) -> None:
         f"import shutil; shutil.copytree({str(data.parent / 'images' / 'train')!r}, {str(data.parent / 'images' / 'val')!r})"
     )
     data.write_text(f"{data.read_text()}download: {json.dumps(back)}\n")
-    assert len(Yolo().read_data(str(data), allow_download=True).facts["val"]) == 8
+    assert len(Yolo().read_data(str(data), allow_download=True).val) == 8
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from .core import attach as attaching
 from .core import delta as deltas
 from .core.method import Method
 from .errors import ConfigError, ModelError, TrainingError, nearest
+from .families.capabilities import SupportsExport
 from .forgetting import Forgetting
 from .forgetting import measure as measure_forgetting
 from .planning import search_memory
@@ -327,11 +328,12 @@ def export(
     if format == "peft":
         if options:
             raise ConfigError(f"'{next(iter(options))}' is no option of format='peft', which has exist_ok alone")
-        opening = adapted.family.loading_snippet(adapted.base, adapted.delta.header)
+        opening = SupportsExport.of(adapted.family).loading_snippet(adapted.base, adapted.delta.header)
         return hfpeft.write(adapted.model, adapted.delta, adapted.base, opening, out, exist_ok)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: constants that are constant here, and its own deprecation
-        return adapted.family.export(adapted.model, format, Path(out).resolve(), **adapted.as_trained(options, "imgsz"))
+        able, use = SupportsExport.of(adapted.family), adapted.as_trained(options, "imgsz")
+        return able.export(adapted.model, format, Path(out).resolve(), **use)
 
 
 @untouched()

@@ -102,6 +102,12 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def one_line(text: object, most: int = 400) -> str:
+    """Return a text for a sentence: without line breaks, and cut where it is long."""
+    words = " ".join(str(text).split())
+    return words if len(words) < most else f"{words[:most]}…"
+
+
 def out_of_memory(error: Exception) -> OutOfMemory:
     """Return what is said where a GPU's memory is full."""
     return OutOfMemory(

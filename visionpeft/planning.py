@@ -14,7 +14,7 @@ from .config import Freeze, ModelArgs, TrainConfig
 from .core.method import Method
 from .core.plan import Plan, make_plan
 from .errors import ConfigError
-from .families.base import Step
+from .families.capabilities import Step, SupportsDryRun, SupportsFrozenStages
 from .families.frozen_stages import require_frozen_stages
 from .families.gradient_stats import with_gradient_stats
 from .memory import forecast as forecasting
@@ -24,8 +24,6 @@ from .memory.search import Fit
 from .process import untouched
 from .settings import build_with_head, device_of, find_family, loader_arguments, resolve_path, split_options
 from .training.distributed import check_shares, devices
-
-OBJECTS, AREA = 40, 0.02  # assumed where there are no data to count in: objects of the fullest image, the share each covers
 
 
 @untouched(alone=True)
@@ -234,6 +232,7 @@ class ForecastSession:
     def __init__(self, config: TrainConfig, objects: int | None = None):
         self.validation: dict[int, Sequence[tuple[int, int]]] = {}
         self.family = family = find_family(str(config.model))
+        self.able = SupportsDryRun.of(family)
         own = [*(f.name for f in dataclasses.fields(config)), "objects"]
         self.tuning, config = split_options(family, config, own)
         with torch.random.fork_rng(devices=[]):  # random weights are as good as any
@@ -254,15 +253,9 @@ class ForecastSession:
         look = {"imgsz": self.config.imgsz, "batch": self.config.batch}
         seen = family.anatomy(self.fitted, str(config.model))
         self.anatomy = with_gradient_stats(seen, self.tuning, family, self.fitted, data, **look)
-        counted = (
-            (OBJECTS, AREA)
-            if data is None
-            else family.max_objects(data, {"epochs": self.config.epochs, **self.config.options})
-        )
-        self.objects, self.area = counted
-        if self.base.task == "classify":
-            self.objects, self.area = 0, 0.0
-        elif objects is not None:
+        settings = {"epochs": self.config.epochs, **self.config.options}
+        self.objects, self.area = self.able.max_objects(self.base, data, settings)
+        if self.objects and objects is not None:
             if isinstance(objects, bool) or not isinstance(objects, int) or objects < 1:
                 raise ConfigError(f"objects={objects} is not usable; it must be a whole number of at least 1")
             self.objects = objects
@@ -277,11 +270,11 @@ class ForecastSession:
         config, leading = self.config, None
         if config.views or config.frozen_dtype:
             require_frozen_stages(plan, config.views, config.frozen_dtype)
-            leading = self.family.leading_stages(self.base, plan.num_frozen_stages, imgsz)
-        widest = self.family.max_size(imgsz, config.options)
+            leading = SupportsFrozenStages.of(self.family).leading_stages(self.base, plan.num_frozen_stages, imgsz)
+        widest = self.able.max_size(imgsz, config.options)
         step = Step(1, imgsz, config.optimizer, self.amp, self.objects, self.area, widest)
         case = Case(
-            self.family,
+            self.able,
             self.base,
             self.fitted,
             plan,
@@ -292,7 +285,7 @@ class ForecastSession:
             config.frozen_dtype,
             cached=bool(config.views),
             devices=self.devices,
-            nbs=config.options.get("nbs", 0),
+            nbs=self.able.images_per_update(config.options),
         )
         if plan.edits or case.leading:
             return forecasting.trace(case)

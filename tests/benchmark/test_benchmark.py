@@ -34,7 +34,7 @@ from visionpeft.benchmark import cell as cells
 from visionpeft.benchmark import grid, sweep
 from visionpeft.errors import ConfigError, DataError, DiskFull, OutOfMemory, TrainingError, VisionpeftError
 from visionpeft.families.predictions import Answers, Detections, unpack
-from visionpeft.families.timm.trainer import _Loop
+from visionpeft.families.timm.trainer import Trainer
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.registry import FAMILIES
 
@@ -132,7 +132,7 @@ def test_every_task_leaves_evidence(task: str, tmp_path: Path) -> None:
     model = family.with_head(base, data.names, "keep", **data.outputs)
     judged = family.evaluate(model, data, imgsz=64, batch=2, device="cpu")
     assert judged.predictions.score() == pytest.approx(judged.metrics[family.primary_metric(base.task)], abs=6e-6)
-    assert len(judged.predictions.images) == len(data.facts["val"])
+    assert len(judged.predictions.images) == len(data.val)
     if task == "cls":
         assert 0 < judged.metrics["top1"] < 1  # of some, by chance
 
@@ -210,7 +210,7 @@ def test_a_seed_gives_every_method_the_same_batches(
     family: str, drawn: dict[str, Path], tiles: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
-    prepare, step = PeftTrainerMixin.preprocess_batch, _Loop._step
+    prepare, step = PeftTrainerMixin.preprocess_batch, Trainer._step
 
     def note(trainer: Any, batch: dict) -> dict:
         seen.append(batch["img"].clone())
@@ -221,7 +221,7 @@ def test_a_seed_gives_every_method_the_same_batches(
         return step(loop, images, labels)
 
     monkeypatch.setattr(PeftTrainerMixin, "preprocess_batch", note)
-    monkeypatch.setattr(_Loop, "_step", note_step)
+    monkeypatch.setattr(Trainer, "_step", note_step)
     net: dict[str, Any] = {"model": "timm/test_resnet", "model_args": {"checkpoint_path": tiles["root"] / "net.safetensors"}}
     net = {"data": tiles["root"] / "squares", **net, **RUN, "imgsz": 32}
     given = net if family == "timm" else {"data": drawn["new"], "model": "scenes/driving.pt", **RUN}
@@ -249,10 +249,12 @@ def test_what_is_held_back_is_of_the_training_images_alone(
     for name in ("one", "again"):
         (tmp_path / name).mkdir()
         split = owner.read_data(owner.holdout_split(data, tmp_path / name, 0.25))
-        real = {p: [Path(f[0] if isinstance(f, tuple) else f).resolve() for f in split.facts[p]] for p in ("train", "val")}
+        real = {
+            p: [Path(f[0] if isinstance(f, tuple) else f).resolve() for f in getattr(split, p)] for p in ("train", "val")
+        }
         parts.append(real)
         assert split.names == data.names
-    train = {Path(f[0] if isinstance(f, tuple) else f).resolve() for f in data.facts["train"]}
+    train = {Path(f[0] if isinstance(f, tuple) else f).resolve() for f in data.train}
     assert parts[0] == parts[1]
     assert set(parts[0]["train"]) | set(parts[0]["val"]) == train and not set(parts[0]["train"]) & set(parts[0]["val"])
     assert len(parts[0]["val"]) == round(0.25 * len(train))
@@ -267,7 +269,7 @@ def test_a_trial_never_sees_the_validation_images(tiles: dict[str, Any], tmp_pat
 
     def note(**arguments: Any) -> Any:
         data = FAMILIES["timm"]().read_data(str(arguments["data"]))
-        given.update(arguments, files={str(Path(f).resolve()) for part in data.facts.values() for f, _ in part})
+        given.update(arguments, files={str(Path(f).resolve()) for f, _ in (*data.train, *data.val)})
         return train(**arguments)
 
     def diverges(**arguments: Any) -> Any:

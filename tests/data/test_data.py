@@ -207,7 +207,7 @@ def test_a_check_reads_what_training_reads(tmp_path: Path) -> None:
     ):
         data.write_text(text)
         report, trained = check(data), FAMILIES["yolo"]().read_data(str(data))
-        assert report.ok and report.names == trained.names and len(trained.facts["train"]) == 4, text
+        assert report.ok and report.names == trained.names and len(trained.train) == 4, text
     data.write_bytes(f"{images}names: [red, green]".encode("utf-16"))
     assert check(data).names == FAMILIES["yolo"]().read_data(str(data)).names == {0: "red", 1: "green"}
 

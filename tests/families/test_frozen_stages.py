@@ -26,7 +26,7 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.base_model import Base
 from visionpeft.errors import ConfigError, Interrupted
 from visionpeft.families.timm import trainer as loop
-from visionpeft.families.yolo.family import PeftTrainerMixin
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.lean import frozen_stages as prefixes
 from visionpeft.lean.frozen_stages import Apart, Prefix, Skipped, put_on, take_off
 from visionpeft.registry import FAMILIES
@@ -278,7 +278,7 @@ def test_resumed_equals_uninterrupted(boxes: Path, checkpoint: Path, tmp_path: P
 
 def test_resumed_equals_uninterrupted_for_timm(squares: Path, tmp_path: Path) -> None:
     whole = train_resnet(squares, tmp_path / "runs", name="whole", cache=2)
-    with ctrl_c(loop._Loop, "_epoch", after=2), pytest.raises(Interrupted):
+    with ctrl_c(loop.Trainer, "_epoch", after=2), pytest.raises(Interrupted):
         train_resnet(squares, tmp_path / "runs", name="parts", cache=2)
     equal(whole, visionpeft.train(resume=tmp_path / "runs" / "parts", quiet=True))
 

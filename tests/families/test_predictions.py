@@ -19,6 +19,8 @@ def test_the_area_under_a_curve_is_ultralytics_bit_for_bit() -> None:
 
 
 def test_results_are_compared_without_the_libraries() -> None:
-    code = "import sys, visionpeft.benchmark.compare, visionpeft.report; print({'ultralytics', 'timm'} & set(sys.modules))"
+    code = (
+        "import sys, visionpeft.benchmark.comparison, visionpeft.report; print({'ultralytics', 'timm'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -6,12 +6,10 @@ import copy
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import pytest
 import timm
@@ -29,8 +27,9 @@ from visionpeft.core.attach import attach
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
 from visionpeft.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
-from visionpeft.families.timm.family import Timm, _unwrapped, open_merged, transform
-from visionpeft.families.timm.trainer import Average, Images, _Loop
+from visionpeft.families.timm.family import Timm
+from visionpeft.families.timm.loading import _unwrapped, open_merged
+from visionpeft.families.timm.trainer import Average, Images, Trainer
 from visionpeft.registry import METHODS
 
 SMALL: dict[str, Any] = {"epochs": 2, "imgsz": 32, "batch": 4, "workers": 0, "device": "cpu"}
@@ -204,7 +203,7 @@ def test_merged_file_is_timms_own(name: str, options: dict, squares: Path, base,
 def test_resumed_equals_uninterrupted(options: dict, squares: Path, base, tmp_path: Path) -> None:
     arguments = {**base("test_resnet"), **SMALL, "epochs": 3, **options}
     whole = visionpeft.train(squares, project=tmp_path, name="whole", **arguments)
-    with ctrl_c(_Loop, "_epoch", after=1), pytest.raises(Interrupted, match="go on with resume="):
+    with ctrl_c(Trainer, "_epoch", after=1), pytest.raises(Interrupted, match="go on with resume="):
         visionpeft.train(squares, project=tmp_path, name="parts", **arguments)
     rest = visionpeft.train(resume=tmp_path / "parts")
 
@@ -232,7 +231,7 @@ def test_lean_keeps_less_and_learns_the_same(name: str, squares: Path, base, tmp
     monkeypatch.setattr(lean, "apply", lambda model, level: levels.append(level) or real(model, level))
     flags = [f"--{k}={v}" for k, v in {**arguments, "lean": "memory", "name": "flags"}.items()]
     given = ["--data", squares, "--model", model["model"], "--model_args", json.dumps(model["model_args"])]
-    with ctrl_c(_Loop, "_epoch", after=1), pytest.raises(SystemExit) as stopped:
+    with ctrl_c(Trainer, "_epoch", after=1), pytest.raises(SystemExit) as stopped:
         cli.main(["train", *map(str, given), *flags])
     assert stopped.value.code == 130
     runs["flags"] = visionpeft.train(resume=tmp_path / "flags")
@@ -272,16 +271,10 @@ def test_head_learns_at_lr0_and_the_rest_at_lr_scale(squares: Path, base, tmp_pa
     assert {g["weight_decay"] for g in groups} == {0.0, 0.05} and len(groups) == 4
 
 
-def plainly(model: Any, imgsz: int | None, recipe: Any = None) -> Any:
-    """The transform of evaluation, in training too: nothing random."""
-    return transform(model, imgsz)
-
-
 def test_two_processes_train_what_one_does(squares: Path, base, tmp_path: Path, monkeypatch) -> None:
     """The plan reaches the processes, which share each batch; the delta is the same to rounding."""
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr("visionpeft.families.timm.family.transform", plainly)
     arguments = {**base("test_vit", img_size=32), **SMALL, "method": "lora+bitfit", "r": 2, "delta_dtype": "fp32"}
+    arguments |= {"scale": 0.0, "fliplr": 0.0, "color_jitter": 0.0}  # nothing is random
     one, two = (
         visionpeft.train(squares, **{**arguments, "device": device}, optimizer="sgd", project=tmp_path, quiet=True)
         for device in ("cpu", "cpu,cpu")
@@ -430,7 +423,7 @@ def test_a_checkpoint_of_another_architecture(base) -> None:
 
 def test_weights_of_timm_know_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     real = timm.create_model
-    monkeypatch.setattr("visionpeft.families.timm.family._from_hub", lambda *_: {})
+    monkeypatch.setattr("visionpeft.families.timm.loading._from_hub", lambda *_: {})
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: real(name, **options))
     base = Timm().load("timm/test_resnet")
     assert base.pretrained and base.names[0] == "n01440764" and len(base.names) == 1000
@@ -521,7 +514,7 @@ def test_unreadable_images_are_left_out_with_one_warning(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "visionpeft"):
         read = Timm().read_data(str(data))
     assert caplog.text.count("2 of 18 images") == 1 and len(caplog.records) == 1
-    assert read == whole and len(read.facts["train"]) == 16
+    assert read == whole and len(read.train) == 16
 
 
 def test_fingerprint_sees_names_and_sizes(tmp_path: Path) -> None:
@@ -544,7 +537,7 @@ def test_pictures_of_every_format_are_trained_on_or_said(tmp_path: Path, caplog:
     (data / "train/blue").rename(tmp_path / "blue")
     (data / "train/blue").mkdir()
     (data / "train/blue/site").symlink_to(tmp_path / "blue")
-    assert len(Timm().read_data(str(data)).facts["train"]) == 8 + 11
+    assert len(Timm().read_data(str(data)).train) == 8 + 11
     assert "2 pictures in" in caplog.text and "red/e.gif" in caplog.text
 
 

@@ -29,7 +29,8 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.attach import is_added
 from visionpeft.data import check
 from visionpeft.errors import DataError, Interrupted, ModelError, TrainingError
-from visionpeft.families.yolo.family import PeftTrainerMixin, Yolo
+from visionpeft.families.yolo.family import Yolo
+from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.methods.lora import LoraConfig
 from visionpeft.registry import FAMILIES
 
@@ -397,7 +398,7 @@ def test_what_ultralytics_does_not_find_does_not_count(boxes: Path, tmp_path: Pa
         (tmp_path / "data" / kind / "train").rename(tmp_path / kind)
         (tmp_path / "data" / kind / "train").mkdir()
         (tmp_path / "data" / kind / "train" / "site").symlink_to(tmp_path / kind)
-    found = Yolo().read_data(str(tmp_path / "data" / "data.yaml")).facts["train"]
+    found = Yolo().read_data(str(tmp_path / "data" / "data.yaml")).train
     assert found == BaseDataset.get_img_files(SimpleNamespace(prefix="", fraction=1.0), str(train))
     assert len(found) == 8 and "1 pictures" in caplog.text and "site/0.gif" in caplog.text
     report = check(tmp_path / "data" / "data.yaml")

@@ -23,7 +23,7 @@ import visionpeft
 from visionpeft.data import check
 from visionpeft.errors import DataError, Interrupted
 from visionpeft.families.yolo.pictures import predicted, scaled
-from visionpeft.families.yolo.tasks import TASKS, fit
+from visionpeft.families.yolo.tasks import TASKS, with_head
 from visionpeft.registry import FAMILIES
 
 SMALL: dict[str, Any] = {"epochs": 1, "imgsz": 64, "batch": 4, "device": "cpu", "quiet": True}
@@ -118,7 +118,7 @@ def test_exported_files_see_the_same(run: tuple, tmp_path: Path) -> None:
 
 def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path) -> None:
     """A classifier too, whose images have no mosaic to go on with."""
-    from visionpeft.families.yolo.family import PeftTrainerMixin
+    from visionpeft.families.yolo.trainer import PeftTrainerMixin
 
     args = {**SMALL, "epochs": 3, "method": "lora", "r": 2, "project": tmp_path, "model": bases["yolo26n-cls"]}
     whole = visionpeft.train(sets["classify"], name="whole", **args)
@@ -133,7 +133,7 @@ def test_resumed_equals_uninterrupted(sets: dict, bases: dict, tmp_path: Path) -
 @pytest.mark.parametrize("classes", [2, 7])
 def test_a_classifiers_rows_are_kept(classes: int, head: str) -> None:
     base: Any = yolo("yolo11n-cls", classes=classes)
-    new: Any = fit(base, {0: "other", 1: "Class 0"}, 3, head, {})
+    new: Any = with_head(base, {0: "other", 1: "Class 0"}, 3, head, {})
     rows, old = new.model[-1].linear.weight, base.model[-1].linear.weight
     assert torch.equal(rows[1], old[0]) == (head == "keep")
     assert not any(torch.equal(rows[0], row) for row in old)
@@ -173,7 +173,7 @@ def test_labels_are_drawn_where_they_are(task: str, sets: dict) -> None:
     family = visionpeft.api.find_family("yolo11n.pt")
     data = family.read_data(str(sets[task]), family.load(f"yolo11n{MODELS.get(task, '')}.yaml"))
     nameless = dataclasses.replace(data, names={0: "", 1: ""})
-    for drawn, file in zip(family.draw(None, nameless, 4), data.facts["val"], strict=True):
+    for drawn, file in zip(family.draw(None, nameless, 4), data.val, strict=True):
         image = scaled(cv2.imread(file))[..., ::-1]
         square = (image.max(2) > 200).astype(np.uint8)
         changed = np.abs(drawn.astype(int) - image).max(2) > 30
@@ -245,7 +245,7 @@ def test_what_is_hidden_is_no_part_of_a_set(name: str, content: bool, said: str,
     (file := tmp_path / "data" / name).parent.mkdir(exist_ok=True)
     file.write_bytes((tmp_path / "data/train/red/0.png").read_bytes() if content else b"x")
     ours = FAMILIES["timm"]().read_data(str(tmp_path / "data"))
-    assert len(ours.facts["train"]) == 16 and len(ours.facts["val"]) == 6 and list(ours.names.values()) == ["blue", "red"]
+    assert len(ours.train) == 16 and len(ours.val) == 6 and list(ours.names.values()) == ["blue", "red"]
     assert list(check(tmp_path / "data").names.values()) == ["blue", "red"]
     with pytest.raises(DataError, match=said) if said else nullcontext():
         visionpeft.plan("yolo11n-cls.yaml", data=tmp_path / "data")

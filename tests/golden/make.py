@@ -26,7 +26,7 @@ from test_golden import RUN, place  # noqa: E402
 import visionpeft  # noqa: E402
 from visionpeft.benchmark import run as sweep  # noqa: E402
 from visionpeft.core import delta as deltas  # noqa: E402
-from visionpeft.families.timm.trainer import _Loop  # noqa: E402
+from visionpeft.families.timm.trainer import Trainer  # noqa: E402
 from visionpeft.families.yolo.trainer import PeftTrainerMixin  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def delta_files() -> None:
 
 def run_folders() -> None:
     """Runs of two epochs that were stopped after the first, and where the whole ones came to."""
-    for net, owner, name in (("yolo", PeftTrainerMixin, "_model_train"), ("resnet", _Loop, "_epoch")):
+    for net, owner, name in (("yolo", PeftTrainerMixin, "_model_train"), ("resnet", Trainer, "_epoch")):
         whole = visionpeft.train(**given(net, **RUN, name=f"{net}-whole"))
         try:
             with ctrl_c(owner, name, 1):

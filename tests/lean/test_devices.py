@@ -19,7 +19,7 @@ from visionpeft.core.attach import attach, settle, train_mode
 from visionpeft.core.base_model import Base
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
-from visionpeft.families.base import Step
+from visionpeft.families.capabilities import Step
 from visionpeft.families.yolo.tasks import task_of
 from visionpeft.memory.forecast import Answers
 from visionpeft.registry import FAMILIES

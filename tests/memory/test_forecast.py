@@ -143,9 +143,9 @@ def test_gpu() -> None:
 
 
 def test_objects_of_data(tmp_path: Path) -> None:
-    data = Yolo().read_data(str(make_boxes(tmp_path)))  # two in every image
+    base, data = Yolo().load("scenes/driving.pt"), Yolo().read_data(str(make_boxes(tmp_path)))  # two in every image
     seen = {
-        name: Yolo().max_objects(data, {"epochs": 3, **settings})[0]
+        name: Yolo().max_objects(base, data, {"epochs": 3, **settings})[0]
         for name, settings in {
             "alone": {"mosaic": 0.0},
             "mosaic": {},
@@ -154,7 +154,7 @@ def test_objects_of_data(tmp_path: Path) -> None:
         }.items()
     }
     assert seen == {"alone": 2, "mosaic": 8, "mixup": 16, "both": 4}
-    assert 0.03 < Yolo().max_objects(data, {"epochs": 3})[1] < 0.15
+    assert 0.03 < Yolo().max_objects(base, data, {"epochs": 3})[1] < 0.15
 
 
 def test_no_trace(tmp_path: Path, loops: dict) -> None:

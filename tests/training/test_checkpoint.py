@@ -21,7 +21,7 @@ from ultralytics.utils.ops import process_mask
 import visionpeft
 from visionpeft import files
 from visionpeft.errors import TrainingError
-from visionpeft.families.timm.trainer import _Loop
+from visionpeft.families.timm.trainer import Trainer
 from visionpeft.families.yolo.validator import sparing
 from visionpeft.process import random_states, set_random_states
 from visionpeft.training import checkpoint as checkpoints
@@ -133,13 +133,13 @@ def test_a_full_disk_ends_a_run(
 def test_classifiers_train_with_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch has one: not for lamb, which is timm's."""
     seen: dict[str, Any] = {}
-    real = _Loop.run
+    real = Trainer.run
 
-    def look(loop: _Loop) -> None:
+    def look(loop: Trainer) -> None:
         seen[loop.job.config.optimizer] = loop.optimizer.param_groups[0].get("fused")
         real(loop)
 
-    monkeypatch.setattr(_Loop, "run", look)
+    monkeypatch.setattr(Trainer, "run", look)
     data = make_squares(tmp_path / "data")
     for optimizer in ("adamw", "sgd", "lamb"):
         visionpeft.train(

@@ -21,6 +21,7 @@ from PIL import Image
 
 import visionpeft
 from visionpeft import cli, scenes, tables
+from visionpeft.core.base_model import Data
 from visionpeft.data import sheet
 from visionpeft.errors import ConfigError
 from visionpeft.families.yolo.pictures import labelled
@@ -195,7 +196,7 @@ def test_names_are_drawn_as_they_are_written(tmp_path: Path) -> None:
             pictures.guessed([image], [name])[0],
             np.asarray(Image.open(sheet.draw_sheet(tmp_path / "sheet.png", [tile], {0: name}))),
             np.asarray(Image.open(pictures.sheet({name: [np.asarray(image)]}, tmp_path / "one.png", name))),
-            labelled(str(tmp_path / "a.png"), [row], "detect", {0: name, 1: "b"}, {}),
+            labelled(str(tmp_path / "a.png"), [row], Data("", "detect", {0: name, 1: "b"}, "")),
         )
         for name in (HARMFUL, SHOWN)
     }

@@ -21,14 +21,14 @@ from visionpeft import cli, files
 from visionpeft.core import delta as deltas
 from visionpeft.errors import ConfigError, DataError, Interrupted, Stopped, TrainingError
 from visionpeft.families.base import Family
-from visionpeft.families.timm.trainer import _Loop
+from visionpeft.families.timm.trainer import Trainer
 from visionpeft.families.yolo.family import Yolo
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.training import checkpoint as checkpoints
 from visionpeft.training import run_folder
 from visionpeft.training.shuffling import Order
 
-STEP = {"yolo": (PeftTrainerMixin, "optimizer_step"), "timm": (_Loop, "_step")}
+STEP = {"yolo": (PeftTrainerMixin, "optimizer_step"), "timm": (Trainer, "_step")}
 SMALL = {"epochs": 2, "batch": 4, "device": "cpu", "workers": 0, "quiet": True}
 RESNET = {"model": "timm/test_resnet", "model_args": {"pretrained": False}, "method": "full", "imgsz": 32, **SMALL}
 
@@ -131,7 +131,7 @@ def test_stopped_on_the_command_line(loops: dict, tmp_path: Path, monkeypatch, c
 # ------------------------------------------------------------------------------------------------------------ the folder
 def test_one_run_at_a_time(squares: Path, tmp_path: Path, brief: None) -> None:
     given = {**RESNET, "project": tmp_path, "name": "one", "exist_ok": True}
-    with ctrl_c(_Loop, "_epoch", after=1), pytest.raises(Interrupted):
+    with ctrl_c(Trainer, "_epoch", after=1), pytest.raises(Interrupted):
         visionpeft.train(squares, **given)
     with files.locked(tmp_path / "one", "unused"):
         for again in ({"resume": tmp_path / "one"}, {"data": squares, **given}):

@@ -30,6 +30,7 @@ from ..config import TrainConfig
 from ..core.base_model import Base, Data
 from ..errors import ConfigError, Interrupted, OutOfMemory, Stopped, TrainingError, VisionpeftError
 from ..families.base import Family
+from ..families.capabilities import SupportsHoldout
 from ..settings import find_family
 from ..training.plots import Picture
 from ..training.result import Run
@@ -54,7 +55,7 @@ def run_cell(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | 
     began = time.perf_counter()
     arguments = {**cell.arguments(), **chosen}
     family, base, data = _load(arguments)
-    images = len(data.facts["train"])
+    images = len(data.train)
     if seconds is not None:
         arguments["epochs"] = _PROBE_EPOCHS
         probe = api.train(**arguments, project=out / "runs" / cell.hash, name="probe", quiet=True)
@@ -103,7 +104,7 @@ def run_trial(cell: Cell, out: Path) -> TrialResult:
     arguments = {**cell.arguments(), **cell.spec["trial"]}
     family, base, data = _load(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        arguments["data"] = family.holdout_split(data, Path(folder), HOLDOUT_SHARE)
+        arguments["data"] = SupportsHoldout.of(family).holdout_split(data, Path(folder), HOLDOUT_SHARE)
         score: float | None = None
         error = ""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,5 +44,7 @@ class Data:
     task: str
     names: dict[int, str]
     fingerprint: str
-    facts: dict[str, Any] = field(default_factory=dict)  # the family's own
-    outputs: dict[str, Any] = field(default_factory=dict)  # what the head must be made for beside the classes
+    train: Sequence[Any] = ()  # image files, or pairs of one and the index of its class; none where it is only measured on
+    val: Sequence[Any] = ()  # the same, of the part that is measured on
+    channels: int = 3  # of its images
+    outputs: dict[str, Any] = field(default_factory=dict)  # of the head beside the classes

@@ -29,7 +29,7 @@ FOLDERS = {"val": ("val", "validation", "valid", "test")}  # folders that a spli
 
 
 def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, train: bool = True) -> Data:
-    """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are called "val" in `Data.facts`.
+    """Find and check the images of train/CLASS and SPLIT/CLASS; those of the split are `Data.val`.
 
     A class is called as its folder in train is; elsewhere its accents may be written otherwise.
 
@@ -55,13 +55,14 @@ def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, tra
     if train:
         _compare(source, found["train"], set(found["val"]))
     classes = dict(enumerate(sorted(found["train" if train else "val"])))
-    digest, items = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    items: dict[str, Items] = {}
     for part, folder in folders.items():
         kept = _readable([(f, i) for i, c in classes.items() for f in found[part].get(c, ())], folder)
         for file, _ in kept:
             digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
         items[part] = [(str(file), i) for file, i in kept]
-    return Data(source, "classify", classes, digest.hexdigest(), items)
+    return Data(source, "classify", classes, digest.hexdigest(), items.get("train", ()), items["val"])
 
 
 @contextmanager
@@ -74,8 +75,7 @@ def still_readable(data: Data) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, cv2.error) as error:
-        items = [item for part in ("train", "val") for item in data.facts.get(part, ())]
-        files = [item[0] if isinstance(item, tuple) else item for item in items]
+        files = [item[0] if isinstance(item, tuple) else item for item in (*data.train, *data.val)]
         lost = next((f for f in files if f in str(error)), None) or next((f for f in files if not Path(f).is_file()), None)
         if lost is None and getattr(error, "errno", None) is None:  # of a damaged image, not of the system
             lost = next((f for f in files if _fault(Path(f)) is None), None)
@@ -98,7 +98,7 @@ def split_folders(data: Data, folder: Path, share: float) -> str:
         DataError: A class has one image only.
     """
     for index, name in data.names.items():
-        files = sorted(Path(f).resolve() for f, i in data.facts["train"] if i == index)
+        files = sorted(Path(f).resolve() for f, i in data.train if i == index)
         if len(files) < 2:
             raise DataError(f"{data.source} has one train image of {name} only; at least two are needed to hold one back")
         back = held_back([f"{name}/{f.name}" for f in files], share)
@@ -161,7 +161,7 @@ def score(
 
 def draw(data: Data, count: int, guess: Callable[[list[Image.Image]], list[tuple[str, float]]] | None) -> list[Picture]:
     """Return some validation images of a classification set with their classes, or with what `guess` says of them."""
-    some = spread(data.facts["val"], count)
+    some = spread(data.val, count)
     images = [read_image(file) for file, _ in some]
     return guessed(images, [data.names[i] for _, i in some], guess and guess(images))
 

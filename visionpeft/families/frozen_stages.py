@@ -1,5 +1,4 @@
-"""What of a run is computed apart from the rest of the model: its frozen stages, and where their outputs are kept. Registers
-nothing."""
+"""The part of a run that is computed apart from the rest: its frozen stages, and where their outputs are kept."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from ..sources import cache_folder
 from ..training.distributed import devices
 from ..training.feature_cache import Store, content, key
 from .base import Family
+from .capabilities import SupportsFrozenStages
 
 FORMAT = 1  # of stored views; another one when they are computed otherwise
 
@@ -41,11 +41,12 @@ def prepare_frozen_stages(
         return None, None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise ConfigError(f"cache_limit={limit} is not usable; it must be a number of GB above 0")
+    able = SupportsFrozenStages.of(family)
     require_frozen_stages(plan, views, dtype)
     if views and len(devices(config.device)) > 1:
         raise ConfigError(f"device='{config.device}' does not go with cache, which serves one device; leave one out")
-    rounds = family.view_schedule(views, config, base.task)
-    leading = family.leading_stages(base, plan.num_frozen_stages, config.imgsz)
+    rounds = able.view_schedule(views, config, base.task)
+    leading = able.leading_stages(base, plan.num_frozen_stages, config.imgsz)
     stored = DTYPES[dtype or "bf16"]
     example = torch.rand(2, *leading.image, generator=torch.Generator().manual_seed(0))
     prefix = Prefix(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
@@ -58,15 +59,15 @@ def prepare_frozen_stages(
         modules=[prefix.modules, prefix.read, leading.image],
         types=[str(prefix.dtype), str(stored)],
         data=data.fingerprint,  # names, sizes and labels
-        images=content(data.facts["train"]),
+        images=content(data.train),
         input=base.facts,  # the mean and so on that images are prepared with
-        augmentation=family.augmentation_settings(config.options),
+        augmentation=able.augmentation_settings(config.options),
         rounds=rounds,
         seed=config.seed,
     )
     store = Store(cache_folder() / "views" / f"{name}.views", rounds, limit)
     if not store.file.is_file():
-        images, share = len(data.facts["train"]), rounds.share
+        images, share = len(data.train), rounds.share
         count = min(int(share), images) if share > 1 else round(images * share)
         store.check_room(count * rounds.total * prefix.length * stored.itemsize)
     return prefix, store

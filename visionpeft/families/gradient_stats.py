@@ -14,6 +14,7 @@ from ..core.base_model import Data
 from ..core.method import Method
 from ..errors import TrainingError, out_of_memory
 from .base import Family
+from .capabilities import SupportsGradients
 
 BATCHES, IMAGES = 8, 16  # batches, and images in each at most
 
@@ -72,7 +73,7 @@ def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, c
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of dropout
-        for loss in family.losses(model, data, imgsz=imgsz, batch=size, count=count):
+        for loss in SupportsGradients.of(family).losses(model, data, imgsz=imgsz, batch=size, count=count):
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss on the training images of {data.source} is no number before training; look at them"
@@ -82,7 +83,7 @@ def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, c
     with torch.no_grad():
         pairs = {n: (p.float(), p.grad.float() / made) for n, p in model.named_parameters() if p.grad is not None}
         return GradientStats(
-            images=min(size * made, len(data.facts["train"])),
+            images=min(size * made, len(data.train)),
             weight={n: float(w.norm()) for n, (w, _) in pairs.items()},
             gradient={n: float(g.norm()) for n, (_, g) in pairs.items()},
             product={n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()},

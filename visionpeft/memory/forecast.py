@@ -36,7 +36,7 @@ from ..core.attach import attach, settle, train_mode
 from ..core.base_model import Base
 from ..core.plan import Plan
 from ..errors import ConfigError
-from ..families.base import DryRun, Family, LeadingStages, Step
+from ..families.capabilities import DryRun, LeadingStages, Step, SupportsDryRun
 from ..lean.frozen_stages import DTYPES, Prefix, put_on, take_off
 from ..lean.products import layout
 from ..measure import PeakBytes, held
@@ -330,7 +330,7 @@ class _CudaAutocast(TorchFunctionMode):
 class Case:
     """What is to be forecast."""
 
-    family: Family
+    family: SupportsDryRun
     base: Base
     fitted: nn.Module  # the base with its head made for the data; it stays as it is
     plan: Plan

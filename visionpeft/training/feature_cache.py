@@ -1,5 +1,5 @@
-"""Stored views: what the frozen stages make of a few augmented views of every image, computed once, kept in one file on the
-disk, and read instead of the images from then on."""
+"""Stored views: outputs of the frozen stages for a few augmented views of every image, computed once, kept in one file on
+the disk, and read instead of the images from then on."""
 
 from __future__ import annotations
 
@@ -10,55 +10,32 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import files
 from ..errors import ConfigError, DiskFull, TrainingError
-from ..lean.frozen_stages import Prefix
 from ..process import random_states, set_random_states
 from ..tables import size
 from . import feature_cache_file as view_file
-from .feature_cache_file import CacheWriter, together
+from .feature_cache_file import CacheWriter, ViewSchedule, join_sample
 
 _SPARE = 10**9  # bytes that are left free for the rest of the run
 
 
 @dataclass(frozen=True)
-class ViewSchedule:
-    """How many views of every image are stored: of the run's first epochs, and of its last ones, augmented otherwise."""
-
-    first: int
-    last: int = 0
-    closing: int = 0  # the epoch from which the last ones are read, where there are any
-    share: float = 1.0  # of the training images that the run uses; above 1, their number
-
-    @property
-    def total(self) -> int:
-        """CachedFeatureDataset of one image."""
-        return self.first + self.last
-
-    def at(self, epoch: int) -> int:
-        """Return the view that an epoch reads: one after the other, and then again."""
-        if self.last and epoch >= self.closing:
-            return self.first + (epoch - self.closing) % self.last
-        return epoch % self.first
-
-
-@dataclass(frozen=True)
 class Store:
-    """Where a run's views lie, and what they may take."""
+    """The place of a run's views on the disk, and their limit."""
 
     file: Path
     rounds: ViewSchedule
-    limit: float  # GB that all stored views together may take
+    limit: float  # GB that all stored views join_sample may take
 
     def check_room(self, count: int) -> None:
         """Make room for `count` bytes: the views that were used longest ago go first, where the limit asks for it.
@@ -76,13 +53,13 @@ class Store:
         folder, spared = files.writable(self.file.parent), time.time() - 86400
         others = [f for f in folder.glob("*.views") if not f.name.startswith(".") or f.stat().st_mtime < spared]
         others.sort(key=lambda f: f.stat().st_mtime)  # a name with a dot is being written, or was when its run was killed
-        kept, gone = sum(f.stat().st_size for f in others), 0
+        there, freed = sum(f.stat().st_size for f in others), 0
         leaving = []
         for other in others:
-            if kept - gone + count > most:
-                gone += other.stat().st_size
+            if there - freed + count > most:
+                freed += other.stat().st_size
                 leaving.append(other)
-        if count + _SPARE > (free := shutil.disk_usage(folder).free + gone):
+        if count + _SPARE > (free := shutil.disk_usage(folder).free + freed):
             raise ConfigError(
                 f"cache: the views would take {size(count)}, but {folder} has {size(free)} free, and {size(_SPARE)} stay "
                 f"free for the rest of the run; {smaller}, free some, or set VISIONPEFT_CACHE to a folder on a larger disk"
@@ -116,14 +93,8 @@ class CachedFeatureDataset(Dataset):
     """A data set with stored vectors instead of its images; all else is as the augmented views had it.
 
     Args:
-        dataset: Returns samples: a dictionary with "img", or a tuple that begins with the image.
-        store: Where the views lie, or will.
-        prefix: Turns images into vectors.
-        prepare: Turns a list of samples into the batch of images that the model would read, on its device.
-        seed: Of the augmentation.
-        batch: Images at a time.
-        workers: Processes that load images.
-        close: Called before the last rounds, to augment otherwise.
+        store: The place of the views.
+        writer: Computes them where they are not there yet.
         quiet: Do not say when views are computed, which takes a while.
 
     Attributes:
@@ -134,48 +105,37 @@ class CachedFeatureDataset(Dataset):
         ConfigError: There is no room for the views, or they are not all of one size.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        store: Store,
-        prefix: Prefix,
-        prepare: Callable[[Sequence[Any]], Tensor],
-        *,
-        seed: int,
-        batch: int,
-        workers: int = 0,
-        close: Callable[[], object] | None = None,
-        quiet: bool = False,
-    ):
-        self.dataset, self.epoch = dataset, 0
-        self._rounds, began = store.rounds, time.perf_counter()
-        count = len(dataset) * store.rounds.total
+    def __init__(self, store: Store, writer: CacheWriter, quiet: bool = False):
+        self.dataset, self.epoch = writer.dataset, 0
+        self._schedule = writer.schedule
         self.report = {"stored_bytes": 0, "fill_seconds": 0.0}
-        made = view_file.read(store.file, count, prefix)
-        if made is None:
-            store.file.unlink(missing_ok=True)
-            store.check_room(needs := count * prefix.length * prefix.stored.itemsize)
-            if not quiet:
-                said = f"computing {count} views of {len(dataset)} images into {store.file} ({size(needs)})"
-                print(said, file=sys.stderr)
-            first = store.rounds.first
-            job = CacheWriter(dataset, store.rounds.total, first, prefix, prepare, seed, batch, workers, close)
-            with _polite(store), _random_states_kept():
-                files.replace(store.file, job.write)
-            self.report["fill_seconds"] = round(time.perf_counter() - began, 2)
-            made = view_file.read(store.file, count, prefix)
-        if made is None:
+        views = view_file.read(store.file, writer.count, writer.prefix)
+        if views is None:
+            self._fill(store, writer, quiet)
+            views = view_file.read(store.file, writer.count, writer.prefix)
+        if views is None:
             raise TrainingError(f"the views in {store.file} are gone, or altered, just after they were written; start anew")
         os.utime(store.file)  # used now
         self.report["stored_bytes"] = store.file.stat().st_size
-        self._made = made
+        self._views = views
+
+    def _fill(self, store: Store, writer: CacheWriter, quiet: bool) -> None:
+        began = time.perf_counter()
+        store.file.unlink(missing_ok=True)
+        store.check_room(needs := writer.bytes)
+        if not quiet:
+            line = f"computing {writer.count} views of {len(writer.dataset)} images into {store.file} ({size(needs)})"
+            print(line, file=sys.stderr)
+        with _sentence_if_full(store), _random_states_kept():
+            files.replace(store.file, writer.write)
+        self.report["fill_seconds"] = round(time.perf_counter() - began, 2)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        row = int(self._made.places[self._rounds.at(self.epoch), index])
-        return together(self._made.vectors[row], {name: column[row] for name, column in self._made.columns.items()})
+        row = int(self._views.places[self._schedule.at(self.epoch), index])
+        return join_sample(self._views.vectors[row], {name: column[row] for name, column in self._views.columns.items()})
 
     def __getattr__(self, name: str) -> Any:
         if name == "dataset":  # not there yet
@@ -185,7 +145,7 @@ class CachedFeatureDataset(Dataset):
 
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    """A run draws the same numbers, whether its views were there or not."""
+    """Restore the random states, so that a run draws the same numbers, whether its views were there or not."""
     states = random_states()
     try:
         yield
@@ -194,8 +154,8 @@ def _random_states_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _polite(store: Store) -> Iterator[None]:
-    """Say in a sentence that the disk was full after all: others write to it, too."""
+def _sentence_if_full(store: Store) -> Iterator[None]:
+    """Say in a sentence that the disk is full: room was made, but others write to it, too."""
     try:
         yield
     except (OSError, DiskFull) as error:

@@ -31,16 +31,37 @@ LOGGER = logging.getLogger("visionpeft")
 _MAGIC = b"vpviews1"
 
 
+@dataclass(frozen=True)
+class ViewSchedule:
+    """The number of stored views of every image: of the run's first epochs, and of its last ones, augmented otherwise."""
+
+    first: int
+    last: int = 0
+    closing: int = 0  # the epoch from which the last ones are read, where there are any
+    share: float = 1.0  # of the training images that the run uses; above 1, their number
+
+    @property
+    def total(self) -> int:
+        """The views of one image."""
+        return self.first + self.last
+
+    def at(self, epoch: int) -> int:
+        """Return the view that an epoch reads: one after the other, and then again."""
+        if self.last and epoch >= self.closing:
+            return self.first + (epoch - self.closing) % self.last
+        return epoch % self.first
+
+
 # ------------------------------------------------------------------------------------------------------------- the samples
-def apart(sample: Any) -> tuple[Tensor, dict[str, Any]]:
+def split_sample(sample: Any) -> tuple[Tensor, dict[str, Any]]:
     """Return a sample's image, and the rest by name."""
     if isinstance(sample, Mapping):
         return sample["img"], {k: v for k, v in sample.items() if k != "img"}
     return sample[0], {str(i): v for i, v in enumerate(sample[1:], 1)}
 
 
-def together(image: Tensor, rest: dict[str, Any]) -> Any:
-    """Return the sample that `apart` took apart, with another image."""
+def join_sample(image: Tensor, rest: dict[str, Any]) -> Any:
+    """Return the sample that `split_sample` split, with another image."""
     return (image, *rest.values()) if "1" in rest else {"img": image, **rest}
 
 
@@ -48,8 +69,8 @@ def together(image: Tensor, rest: dict[str, Any]) -> Any:
 class _Column:
     """One field of all samples: tensors of any shape in one stretch of bytes, or plain values."""
 
-    def __init__(self, kept: Any):
-        self._values, self._shapes, self._bytes = kept["values"], kept["shapes"], kept["bytes"]
+    def __init__(self, column: Any):
+        self._values, self._shapes, self._bytes = column["values"], column["shapes"], column["bytes"]
         sizes = [dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for dtype, shape in self._shapes]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int).tolist()
 
@@ -61,15 +82,15 @@ class _Column:
 
 
 @dataclass(frozen=True)
-class Made:
-    """CachedFeatureDataset that were computed."""
+class StoredViews:
+    """Views that were computed."""
 
     vectors: Tensor  # one row per view, (rows, length)
     places: Tensor  # the row of every view of every image, (views, images)
     columns: Mapping[str, _Column]  # the samples' other fields, one value per row
 
 
-def read(file: Path, rows: int, prefix: Prefix) -> Made | None:
+def read(file: Path, rows: int, prefix: Prefix) -> StoredViews | None:
     """Return the views in a file; None where there are none, or they are not whole."""
     try:
         header = _header(file)
@@ -89,8 +110,8 @@ def read(file: Path, rows: int, prefix: Prefix) -> Made | None:
         return None
     # mapped, not read: what does not fit into memory stays on the disk
     vectors = torch.from_file(str(file), shared=False, size=rows * prefix.length, dtype=prefix.stored)
-    columns = {name: _Column(kept) for name, kept in rest["columns"].items()}
-    return Made(vectors.view(rows, prefix.length), rest["places"], columns)
+    columns = {name: _Column(column) for name, column in rest["columns"].items()}
+    return StoredViews(vectors.view(rows, prefix.length), rest["places"], columns)
 
 
 def _header(file: Path) -> dict[str, Any] | None:
@@ -126,24 +147,33 @@ def _crc(file: Path, end: int) -> int:
 class CacheWriter:
     """Computes all views of a data set, and writes them."""
 
-    dataset: Any
-    rounds: int
-    first: int  # of those, before `close` is called
-    prefix: Prefix
-    prepare: Callable[[Sequence[Any]], Tensor]
-    seed: int
-    batch: int
-    workers: int
-    close: Callable[[], object] | None
+    dataset: Any  # returns samples: a dictionary with "img", or a tuple that begins with the image
+    schedule: ViewSchedule
+    prefix: Prefix  # turns images into vectors
+    prepare: Callable[[Sequence[Any]], Tensor]  # turns samples into the batch that the model would read, on its device
+    seed: int  # of the augmentation
+    batch: int  # images at a time
+    workers: int = 0  # processes that load images
+    close: Callable[[], object] | None = None  # called before the last views, to augment otherwise
+
+    @property
+    def count(self) -> int:
+        """The views of all images."""
+        return len(self.dataset) * self.schedule.total
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all vectors."""
+        return self.count * self.prefix.length * self.prefix.stored.itemsize
 
     def write(self, path: Path) -> None:
         count = len(self.dataset)
-        places = torch.empty(self.rounds, count, dtype=torch.int64)
+        places = torch.empty(self.schedule.total, count, dtype=torch.int64)
         columns: dict[str, dict[str, list]] = {}
         crc = 0
         with open(path, "wb") as file:
-            for number in range(self.rounds):
-                if number == self.first and self.close:
+            for number in range(self.schedule.total):
+                if number == self.schedule.first and self.close:
                     self.close()
                 seed = (self.seed * 10007 + number) % 2**32
                 random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
@@ -159,7 +189,7 @@ class CacheWriter:
             torch.save({"places": places, "columns": {n: _joined(c) for n, c in columns.items()}}, rest)
             file.write(rest.getbuffer())
             header = {
-                "rows": count * self.rounds,
+                "rows": self.count,
                 "length": self.prefix.length,
                 "stored": str(self.prefix.stored),
                 "vectors": vectors,
@@ -171,7 +201,7 @@ class CacheWriter:
 
     def _append(self, file: BinaryIO, samples: Sequence[Any], columns: dict, crc: int) -> int:
         for sample in samples:  # before `prepare`, which may write into them
-            for name, value in apart(sample)[1].items():
+            for name, value in split_sample(sample)[1].items():
                 column = columns.setdefault(name, {"values": [], "shapes": [], "bytes": []})
                 if isinstance(value, Tensor):
                     column["shapes"].append((value.dtype, tuple(value.shape)))
@@ -180,8 +210,8 @@ class CacheWriter:
                     column["values"].append(value)
         images = self.prepare(samples)
         if images.shape[1:] != self.prefix.image:
-            given, made = ("×".join(map(str, shape[1:])) for shape in (images.shape[1:], self.prefix.image))
-            raise ConfigError(f"cache needs images of one size, {made} here, but one is {given}; leave cache out")
+            this, usual = ("×".join(map(str, shape[1:])) for shape in (images.shape[1:], self.prefix.image))
+            raise ConfigError(f"cache needs images of one size, {usual} here, but one is {this}; leave cache out")
         chunk = self.prefix.flatten(self.prefix(images)).cpu().contiguous().view(torch.uint8).numpy().data
         file.write(chunk)
         return zlib.crc32(chunk, crc)

@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 
 from ...core.base_model import LARGEST_IMAGE
 from ...errors import ModelError
+from ..base import Arguments
 
 # arguments of create_model that are whole numbers or lists of them, with the largest
 _SIZES = dict.fromkeys("layers depth depths num_heads block_repeats".split(), 64)
@@ -31,7 +32,7 @@ _SEEN = ("mean", "std", "crop_pct", "input_size")  # of pretrained_cfg_overlay: 
 _MOST = 1 << 30  # parameters of a model whose sizes a file says
 
 
-def check_named(source: str | None, named: Mapping[str, Any], own: Mapping[str, Any], scratch: bool) -> dict[str, Any]:
+def check_named(source: str | None, named: Arguments, own: Arguments, scratch: bool) -> Arguments:
     """Check what a file names as a model; see `Family.check_named`.
 
     Raises:
@@ -85,7 +86,7 @@ def _number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) <= 1024)
 
 
-def _check_size(name: str, arguments: Mapping[str, Any]) -> None:
+def _check_size(name: str, arguments: Arguments) -> None:
     """Refuse a model whose sizes a file says, if it is larger than any that could be meant.
 
     Raises:

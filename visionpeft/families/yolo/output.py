@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 from ultralytics.utils import LOGGER
 
+from ... import errors
 from ...process import shared
 
 
@@ -73,3 +75,8 @@ def _on_stderr() -> Iterator[None]:
 def _split() -> Iterator[None]:
     with redirect_stdout(_Split(sys.stdout)):  # type: ignore[type-var]
         yield
+
+
+def one_line(said: object) -> str:
+    """Return what Ultralytics said for a sentence, without colours and signs."""
+    return errors.one_line(re.sub("\x1b\\[[0-9;]*m", "", str(said)).replace("❌", ""))

@@ -9,11 +9,13 @@ import cv2
 import numpy as np
 import torch
 from ultralytics.engine.results import Results
-from ultralytics.utils.ops import xywh2xyxy, xyxyxyxy2xywhr
 from ultralytics.utils.patches import imread
 
+from ...core.base_model import Data
 from ...errors import printable
 from ...training.plots import SIDE, Picture
+from .labels import filled
+from .tasks import TASKS
 
 
 def scaled(image: Any) -> np.ndarray:
@@ -27,19 +29,19 @@ def predicted(result: Any) -> Picture:
     image = scaled(result.orig_img)
     height, width = image.shape[:2]
     scale = width / result.orig_shape[1]
-    given: dict[str, Any] = {}
+    shown: dict[str, torch.Tensor] = {}
     if result.obb is not None:
-        given["obb"] = result.obb.data.clone().cpu()
-        given["obb"][:, :4] *= scale
+        shown["obb"] = result.obb.data.clone().cpu()
+        shown["obb"][:, :4] *= scale
     elif result.boxes is not None:
-        given["boxes"] = result.boxes.data.clone().cpu()
-        given["boxes"][:, :4] *= scale
+        shown["boxes"] = result.boxes.data.clone().cpu()
+        shown["boxes"][:, :4] *= scale
     if result.masks is not None:
-        given["masks"] = torch.from_numpy(np.array([_filled(x * scale, height, width) for x in result.masks.xy]))
+        shown["masks"] = torch.from_numpy(np.array([filled(x * scale, height, width) for x in result.masks.xy]))
     if result.keypoints is not None:
-        given["keypoints"] = result.keypoints.data.clone().cpu()
-        given["keypoints"][..., :2] *= scale
-    return _plotted(Results(image, result.path, _printable(result.names), **given))
+        shown["keypoints"] = result.keypoints.data.clone().cpu()
+        shown["keypoints"][..., :2] *= scale
+    return _plotted(Results(image, result.path, _printable(result.names), **shown))  # type: ignore[arg-type]
 
 
 def _printable(names: Mapping[int, str]) -> dict[int, str]:
@@ -51,44 +53,10 @@ def _plotted(result: Results, **options: Any) -> Picture:
     return np.ascontiguousarray(result.plot(line_width=2, font_size=13, labels=named, **options)[..., ::-1])
 
 
-def _filled(outline: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the mask of a polygon (N, 2) in pixels."""
-    mask = np.zeros((height, width), np.uint8)
-    return cv2.fillPoly(mask, [outline.round().astype(np.int32)], 1) if len(outline) else mask
-
-
-def labelled(file: str, rows: Sequence[str], task: str, names: Mapping[int, str], outputs: Mapping[str, Any]) -> Picture:
-    """Return an image with its labels drawn.
-
-    Args:
-        file: The image.
-        rows: Of its label file.
-        task: Their task.
-        names: Of the classes.
-        outputs: The data set's, with kpt_shape for keypoints.
-    """
-    image = scaled(imread(file))
-    height, width = image.shape[:2]
-    scale = np.array([width, height], np.float32)
-    boxes: list[list[Any]] = []
-    more: list[Any] = []
-    for row in rows:
-        kind, *numbers = map(float, row.split())
-        values = np.array(numbers, np.float32)
-        if task in ("detect", "pose") and (task == "pose" or len(values) == 4):
-            x = xywh2xyxy(values[None, :4])[0].reshape(2, 2) * scale
-        else:
-            x = values.reshape(-1, 2) * scale
-        boxes.append([*x.min(0), *x.max(0), 1.0, kind])
-        if task == "obb":
-            more.append([*xyxyxyxy2xywhr(x.reshape(1, -1))[0].tolist(), 1.0, kind])
-        elif task == "segment":
-            more.append(_filled(x, height, width))
-        elif task == "pose":
-            points = values[4:].reshape(outputs["kpt_shape"])
-            more.append(np.concatenate([points[:, :2] * scale, points[:, 2:]], 1))
-    part = {"segment": "masks", "pose": "keypoints", "obb": "obb"}.get(task)
-    given: dict[str, Any] = {} if task == "obb" else {"boxes": torch.tensor(boxes).reshape(-1, 6)}
-    if part and more:
-        given[part] = torch.from_numpy(np.array(more, np.uint8 if task == "segment" else np.float32))
-    return _plotted(Results(image, file, _printable(names), **given), conf=False)
+def labelled(file: str, rows: Sequence[str], data: Data) -> Picture:
+    """Return an image with its labels drawn, the rows of its label file."""
+    image, labels = scaled(imread(file)), TASKS[data.task].labels
+    assert labels, "images of a class have no label files"
+    numbers = [(cls, np.array(values, np.float32)) for cls, *values in (map(float, row.split()) for row in rows)]
+    shown = labels.drawn(numbers, (image.shape[1], image.shape[0]), data.outputs.get("kpt_shape", ()))
+    return _plotted(Results(image, file, _printable(data.names), **shown), conf=False)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from ...errors import DataError, ModelError, nearest
 from ...files import read_yaml
 from ...pickles import objection_to_array
 from ...sources import find
+from ..base import Arguments
 from .output import aside
 
 _LARGEST = 1 << 16  # channels, classes and other numbers of a network's YAML
@@ -102,7 +103,7 @@ def check_described(model: Any) -> None:
         raise ModelError("the checkpoint's description of its network does not fit the network; give another model")
 
 
-def check_size(design: Mapping[str, Any]) -> None:
+def check_size(design: Arguments) -> None:
     """Refuse a network's YAML that describes more than any network is.
 
     Raises:
@@ -113,7 +114,7 @@ def check_size(design: Mapping[str, Any]) -> None:
         raise ModelError(f"the network's description has {count:,} parameters; give a smaller one")
 
 
-def _numbers(design: Mapping[str, Any]) -> int:
+def _numbers(design: Arguments) -> int:
     """Return how many parameters a network's YAML describes, without making them."""
     with torch.device("meta"):
         layers, _ = tasks.parse_model(copy.deepcopy(dict(design)), design.get("channels", 3), verbose=False)
@@ -156,7 +157,7 @@ def _as_read(source: str) -> str:
     return check_yolov5u_filename(source.strip().replace("'", ""), verbose=False)
 
 
-def check_design(design: Mapping[str, Any]) -> None:
+def check_design(design: Arguments) -> None:
     """Refuse a network's YAML, or what a checkpoint says it was, that holds more than names of layers and plain numbers:
     Ultralytics evaluates its text, and makes whatever it names.
 

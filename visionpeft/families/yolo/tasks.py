@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,24 +16,21 @@ from ultralytics.utils.torch_utils import intersect_dicts
 from ... import schema
 from ...core.class_twins import plain
 from ...core.delta import MOST_CLASSES
-from ...errors import DataError, ModelError
+from ...errors import ModelError
 from ...schema import Malformed
+from ..base import Arguments
 from ..predictions import Answers, Detections, ImagePredictions
+from .labels import Boxes, OrientedBoxes, Outlines, Poses
 from .output import quiet
 from .sources import check_design
-from .validator import sparing
+from .validator import keeping, sparing
 
 _KEYPOINTS = 1000  # at most
 
 
-def _polygon(count: int, points: Sequence[int] = ()) -> bool:
-    """Say whether so many numbers are a class and at least three corners."""
-    return count >= 7 and count % 2 == 1
-
-
 @dataclass(frozen=True)
 class Outputs:
-    """What a head may be made for beside the classes."""
+    """The outputs that a head may have beside the classes."""
 
     kpt_shape: tuple[int, int] = (0, 0)
     kpt_names: Mapping[str, Any] | Sequence[Any] = ()
@@ -45,7 +40,7 @@ class Outputs:
         count, numbers = self.kpt_shape
         if self.kpt_shape != (0, 0) and not (1 <= count <= _KEYPOINTS and numbers in (2, 3)):
             raise Malformed(f"kpt_shape is {list(self.kpt_shape)}, but it is 1 to {_KEYPOINTS} keypoints of 2 or 3 numbers")
-        if self.kpt_oks_sigmas and not (len(self.kpt_oks_sigmas) == count and all(map(_positive, self.kpt_oks_sigmas))):
+        if self.kpt_oks_sigmas and not (len(self.kpt_oks_sigmas) == count and all(map(is_positive, self.kpt_oks_sigmas))):
             raise Malformed(f"kpt_oks_sigmas are not {count} numbers above 0, one for each keypoint")
         if bad := next((k for k in self.kpt_names if isinstance(self.kpt_names, Mapping) and not k.isdecimal()), None):
             raise Malformed(f"kpt_names are by the number of a class, but one is {bad!r}")
@@ -53,7 +48,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its network, its trainer and kin, its metrics, and what a row of its label files holds."""
+    """One task: Ultralytics' classes, its metrics, its labels, and how its loss is computed."""
 
     name: str
     model: type[Any]
@@ -62,21 +57,24 @@ class Task:
     predictor: type[Any]
     metrics: Mapping[str, str]  # Ultralytics' names to ours
     score: str  # the metric, in our names, that is shown where there is room for one
-    row: str = ""  # what a label row holds, for people
-    fits: Callable[[int, Sequence[int]], bool] = _polygon  # whether a row may hold so many numbers, given kpt_shape
+    labels: Boxes | None  # in files beside the images; None: an image's class is its folder
     imgsz: int = 640  # by default
-    hits: str = "tp"  # what the validator calls the true positives that the score is of
+    hits: str = "tp"  # the validator's name for the true positives that the score is of
+    halved: bool = True  # whether training batches are half of those of validation
+    loops: bool = False  # whether the loss goes through the images one by one
+    pastes: bool = False  # whether copy_paste repeats objects
 
-    def check_row(self, row: Sequence[str], outputs: Mapping[str, Any]) -> str:
+    def check_row(self, row: Sequence[str], outputs: Arguments) -> str:
         """Return what is wrong with the length of a label row, or nothing."""
-        article = "an" if self.name == "obb" else "a"
-        fits = self.fits(len(row), outputs.get("kpt_shape", (0, 0)))
-        return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.row}"
+        assert self.labels, "a set with folders of classes has no label files"
+        article = "an" if self.name[0] in "aeiou" else "a"
+        fits = self.labels.fits(len(row), outputs.get("kpt_shape", (0, 0)))
+        return "" if fits else f"{len(row)} numbers; a row of {article} {self.name} set is: {self.labels.row}"
 
-    def evidence(self, validator: Any) -> ImagePredictions:
-        """Return what a validator that has run saw of each image."""
+    def predictions(self, validator: Any) -> ImagePredictions:
+        """Return the predictions of a validator that has run, for each image."""
         dataset = validator.dataloader.dataset
-        if self.name != "classify":
+        if self.labels:
             return Detections.gather(dataset.im_files, validator.kept, self.hits)
         files, guesses = [sample[0] for sample in dataset.samples], torch.cat([best[:, 0] for best in validator.pred])
         return Answers.gather(files, torch.cat(validator.targets).tolist(), guesses.tolist())
@@ -99,8 +97,7 @@ TASKS = {
             yolo.detect.DetectionPredictor,
             _metrics("B"),
             "mAP50-95",
-            "class x y w h",
-            lambda count, points: count == 5 or _polygon(count),  # of a polygon, Ultralytics takes the box
+            Boxes(),
         ),
         Task(
             "segment",
@@ -110,8 +107,10 @@ TASKS = {
             yolo.segment.SegmentationPredictor,
             _metrics("B", "M"),
             "mAP50-95(M)",
-            "class x1 y1 x2 y2 x3 y3 ...",
+            Outlines(),
             hits="tp_m",
+            loops=True,
+            pastes=True,
         ),
         Task(
             "pose",
@@ -121,28 +120,29 @@ TASKS = {
             yolo.pose.PosePredictor,
             _metrics("B", "P"),
             "mAP50-95(P)",
-            "class x y w h, then the numbers of every keypoint (kpt_shape in the data YAML)",
-            lambda count, points: count == 5 + points[0] * points[1],
+            Poses(),
             hits="tp_p",
         ),
         Task(
             "obb",
             OBBModel,
             yolo.obb.OBBTrainer,
-            sparing(yolo.obb.OBBValidator),
+            keeping(yolo.obb.OBBValidator),
             yolo.obb.OBBPredictor,
             _metrics("B"),
             "mAP50-95",
-            "class x1 y1 x2 y2 x3 y3 x4 y4",  # of more corners, Ultralytics takes the rectangle around
+            OrientedBoxes(),
+            halved=False,
         ),
         Task(
             "classify",
             ClassificationModel,
             yolo.classify.ClassificationTrainer,
-            sparing(yolo.classify.ClassificationValidator),
+            keeping(yolo.classify.ClassificationValidator),
             yolo.classify.ClassificationPredictor,
             {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5"},
             "top1",
+            None,
             imgsz=224,
         ),
     )
@@ -155,9 +155,7 @@ def task_of(model: nn.Module) -> Task | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
-def build(
-    task: Task, design: Mapping[str, Any], names: Mapping[int, str] | None, channels: int, **outputs: Any
-) -> nn.Module:
+def build(task: Task, design: Arguments, names: Mapping[int, str] | None, channels: int, **outputs: Any) -> nn.Module:
     """Return a new network.
 
     Args:
@@ -171,11 +169,11 @@ def build(
         ModelError: The design holds more than layers and plain numbers.
     """
     check_design(design)
-    own: dict[str, Any] = copy.deepcopy(dict(design))
-    own["nc"] = own["nc"] if names is None else len(names)  # said in the design, for Ultralytics reports what overrides it
-    own |= {k: v for k, v in outputs.items() if k == "kpt_shape"}
+    adapted: dict[str, Any] = copy.deepcopy(dict(design))
+    adapted["nc"] = adapted["nc"] if names is None else len(names)  # in the design, for Ultralytics reports an override
+    adapted |= {k: v for k, v in outputs.items() if k == "kpt_shape"}
     with quiet():  # a classifier is summarised whenever one is made
-        model = task.model(own, ch=channels, nc=own["nc"], verbose=False)
+        model = task.model(adapted, ch=channels, nc=adapted["nc"], verbose=False)
     if names is not None:
         model.names = dict(names)
     for name, value in outputs.items():
@@ -208,7 +206,7 @@ def check_content(model: Any, source: str) -> None:
         raise ModelError(f"{source} is not a checkpoint that Ultralytics wrote ({error}); give another") from error
 
 
-def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs: Mapping[str, Any]) -> nn.Module:
+def with_head(source: Any, names: Mapping[int, str], channels: int, head: str, outputs: Arguments) -> nn.Module:
     """Return a new model of `source`'s design for `names`, filled from `source`.
 
     "keep" is Ultralytics' own `load`: the class towers keep their width and weights, only the last layer is new, and rows
@@ -217,17 +215,17 @@ def fit(source: Any, names: Mapping[int, str], channels: int, head: str, outputs
     task = task_of(source)
     assert task is not None, "a base has one of the tasks"
     model: Any = build(task, source.yaml, names, channels, **outputs)
-    _check_design(given := source.float().state_dict(), model)
-    own = intersect_dicts(given, model.state_dict())
-    if task.name == "classify":
+    _check_design(tensors := source.float().state_dict(), model)
+    fitting = intersect_dicts(tensors, model.state_dict())
+    if not task.labels:
         last = f"model.{len(model.model) - 1}.linear."
-        model.load_state_dict({k: v for k, v in own.items() if not k.startswith(last)}, strict=False)
+        model.load_state_dict({k: v for k, v in fitting.items() if not k.startswith(last)}, strict=False)
         if head == "keep":
             _keep_rows(source, model)
     elif head == "keep":
         model.load(source, verbose=False)
     else:
-        model.load_state_dict(own, strict=False)
+        model.load_state_dict(fitting, strict=False)
     return model
 
 
@@ -252,67 +250,5 @@ def _keep_rows(source: Any, model: Any) -> None:
             new.weight[i], new.bias[i] = given.weight[row], given.bias[row]
 
 
-# ----------------------------------------------------------------------------------------------------------------- labels
-def rows_of(label: Path, pose: int = 0) -> list[str]:
-    """Return the rows of a label file; none where there is none.
-
-    Args:
-        label: The file.
-        pose: Rows of so many numbers are cut to class and box, as Ultralytics reads the poses of a set for other tasks.
-
-    Raises:
-        DataError: It is no text in UTF-8.
-    """
-    try:
-        text = label.read_text(encoding="utf-8-sig") if os.path.isfile(label) else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the labels {label} cannot be read as UTF-8 ({type(error).__name__}); save the file anew"
-        ) from error
-    rows = [line for line in text.splitlines() if line.strip()]
-    return [" ".join(words[:5]) if len(words := row.split()) == pose else row for row in rows] if pose else rows
-
-
-def pose_length(task: Task, data: Mapping[str, Any], source: str) -> int:
-    """Return how many numbers a row of a pose has in a set that is used for another task, or 0.
-
-    Raises:
-        DataError: The set says so in a way that is not understood.
-    """
-    if task.name == "pose" or "kpt_shape" not in data:
-        return 0
-    shape = data["kpt_shape"]
-    if not _wholes(shape) or len(shape) != 2:
-        raise DataError(f"{source} has kpt_shape={shape}; leave it out, or write [number of keypoints, 2 or 3]")
-    return 5 + shape[0] * shape[1] if shape[0] else 0
-
-
-def outputs_of(task: Task, data: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return what a data YAML asks of the head beside its classes.
-
-    Raises:
-        DataError: It says nothing of keypoints where there must be some, or contradicts itself.
-    """
-    if task.name != "pose":
-        return {}
-    shape: Any
-    sigmas: Any
-    shape, flip, sigmas = (data.get(k) for k in ("kpt_shape", "flip_idx", "kpt_oks_sigmas"))
-    if not _wholes(shape) or len(shape) != 2 or shape[0] < 1 or shape[1] not in (2, 3):
-        raise DataError(
-            f"{source} has kpt_shape={shape}; a pose set says kpt_shape: [number of keypoints, 2 or 3 numbers of each]"
-        )
-    if flip is not None and (not _wholes(flip) or sorted(flip) != list(range(shape[0]))):
-        raise DataError(f"{source} has flip_idx={flip}; it must name each of the keypoints 0 to {shape[0] - 1} once")
-    if sigmas is not None and (not isinstance(sigmas, list) or len(sigmas) != shape[0] or not all(map(_positive, sigmas))):
-        raise DataError(f"{source} has kpt_oks_sigmas={sigmas}; it must hold a number above 0 for each keypoint")
-    given = {k: data[k] for k in ("kpt_names", "kpt_oks_sigmas") if data.get(k)}
-    return {"kpt_shape": list(shape), **given}
-
-
-def _wholes(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(v, int) for v in values)
-
-
-def _positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and value > 0

@@ -5,15 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
-import re
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,28 +18,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics import __version__ as ULTRALYTICS
-from ultralytics.cfg import DEFAULT_CFG_DICT
 from ultralytics.data.build import InfiniteDataLoader, build_dataloader
 from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
 from ...core.attach import attach, settle
-from ...core.base_model import Data
 from ...core.plan import Plan
-from ...data.layout import find_images, listed_images
-from ...errors import ConfigError, DataError, ModelError, TrainingError, VisionpeftError, nearest
+from ...errors import ModelError, TrainingError
 from ...measure import Meter
 from ...process import random_states, set_random_states
 from ...training import checkpoint
 from ...training.distributed import failure, started, told
 from ...training.feature_cache import CachedFeatureDataset
+from ...training.feature_cache_file import CacheWriter
 from ...training.job import Job, keep_best
 from ...training.progress import Progress
-from ..classification import leave_out, still_readable
+from ..classification import still_readable
+from .data import readable, warn_of_lost
 from .output import quiet
 from .sources import check_download
-from .tasks import TASKS, Task, fit
+from .tasks import TASKS, Task, with_head
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +93,8 @@ class PeftTrainerMixin:
 
     def get_model(self: Any, cfg: Any = None, weights: Any = None, verbose: bool = True) -> nn.Module:
         outputs = self.job.data.outputs
-        model = fit(self.job.base.model, self.data["names"], self.data["channels"], self.job.config.head, outputs)
-        if self._task.name == "classify" and self.args.dropout:
+        model = with_head(self.job.base.model, self.data["names"], self.data["channels"], self.job.config.head, outputs)
+        if self.args.dropout and not self._task.labels:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = self.args.dropout
@@ -150,17 +146,17 @@ class PeftTrainerMixin:
         def prepare(samples: Any) -> torch.Tensor:
             return super(PeftTrainerMixin, self).preprocess_batch(loader.collate_fn(samples))["img"]  # type: ignore[misc]
 
-        views = CachedViews(
+        writer = CacheWriter(
             dataset := loader.dataset,
-            self.job.store,
+            self.job.store.rounds,
             self.job.prefix,
             prepare,
             seed=self.job.config.seed,
             batch=loader.batch_size,
             workers=loader.num_workers,
             close=lambda: dataset.close_mosaic(copy(self.args)),
-            quiet=self.job.config.quiet,
         )
+        views = CachedViews(self.job.store, writer, self.job.config.quiet)
         return build_dataloader(views, loader.batch_size, workers=0, device=self.device)  # there is nothing to decode
 
     def resume_training(self: Any, ckpt: Any) -> None:
@@ -463,76 +459,3 @@ def _restore_random_states(trainer: Any) -> None:
     # where mosaic closes, the uninterrupted run's loader starts anew too
     anew = bool(trainer.args.close_mosaic) and trainer.start_epoch == closing and not passed
     trainer.train_loader.go_to(position, anew, passed)
-
-
-def images(places: Any, part: str, source: str, said: bool = False) -> list[str]:
-    """Return the image files of one part of a data set, as Ultralytics finds them; `said`: say what it leaves out."""
-    found: list[str] = []
-    for place in map(Path, places if isinstance(places, list) else [places] if places else []):
-        if place.is_dir():
-            kept, others = find_images(place)
-            found += map(str, kept)
-            if said:
-                leave_out(others, place)
-        elif place.is_file():
-            found += listed_images(place)
-        else:
-            raise DataError(f"the {part} images of {source} are not at {place}; correct '{part}:' or 'path:' in the YAML")
-    if not found:
-        raise DataError(f"the data {source} has no {part} images (looked in {places}); give a folder that holds images")
-    return sorted(found)
-
-
-def warn_of_lost(data: Data, part: str, dataset: Any, share: float = 1.0) -> None:
-    """Say which images of a part Ultralytics does not use.
-
-    Args:
-        data: The set.
-        part: "train" or "val".
-        dataset: Ultralytics' own, made of that part.
-        share: Of the images that it was made of: the first; above 1, their number.
-    """
-    if data.task != "classify":
-        files, given = dataset.im_files, data.facts[part]
-        given = given[: share if isinstance(share, int) else max(1, round(len(given) * share))]
-    elif share == 1.0:  # a share of them would be spread over all
-        files, given = [sample[0] for sample in dataset.samples], [file for file, _ in data.facts[part]]
-    else:
-        return
-    used = set(map(os.path.realpath, files))
-    if lost := [f for f in dict.fromkeys(given) if os.path.realpath(f) not in used]:
-        named = ", ".join(lost[:5])
-        log.warning(f"{len(lost)} of {len(given)} {part} images cannot be used and are left out: {named}")
-
-
-@contextmanager
-def usable(args: Mapping[str, Any]) -> Iterator[None]:
-    """Refuse arguments that Ultralytics does not know, and say in a sentence what it raises on values it cannot use."""
-    known = {*DEFAULT_CFG_DICT, "save_dir", "head", "delta_dtype"}
-    if strange := [k for k in args if k not in known]:
-        raise ConfigError(f"'{strange[0]}' is no argument of Ultralytics.{nearest(strange[0], known)}")
-    try:
-        yield
-    except (SyntaxError, FileNotFoundError) as error:
-        raise ConfigError(brief(error)) from error
-    except (ValueError, TypeError) as error:
-        if isinstance(error, VisionpeftError) or not any(f"'{k}" in str(error) for k in args):
-            raise
-        raise ConfigError(brief(error)) from error
-
-
-@contextmanager
-def readable(source: str) -> Iterator[None]:
-    """Say in a sentence what Ultralytics raises when it finds no image of a set readable, or labels of another task."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        known = ("No valid images found", "No labels found", "dataset requires equal numbers")
-        if not any(words in str(error) for words in known):
-            raise
-        raise DataError(f"the data {source} cannot be used: {brief(error)}") from error
-
-
-def brief(error: object) -> str:
-    text = " ".join(re.sub("\x1b\\[[0-9;]*m", "", str(error)).replace("❌", "").split())  # no colours
-    return text if len(text) < 400 else f"{text[:400]}…"

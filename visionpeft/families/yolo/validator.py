@@ -8,7 +8,20 @@ import torch
 from torch import Tensor, nn
 
 
-class FastNmsMixin:
+class KeepingMixin:
+    """Mixin over an Ultralytics validator: what was found in each image is kept, and the model is not copied."""
+
+    def get_stats(self: Any) -> dict[str, Any]:
+        """Keep the statistics of each image, which Ultralytics forgets when it has the numbers."""
+        self.kept = {name: list(arrays) for name, arrays in getattr(self.metrics, "stats", {}).items()}
+        return super().get_stats()  # type: ignore[misc]
+
+    def get_model(self: Any, model: Any, trainer: Any = None) -> nn.Module:
+        """Return the model as it is, where Ultralytics copies one that it was given: `evaluate` gives a copy."""
+        return super().get_model(model, trainer) if trainer is not None else model  # type: ignore[misc]
+
+
+class FastNmsMixin(KeepingMixin):
     """Mixin over an Ultralytics validator: boxes that are certain to be dropped are not compared with each other.
 
     An image's detections are the best `max_det` boxes that no better box overlaps, so they do not depend on the boxes that
@@ -17,8 +30,7 @@ class FastNmsMixin:
     """
 
     def postprocess(self: Any, preds: Any) -> Any:
-        # rotated boxes of one score are in no certain order; the others have nothing to compare
-        if self.args.task not in ("detect", "segment", "pose") or self.end2end:
+        if self.end2end:  # it has nothing to compare
             return super().postprocess(preds)  # type: ignore[misc]
         boxes = preds
         while not isinstance(boxes, Tensor):
@@ -38,16 +50,13 @@ class FastNmsMixin:
         scores.copy_(given)
         return super().postprocess(preds)  # type: ignore[misc]
 
-    def get_stats(self: Any) -> dict[str, Any]:
-        """Keep what Ultralytics forgets when it has the numbers: what was found in each image."""
-        self.kept = {name: list(arrays) for name, arrays in getattr(self.metrics, "stats", {}).items()}
-        return super().get_stats()  # type: ignore[misc]
-
-    def get_model(self: Any, model: Any, trainer: Any = None) -> nn.Module:
-        """Return the model as it is, where Ultralytics copies one that it was given: `evaluate` gives a copy."""
-        return super().get_model(model, trainer) if trainer is not None else model  # type: ignore[misc]
-
 
 def sparing(validator: type[Any]) -> type[Any]:
-    """Return a validator class of Ultralytics that spares what cannot change its numbers."""
+    """Return a validator class of Ultralytics that spares what cannot change its numbers, and keeps its predictions."""
     return type(f"FastNms{validator.__name__}", (FastNmsMixin, validator), {"__module__": __name__})
+
+
+def keeping(validator: type[Any]) -> type[Any]:
+    """Return a validator class of Ultralytics that keeps its predictions: of a classifier there is nothing to spare, and
+    rotated boxes of one score are in no certain order."""
+    return type(f"Keeping{validator.__name__}", (KeepingMixin, validator), {"__module__": __name__})
