@@ -320,6 +320,8 @@ def export(
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
+    if format == "onnx":  # which Ultralytics would install
+        need("onnx", "export", "format='onnx'")
     check_paths(out=out)
     adapted = opened(delta, model, model_args)
     if out is None:
