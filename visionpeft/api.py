@@ -19,7 +19,7 @@ from .config import OPTIONS, Freeze, ModelArgs, TrainConfig, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.method import Method
-from .errors import ConfigError, ModelError, TrainingError, nearest
+from .errors import ConfigError, ModelError, TrainingError, nearest, need
 from .forgetting import Forgetting
 from .forgetting import measure as measure_forgetting
 from .planning import search_memory
