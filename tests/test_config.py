@@ -69,7 +69,8 @@ def test_help_needs_no_torch() -> None:
 
 def test_plans_are_found_where_they_were(tmp_path: Path) -> None:
     """Methods of users import from `visionpeft.plan`, whose name is a verb's, too."""
-    code = "import visionpeft; from visionpeft.plan import Anatomy, Edit, Plan, Unfit, make_plan\n"
+    code = "import visionpeft.forgetting; from visionpeft.plan import Anatomy, Edit, Plan, Unfit, make_plan\n"
+    code += "assert callable(visionpeft.forgetting), 'the verb, though its module was imported first'\n"
     code += "print(visionpeft.plan('timm/test_resnet', model_args={'pretrained': False}, method='head').method)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "head\n"

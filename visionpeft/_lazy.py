@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -32,4 +33,13 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
         setattr(module, name, found)
         return found
 
+    class Package(ModuleType):
+        """Keeps a public name that is no module where the import of a module of that name would put it in its place."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            verb = homes.get(name, (".", ""))[0].strip(".")
+            if not (verb and isinstance(value, ModuleType) and not callable(value)):
+                super().__setattr__(name, value)
+
+    module.__class__ = Package
     return get, lambda: sorted({*vars(module), *homes}), sorted(homes)

@@ -19,7 +19,7 @@ from .config import OPTIONS, Freeze, ModelArgs, TrainConfig, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
 from .core.method import Method
-from .errors import ConfigError, ModelError, TrainingError, nearest
+from .errors import ConfigError, ModelError, TrainingError, nearest, need
 from .families.capabilities import SupportsExport
 from .forgetting import Forgetting
 from .forgetting import measure as measure_forgetting
@@ -321,6 +321,8 @@ def export(
     suffixes = {"onnx": ".onnx", "torchscript": ".torchscript", "peft": ".peft"}
     if format not in suffixes:
         raise ConfigError(f"format='{format}' is not known; it is {' or '.join(suffixes)}.{nearest(format, suffixes)}")
+    if format == "onnx":  # which Ultralytics would install
+        need("onnx", "export", "format='onnx'")
     check_paths(out=out)
     adapted = opened(delta, model, model_args)
     if out is None:

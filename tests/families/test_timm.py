@@ -343,6 +343,12 @@ def test_predict(lora: visionpeft.Run, prompt: visionpeft.Run, squares: Path) ->
         visionpeft.predict(lora.delta, folder, conf=0.5)
 
 
+def test_onnx_needs_its_extra(lora: visionpeft.Run, lacking) -> None:
+    lacking("onnx")
+    with pytest.raises(ConfigError, match=r"format='onnx' needs onnx.*pip install 'visionpeft\[export\]'"):
+        visionpeft.export(lora.delta)
+
+
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])
 @pytest.mark.parametrize("which", ["lora", "adapter", "prompt"])
 def test_export_gives_the_same_logits(which: str, format: str, request, tmp_path: Path) -> None:
