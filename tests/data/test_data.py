@@ -76,6 +76,21 @@ def test_a_fine_set_is_fine(tmp_path: Path, capsys: pytest.CaptureFixture, monke
     assert report["splits"]["train"]["sizes"] == [list(SIZE)] * 3
 
 
+def test_the_old_name_of_a_report_warns() -> None:
+    with pytest.warns(FutureWarning, match="visionpeft.data.Report is now called visionpeft.data.CheckReport"):
+        from visionpeft.data import Report
+    assert Report is CheckReport
+
+
+@pytest.mark.parametrize("words", [("data", "check"), ("data", "convert"), ("data", "draw"), ("benchmark",)], ids=" ".join)
+def test_every_option_of_a_command_is_described(words: tuple[str, ...]) -> None:
+    command = cli.app
+    for word in words:
+        command = command[word]
+    arguments = command.assemble_argument_collection(parse_docstring=True)
+    assert len(arguments) > 4 and not [a.name for a in arguments if not a.parameter.help]
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "truncated image": (lambda d: _cut(d / "images/train/0.png"), "unreadable", True),
     "text as image": (lambda d: (d / "images/train/0.png").write_text("x"), "unreadable", True),

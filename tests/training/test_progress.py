@@ -85,9 +85,7 @@ def test_classifiers_show_the_same(tmp_path: Path) -> None:
 def test_a_bar_on_a_terminal(columns: int) -> None:
     """Epoch, batch, loss, memory and time left on one line; on a narrow terminal less, and never more than it holds."""
     code = """
-from visionpeft.progress import Progress
-from visionpeft.registry import FAMILIES, METHODS
-from visionpeft.run import _measured
+from visionpeft.training.progress import Progress
 import time
 with Progress(3, "mAP50") as bar:
     for epoch in range(3):
@@ -110,7 +108,9 @@ with Progress(3, "mAP50") as bar:
         if not chunk:
             break
         text += chunk
-    assert done.wait() == 0 and done.stdout and done.stdout.read() == b""
+    assert done.wait() == 0 and done.stdout
+    with done.stdout:
+        assert done.stdout.read() == b""
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.decode()))
     bars = [line.rstrip() for line in lines if "0:0" in line]
     assert bars and max(map(len, lines)) <= columns

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 from .. import schema
 from ..errors import ConfigError
-from ..schema import Malformed
+from ..schema import Json, Malformed
 from .grid import hash_of
 
 FORMAT = 1
@@ -202,7 +202,7 @@ def load(file: Path, kind: str) -> Any:
     where = f"{file} is not a file of a benchmark's {kind}"
     instead = "move it out of the folder; every other result stays, and its own is made again"
     try:
-        content = schema.check(dict[str, Any], schema.parse(file.read_bytes()))
+        content = schema.check(Json, schema.parse(file.read_bytes()))
         if (written := content.get("format", FORMAT)) != FORMAT:
             raise ConfigError(
                 f"{file} has format {schema.shown(written)}, this visionpeft reads {FORMAT}; use the one that wrote it"

@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import files, presets, schema
 from ..errors import ConfigError, DiskFull, Interrupted
+from ..schema import Json
 from .cell import FULL, file_failure
 from .grid import Cell, Grid, make_grid
 from .progress import SweepProgress
@@ -228,7 +229,7 @@ def _write_about(grid: Grid, out: Path) -> None:
     file = out / "benchmark.json"
     try:
         found = schema.parse(file.read_bytes()) if file.is_file() else {"sweeps": {}}
-        earlier = schema.check(dict[str, dict[str, Any]], schema.check(dict[str, Any], found).get("sweeps"), "its sweeps")
+        earlier = schema.check(dict[str, Json], schema.check(Json, found).get("sweeps"), "its sweeps")
     except (OSError, schema.Malformed) as error:
         raise ConfigError(f"{file} is not a benchmark's; move it out of the folder ({error})") from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -21,6 +21,7 @@ import yaml
 from .. import tables
 from ..errors import ConfigError, DataError, printable
 from ..process import untouched
+from ..schema import Json
 from .formats.base import FORMATS, Request, Sample, Source
 from .layout import SPLITS
 from .naming import order_classes
@@ -54,7 +55,7 @@ class Conversion:
     left: dict[str, tuple[int, tuple[str, ...]]]
     changed: dict[str, tuple[int, tuple[str, ...]]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return all of it as plain JSON values."""
         return asdict(self)
 

@@ -6,13 +6,14 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import track
 
 from .. import tables
 from ..errors import printable
+from ..schema import Json
 
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ class CheckReport:
         """Whether there are no problems; notes do not count."""
         return not any(f.problem for f in self.findings)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return all of it as plain JSON values."""
         return {**asdict(self), "ok": self.ok}
 

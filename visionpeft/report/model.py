@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from .. import schema
 from ..benchmark import Row, compare, read
 from ..benchmark.grid import hash_of
 from ..benchmark.results import CellFailure, CellResult
 from ..errors import ConfigError, printable
-from ..schema import Malformed
+from ..schema import Json, Malformed
 from .notes import notes
 from .rows import Memory, by_seed, memory_of, share
 from .summary import Summary, summarise
@@ -184,12 +184,12 @@ def _failure(cell: CellFailure) -> Failure:
     return Failure(label, cell["kind"], " ".join(cell["error"].split()))
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _about(folder: Path) -> Json:
     """Return the content of benchmark.json; nothing where there is none."""
     file = folder / "benchmark.json"
     try:
-        content = schema.check(dict[str, Any], schema.parse(file.read_bytes())) if file.is_file() else {}
-        schema.check(Mapping[str, Any] | None, content.get("defaults"), "its defaults")
+        content = schema.check(Json, schema.parse(file.read_bytes())) if file.is_file() else {}
+        schema.check(Json | None, content.get("defaults"), "its defaults")
     except (OSError, Malformed) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{file} cannot be read ({reason}); remove it, or run the benchmark again") from error

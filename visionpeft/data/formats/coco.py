@@ -20,10 +20,10 @@ import cv2
 import numpy as np
 
 from ...errors import ConfigError, DataError, need
+from ...schema import Json
 from ..report import Tally
 from .base import FORMATS, NOT_FOUND, Annotation, Format, ImageIndex, Request, Sample, Source, split_of
 
-Json = dict[str, Any]  # an object of the file: its values are checked where they are used
 _OTHERS = ("captions", "panoptic", "stuff", "image_info", "person_keypoints")  # what COCO's own annotations/ holds besides
 
 
