@@ -25,6 +25,7 @@ from .data.commands import app as data_app
 from .deprecation import Renamed, warn
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
 from .files import read_yaml
+from .helptext import arguments_of
 
 app = App(
     name="visionpeft",
@@ -66,11 +67,6 @@ def _flag_type(kind: Any) -> Any:
 
 Options = Annotated[Any, Parameter(show=False, allow_leading_hyphen=True)]
 Delta = Annotated[str, Parameter(help="The delta file.")]
-Base = Annotated[str | None, Parameter(help="The base; by default the one the delta names.")]
-BaseArgs = Annotated[
-    str | None,
-    Parameter(help="Arguments of timm's create_model, as {checkpoint_path: FILE}; by default those the delta names."),
-]
 Download = Annotated[bool, Parameter(help=OPTIONS["allow_download"].help)]
 Json = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 _RUN = Parameter(group=_GROUPS[config.RUN])
@@ -78,6 +74,24 @@ _PLAN = ("data", "method", "freeze", "bn", "head", "imgsz", "batch", "lean", "de
 _SUGGEST = ("data", "method", "freeze", "imgsz", "batch", "lean", "device", "model_args", "allow_download")
 TrainFlags = _flags(*(name for name in OPTIONS if name != "quiet"), grouped=True)
 PlanFlags, SuggestFlags = _flags(*_PLAN), _flags(*_SUGGEST)
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The base of a delta."""
+
+    model: Annotated[str | None, Parameter(help="The base; by default the one that is named.")] = None
+    model_args: Annotated[str | None, Parameter(help="Its loader's arguments, as for train; by default those named.")] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the verbs."""
+        made = _value(self.model_args)
+        if made is not None and not isinstance(made, dict):
+            raise ConfigError(
+                f"model_args='{self.model_args}' is not understood; write {{checkpoint_path: FILE, pad_type: same}}"
+            )
+        return {"model": self.model, "model_args": made}
 
 
 @app.command(group=_TRAIN)
@@ -196,13 +210,12 @@ def merge(
     delta: Delta,
     out: Annotated[str, Parameter(help="The checkpoint to write.")],
     *,
-    model: Base = None,
-    model_args: BaseArgs = None,
+    base: Base = Base(),  # noqa: B008
 ) -> None:
     """Write base and delta as one plain checkpoint."""
     from . import api
 
-    print(api.merge(delta, out, **_base(model, model_args)))
+    print(api.merge(delta, out, **base.arguments()))
 
 
 @app.command(group=_USE)
@@ -210,15 +223,14 @@ def val(
     delta: Delta,
     *,
     data: Annotated[str, Parameter(help=OPTIONS["data"].help)],
-    model: Base = None,
-    model_args: BaseArgs = None,
+    base: Base = Base(),  # noqa: B008
     allow_download: Download = False,
     **options: Options,
 ) -> None:
     """Measure an adapted model; prints JSON."""
     from . import api
 
-    given = {**_base(model, model_args), "allow_download": allow_download}
+    given = {**base.arguments(), "allow_download": allow_download}
     print(json.dumps(api.val(delta, data, **given, **_read(options)), indent=2))
 
 
@@ -227,8 +239,7 @@ def forgetting(
     delta: Delta,
     data: Annotated[str, Parameter(help="Labelled images of the base's classes, under the base's own names.")],
     *,
-    model: Base = None,
-    model_args: BaseArgs = None,
+    base: Base = Base(),  # noqa: B008
     allow_download: Download = False,
     json_: Json = False,
     **options: Options,
@@ -236,7 +247,7 @@ def forgetting(
     """Measure what the adapted body costs the base's own classes, under the base's own head."""
     from . import api
 
-    given = {**_base(model, model_args), "allow_download": allow_download}
+    given = {**base.arguments(), "allow_download": allow_download}
     found = api.forgetting(delta, data, **given, **_read(options))
     print(json.dumps(found.to_dict(), indent=2) if json_ else found)
 
@@ -246,14 +257,13 @@ def predict(
     delta: Delta,
     source: Annotated[str, Parameter(help="An image, or a folder of images.")],
     *,
-    model: Base = None,
-    model_args: BaseArgs = None,
+    base: Base = Base(),  # noqa: B008
     **options: Options,
 ) -> None:
     """Run an adapted model on images; prints one line of JSON per image."""
     from . import api
 
-    adapted = api.load(delta, **_base(model, model_args))
+    adapted = api.load(delta, **base.arguments())
     for prediction in api.predict(adapted, source, **_read(options)):
         print(json.dumps(adapted.family.to_json(prediction)))
 
@@ -264,31 +274,29 @@ def export(
     *,
     format: Annotated[str, Parameter(help="onnx or torchscript, or peft: a folder that HF peft reads.")] = "onnx",
     out: Annotated[str | None, Parameter(help="The file or folder to write; by default beside the delta.")] = None,
-    model: Base = None,
-    model_args: BaseArgs = None,
+    base: Base = Base(),  # noqa: B008
     exist_ok: Annotated[bool, Parameter(help="Replace a folder that is there.")] = False,
     **options: Options,
 ) -> None:
     """Write an adapted model for deployment, merged first where it can be, or as an adapter for HF peft."""
     from . import api
 
-    print(api.export(delta, format, out, **_base(model, model_args), exist_ok=exist_ok, **_read(options)))
+    print(api.export(delta, format, out, **base.arguments(), exist_ok=exist_ok, **_read(options)))
 
 
 @app.command(name="import", group=_USE)
 def import_(
     folder: Annotated[str, Parameter(help="The folder with adapter_config.json and adapter_model.safetensors.")],
     *,
-    model: Annotated[str | None, Parameter(help="The adapter's base; a folder of `export` names it itself.")] = None,
+    base: Base = Base(),  # noqa: B008
     out: Annotated[str | None, Parameter(help="The delta file to write; by default beside the folder.")] = None,
     data: Annotated[str | None, Parameter(help="As for train; names the classes where they are not the base's.")] = None,
-    model_args: BaseArgs = None,
     allow_download: Download = False,
 ) -> None:
     """Make a delta of an adapter that HF peft has saved, or that `export --format peft` has written."""
     from . import api
 
-    print(api.import_peft(folder, out, data=data, allow_download=allow_download, **_base(model, model_args)))
+    print(api.import_peft(folder, out, data=data, allow_download=allow_download, **base.arguments()))
 
 
 @app.command(group=_CHECK)
@@ -302,11 +310,11 @@ def inspect(delta: Delta) -> None:
 
 
 @app.command(group=_CHECK)
-def verify(delta: Delta, *, model: Base = None, model_args: BaseArgs = None) -> None:
+def verify(delta: Delta, *, base: Base = Base()) -> None:
     """Check a delta and its base against each other; exits with 1 where they do not belong together."""
     from . import api
 
-    api.verify(delta, **_base(model, model_args))
+    api.verify(delta, **base.arguments())
     print(f"{delta}: whole, and made for this base")
 
 
@@ -339,17 +347,8 @@ def families() -> None:
 
 
 @app.command(group=_TRAIN)
-def report(
-    *results: Annotated[str, Parameter(help="The folder that a benchmark wrote into, or several.")],
-    out: Annotated[
-        str | None,
-        Parameter(
-            help="The page; by default RESULTS/report.html, or report.html here for several folders. With --markdown alone, "
-            "none."
-        ),
-    ] = None,
-    markdown: Annotated[str | None, Parameter(help="A file for the tables in Markdown.")] = None,
-) -> None:
+@arguments_of("visionpeft.report.writing", "write")
+def report(*results: str, out: str | None = None, markdown: str | None = None) -> None:
     """Write what `benchmark` found as a page of HTML that needs no network, and as Markdown."""
     from .report import write
 
@@ -448,11 +447,3 @@ def _value(given: Any) -> Any:
         return presets.number(read_yaml(given))
     except yaml.YAMLError:
         return given
-
-
-def _base(model: str | None, model_args: str | None) -> dict[str, Any]:
-    """Return what a base is loaded with."""
-    made = _value(model_args)
-    if made is not None and not isinstance(made, dict):
-        raise ConfigError(f"model_args='{model_args}' is not understood; write {{checkpoint_path: FILE, pad_type: same}}")
-    return {"model": model, "model_args": made}

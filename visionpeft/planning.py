@@ -42,20 +42,13 @@ def plan(
     allow_download: bool = False,
     **options: Any,
 ) -> Plan:
-    """Say what `train` would train and add, without training.
+    """Say what `train` would train and add, without training. Arguments that are not described here are those of `train`.
 
     Args:
-        model: As for `train`.
         data: As for `train`; without it the model keeps its own classes.
-        method: As for `train`.
-        freeze: As for `train`.
-        bn: As for `train`.
-        head: As for `train`.
         imgsz: As for `train`, of methods that look at the images before they plan; no part of another's plan.
         batch: The same.
         seed: The same: a new head is drawn by it.
-        model_args: As for `train`.
-        allow_download: As for `train`.
         **options: Fields of the method.
 
     Raises:
@@ -101,25 +94,15 @@ def forecast(
 ) -> Forecast:
     """Say how much memory `train` would take at its peak, in seconds, without weights, GPU or the memory itself.
 
+    Arguments that are not described here are those of `train`.
+
     Args:
         model: As for `train`; of a model that is not here, the design is enough.
         data: As for `train`; from it come the classes, and the number of labelled objects in the fullest image.
-        method: As for `train`.
-        freeze: As for `train`.
-        bn: As for `train`.
-        head: As for `train`.
         epochs: As for `train`: in more of them, mosaic puts fuller images together.
-        imgsz: As for `train`.
-        batch: As for `train`.
-        optimizer: As for `train`.
         device: "cpu", or else a GPU is meant, whether there is one or not.
         amp: As for `train`; by default half precision on a GPU.
-        cache: As for `train`.
-        frozen_dtype: As for `train`.
-        lean: As for `train`.
         objects: Labelled objects in the fullest image, where there are no data to count them in; by default 40.
-        model_args: As for `train`.
-        allow_download: As for `train`.
         **options: Fields of the method, and further arguments of the family.
 
     Returns:
@@ -159,24 +142,11 @@ def suggest(
 
     What is given stays as it is; the rest is searched.
 
+    Arguments that are not described here are those of `train` and of `forecast`.
+
     Args:
         memory: "6GB", "6GiB", or a number of GB.
-        model: As for `forecast`.
-        data: As for `forecast`.
-        method: As for `train`.
-        freeze: As for `train`.
-        bn: As for `train`.
-        head: As for `train`.
-        epochs: As for `forecast`.
-        imgsz: As for `train`.
-        batch: As for `train`.
-        optimizer: As for `train`.
         device: As for `forecast`; with "cpu", `memory` is the machine's.
-        amp: As for `forecast`.
-        lean: As for `train`.
-        objects: As for `forecast`.
-        model_args: As for `train`.
-        allow_download: As for `train`.
         **options: Fields of the method, and further arguments of the family.
 
     Raises:
@@ -200,7 +170,6 @@ def search_memory(
 
     Args:
         config: What is given in it stays.
-        objects: As for `forecast`.
         freeze: The only depth to look at; None: several.
         lean: The only level to look at; None: all.
     """
@@ -225,7 +194,6 @@ class ForecastSession:
     """One model and its configuration, of which several plans are forecast.
 
     Args:
-        config: As for `train`.
         objects: Labelled objects in the fullest image, where there are no data to count them in.
     """
 
