@@ -28,11 +28,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from visionpeft import lean as leanly
-from visionpeft.core.attach import attach, settle, train_mode
+from visionpeft.core.attach import attach, set_requires_grad, train_mode
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
 from visionpeft.families.capabilities import DryRun, Step
-from visionpeft.memory.forecast import Case, trace
+from visionpeft.memory.forecast import ForecastRequest, memory_model
 from visionpeft.settings import find_family
 
 YOLO = [f"{name}.yaml" for name in ("yolo11n", "yolo11s", "yolo11m", "yolov8n", "yolo26n")]
@@ -42,7 +42,7 @@ PLANS = ("full", "full, freeze 10", "head", "lora", "bitfit")
 TOP = 0.05  # the error aimed at
 
 
-def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, gpu: bool = False) -> Case:
+def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, gpu: bool = False) -> ForecastRequest:
     """Return what a row forecasts: in single precision, on a GPU in half. Of timm's nets, whose stages are coarser,
     "freeze 10" is half of them."""
     family = find_family(net)
@@ -52,13 +52,13 @@ def case(net: str, plan: str, lean: str, objects: int, area: float, imgsz: int, 
     method, _, depth = plan.partition(", freeze ")
     frozen = 0 if not depth else int(depth) if family.name == "yolo" else len(anatomy.stages) // 2
     step = Step(1, imgsz, "AdamW", gpu, objects, area)
-    return Case(family, base, fitted, make_plan(make_method(method), anatomy, frozen), step, lean, gpu)
+    return ForecastRequest(family, base, fitted, make_plan(make_method(method), anatomy, frozen), step, lean, gpu)
 
 
-def rehearsed(of: Case, step: Step, device: torch.device) -> tuple[nn.Module, DryRun]:
+def rehearsed(of: ForecastRequest, step: Step, device: torch.device) -> tuple[nn.Module, DryRun]:
     """Return a row's model ready to train, and how it does."""
     model = copy.deepcopy(of.fitted)
-    settle(attach(model, of.plan), of.plan)
+    set_requires_grad(attach(model, of.plan), of.plan)
     train_mode(model.train(), of.plan).to(device)
     rehearsal = of.family.dry_run(model, of.base, step)
     if of.lean != "off":
@@ -66,7 +66,7 @@ def rehearsed(of: Case, step: Step, device: torch.device) -> tuple[nn.Module, Dr
     return model, rehearsal
 
 
-def measured(of: Case, step: Step, validation: bool) -> int:
+def measured(of: ForecastRequest, step: Step, validation: bool) -> int:
     """Return the peak of what two real steps, or a validation step, take."""
     model, rehearsal = rehearsed(of, step, torch.device("cpu"))
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + rehearsal.average
@@ -122,7 +122,7 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
                     of = case(net, plan, lean, objects, args.area, args.imgsz if net in YOLO else 224)
                     step = Step(args.batch, of.step.imgsz, "AdamW", False, objects, args.area)
                     began = time.perf_counter()
-                    said = trace(of).at(args.batch)
+                    said = memory_model(of).at(args.batch)
                     seconds = time.perf_counter() - began
                     most = said.validation if args.validation else said.optimizer + said.step
                     expected, real = said.weights + said.average + most, measured(of, step, args.validation)

@@ -42,7 +42,7 @@ import torch
 import visionpeft
 from visionpeft import files, scenes
 from visionpeft.families.capabilities import Step
-from visionpeft.memory.forecast import trace
+from visionpeft.memory.forecast import memory_model
 
 HERE = Path(__file__).resolve()
 MB = 1e6
@@ -185,7 +185,7 @@ def forecast(net: str, plan: str, lean: str, device: torch.device, small: bool) 
     gpu = device.type == "cuda"
     batch, imgsz, objects = (2, 64, 3) if small else (BATCH, PIXELS[_kind(net)], 10)
     of = forecasting.case(net, plan, lean, objects, 0.02, imgsz, gpu)
-    said, step = trace(of).at(batch), Step(batch, imgsz, "AdamW", gpu, objects, 0.02)
+    said, step = memory_model(of).at(batch), Step(batch, imgsz, "AdamW", gpu, objects, 0.02)
     expected = said.weights + said.average + said.optimizer + said.step
     allocated, reserved, beside = on_gpu(of, step, device) if gpu else (forecasting.measured(of, step, False), 0, 0)
     needed = reserved + beside - expected

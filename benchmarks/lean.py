@@ -203,7 +203,7 @@ def sides(row: Row, device: torch.device) -> dict[str, Side]:
 def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
     """Return the same for a row whose frozen stages' outputs are computed once, and in our steps read from the disk."""
     try:
-        from visionpeft.lean.frozen_stages import Prefix, put_on
+        from visionpeft.lean.frozen_stages import FrozenStages
     except ImportError:
         raise Skip("this version of visionpeft cannot keep the frozen stages' outputs") from None
     family, base = network(row)
@@ -211,13 +211,13 @@ def cached_sides(row: Row, device: torch.device) -> dict[str, Side]:
     plan = planned(row, family, base.model)
     found = {row.peer: prepare(row, None, base.model, plan, device)}
     images = found[row.peer].given[0].cpu()
-    prefix = Prefix(base.model, leading.modules, images, leading.read, stored=torch.bfloat16)
+    prefix = FrozenStages(base.model, leading.modules, images, leading.read, stored=torch.bfloat16)
     vectors = prefix.flatten(prefix(images))
     with tempfile.NamedTemporaryFile() as file:  # mapped, it lives on until the table is done
         files.write(file.name, vectors.contiguous().view(torch.uint8).numpy().tobytes())
         stored = torch.from_file(file.name, shared=False, size=vectors.numel(), dtype=vectors.dtype).view(vectors.shape)
     for level in ("auto", "memory"):
-        model = put_on(train_mode(attach(copy.deepcopy(base.model), plan), plan), prefix).to(device)
+        model = prefix.install(train_mode(attach(copy.deepcopy(base.model), plan), plan)).to(device)
         batch = detection_batch(row, model, device)
 
         def loss(model: Any = model, batch: dict[str, Tensor] = batch) -> Tensor:

@@ -51,7 +51,7 @@ def main() -> None:
         }
 
         def step(meter: Meter | None, model=model, batch=batch, optimizer=optimizer) -> float:
-            begin = meter.begin if meter else lambda part: None
+            begin = meter.start if meter else lambda part: None
             began = time.process_time()
             begin("forward")
             loss = model(batch)[0].sum()
@@ -76,7 +76,7 @@ def main() -> None:
         began = time.process_time()
         for _ in range(1000):
             for part in PARTS:
-                idle.begin(part)
+                idle.start(part)
         marks = (time.process_time() - began) / 1000
         print(
             f"lean {level:6}: a step {plain:.3f} s; timed {ratios[0]:.3f}, watched {ratios[1]:.2f} times that; "

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
-from visionpeft.lean.frozen_stages import Prefix, put_on
+from visionpeft.lean.frozen_stages import FrozenStages
 from visionpeft.settings import find_family
 
 BATCH, SIDE, OBJECTS = 4, 320, 10
@@ -82,9 +82,9 @@ def main() -> None:
     leading = family.leading_stages(base, given.freeze, SIDE)
     images, labels = torch.rand(BATCH, *leading.image), objects()
     kinds = {
-        "fp32": Prefix(base.model, leading.modules, images, leading.read),
-        "bf16": Prefix(base.model, leading.modules, images, leading.read, torch.bfloat16),
-        "stored, bf16": Prefix(base.model, leading.modules, images, leading.read, stored=torch.bfloat16),
+        "fp32": FrozenStages(base.model, leading.modules, images, leading.read),
+        "bf16": FrozenStages(base.model, leading.modules, images, leading.read, torch.bfloat16),
+        "stored, bf16": FrozenStages(base.model, leading.modules, images, leading.read, stored=torch.bfloat16),
     }
     exact = kinds["fp32"].flatten(kinds["fp32"](images))
     steps = {"Ultralytics": step(frozen(base.model, given.freeze), labels, lambda: images)}
@@ -99,7 +99,7 @@ def main() -> None:
                 file.write_bytes(vectors.contiguous().view(torch.uint8).numpy().tobytes())
                 stored = torch.from_file(str(file), shared=False, size=vectors.numel(), dtype=vectors.dtype)
                 read = partial(torch.stack, list(stored.view(vectors.shape)))
-            steps[name] = step(put_on(frozen(base.model, given.freeze), prefix), labels, read)
+            steps[name] = step(prefix.install(frozen(base.model, given.freeze)), labels, read)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(given.rounds + 1):
             for name, run in steps.items():

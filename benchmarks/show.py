@@ -98,16 +98,16 @@ def _ultralytics(root: Path, folder: str, data: str, weights: str, ours: bool, *
 
         def preprocess_batch(self, batch: dict) -> dict:
             self.meter = self.meter or Meter(self.model, self.device)
-            self.meter.begin("forward")
+            self.meter.start("forward")
             return super().preprocess_batch(batch)
 
         def optimizer_step(self) -> None:
-            self.meter.begin("optimizer")
+            self.meter.start("optimizer")
             super().optimizer_step()
 
         def run_callbacks(self, event: str) -> None:
             if event == "on_train_batch_end" and self.meter:
-                self.meter.begin("data")
+                self.meter.start("data")
             super().run_callbacks(event)
 
     args: dict[str, Any] = {

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from visionpeft.core.plan import fitting
+from visionpeft.core.plan import applicable_methods
 from visionpeft.families.yolo.tasks import TASKS, build
 from visionpeft.registry import FAMILIES, METHODS
 
@@ -97,7 +97,7 @@ def nets_of(family: str, folder: Path) -> dict[str, str]:
         own = FAMILIES[family]()
         given = make_base(net, folder)
         base = own.load(given["model"], **given.get("model_args", {}))
-        fits = fitting(own.anatomy(own.with_head(base, base.names, "keep"), base.source))
+        fits = applicable_methods(own.anatomy(own.with_head(base, base.names, "keep"), base.source))
         found |= {name: net for name in METHODS if name in fits and name not in found}
     return found
 

@@ -19,6 +19,7 @@ ROOT = Path(visionpeft.__file__).parent
 LEVELS = {  # a room may import from rooms with a lower number only
     "_lazy": 0,
     "errors": 0,
+    "_torch_private": 0,
     "deprecation": 0,
     "files": 1,
     "helptext": 1,

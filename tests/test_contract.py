@@ -12,12 +12,12 @@ import torch
 from conftest import NETS, flat
 from torch import nn
 
-from visionpeft.core import class_twins as twins
+from visionpeft.core import class_swap
 from visionpeft.core import delta as deltas
 from visionpeft.core.anatomy import HEAD, GradientStats
 from visionpeft.core.attach import attach, attached, detach, is_added, merge, mergeable, train_mode
 from visionpeft.core.method import make_method
-from visionpeft.core.plan import Plan, fitting, make_plan
+from visionpeft.core.plan import Plan, applicable_methods, make_plan
 from visionpeft.errors import ConfigError
 from visionpeft.registry import FAMILIES, METHODS
 
@@ -80,7 +80,7 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
     if name in UNFIT.get(method, ()):
         with pytest.raises(ConfigError, match="does not fit.*these fit: adapter, bitfit"):
             make_plan(tuning, anatomy, freeze)
-        assert method not in fitting(anatomy)
+        assert method not in applicable_methods(anatomy)
         return
     if tuning.needs_gradients:
         with pytest.raises(ConfigError, match="give data"):
@@ -130,7 +130,7 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
     if tuning.merges:
         merge(whole)
         assert close(predict(whole, images), y) and whole.state_dict().keys() == state.keys()
-        assert not any(twins.mixins(type(m)) for m in whole.modules()) and attached(whole) is None
+        assert not any(class_swap.mixins(type(m)) for m in whole.modules()) and attached(whole) is None
     else:
         assert not mergeable(whole)
         with pytest.raises(ConfigError, match="cannot be merged"):
@@ -140,7 +140,7 @@ def test_contract(method: str, name: str, freeze: int, net, images, tmp_path) ->
     detach(model, state)
     assert same(model.state_dict(), state) and close(predict(model, images), before, 0)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
-    assert not any(twins.mixins(type(m)) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(class_swap.mixins(type(m)) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _saved(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
 from visionpeft.errors import Interrupted
 from visionpeft.families.introspect import stage_modules
-from visionpeft.measure import WATCHED, Meter, PeakBytes, SavedBytes, SavedSplit, held
+from visionpeft.measure import WATCHED, Meter, PeakBytes, SavedBytes, SavedSplit, storage_bytes
 from visionpeft.registry import FAMILIES
 
 KB = 1024  # bytes of a tensor of 256 single-precision numbers
@@ -210,26 +210,27 @@ def test_seconds_by_part(clock) -> None:
 
     def step(data: float, forward: float, backward: float, optimizer: float) -> None:
         clock(data)
-        meter.begin("forward")
+        meter.start("forward")
         loss = model(torch.ones(1, 16)).sum()
         clock(forward)
-        meter.begin("backward")
+        meter.start("backward")
         loss.backward()
         clock(backward)
         if optimizer:
-            meter.begin("optimizer")
+            meter.start("optimizer")
             clock(optimizer)
-        meter.begin("data")
+        meter.start("data")
 
-    meter.begin("data")
+    with pytest.warns(DeprecationWarning, match="Meter.begin is now called start"):
+        meter.begin("data")
     step(100, 10, 20, 30)
     assert meter.report()["first_step_seconds"] == 60 and meter.report()["step_seconds"] is None
     step(1, 2, 4, 8)
-    meter.begin("forward")
+    meter.start("forward")
     clock(1000)  # a step that runs out of memory
     meter.close()
     clock(1000)  # and a validation
-    meter.begin("data")
+    meter.start("data")
     step(3, 4, 6, 0)  # one whose gradients are kept for the next
     step(2, 3, 5, 9)
     report = meter.report()
@@ -240,20 +241,20 @@ def test_seconds_by_part(clock) -> None:
 def test_a_step_that_fails_is_watched_again() -> None:
     model = Small()
     meter = Meter(model, torch.device("cpu"), stages={"stem": "stem", "head": "head"})
-    meter.begin("data")
-    meter.begin("forward")
+    meter.start("data")
+    meter.start("forward")
     loss = model(torch.ones(99, 16)).sum()
-    meter.begin("backward")
-    meter.begin("forward")  # a smaller batch
+    meter.start("backward")
+    meter.start("forward")  # a smaller batch
     assert meter.report()["saved_bytes"] is None
     loss = model(torch.ones(16, 16)).sum()
-    meter.begin("backward")
+    meter.start("backward")
     loss.backward()
-    meter.begin("data")
+    meter.start("data")
     report = meter.report()
     assert report["saved_bytes"] == 4 * KB == sum(report["saved_by_stage"].values())
-    assert report["live_bytes"] > 4 * KB and report["state_bytes"]["gradients"] == held(list(model.parameters()))
-    meter.begin("forward")
+    assert report["live_bytes"] > 4 * KB and report["state_bytes"]["gradients"] == storage_bytes(list(model.parameters()))
+    meter.start("forward")
     model(torch.ones(99, 16))
     meter.close()
     assert meter.report()["saved_bytes"] == 4 * KB, "only the first is watched"
@@ -263,9 +264,9 @@ def test_what_an_older_checkpoint_reported_is_restored() -> None:
     meter = Meter(Small(), torch.device("cpu"))
     old = {"saved_bytes": 7, "peak_bytes": 7, "peak_measure": "bytes saved for backward", "step_seconds": 0.5}
     meter.restore(old)
-    meter.begin("data")
-    meter.begin("forward")
-    meter.begin("data")
+    meter.start("data")
+    meter.start("forward")
+    meter.start("data")
     report = meter.report()
     assert {k: report[k] for k in old} == old
     assert report["saved_by_stage"] is report["live_bytes"] is report["cuda"] is None
@@ -275,17 +276,17 @@ def test_what_an_older_checkpoint_reported_is_restored() -> None:
 def test_a_compiled_model_is_only_summed_up() -> None:
     model = Small()
     meter = Meter(model, torch.device("cpu"), stages={"stem": "stem"}, compiled=True)
-    meter.begin("forward")
+    meter.start("forward")
     model(torch.ones(16, 16)).sum().backward()
-    meter.begin("data")
+    meter.start("data")
     report = meter.report()
     assert report["saved_bytes"] == 4 * KB and report["saved_by_stage"] is report["live_bytes"] is None
 
 
 def test_storages_are_held_once() -> None:
     x, y = torch.zeros(256), torch.zeros(256)
-    assert held([x, x.view(16, 16), {"more": [x[:4]]}], y) == 2 * KB
-    assert held([x, y], None, 3, beside=[x]) == KB
+    assert storage_bytes([x, x.view(16, 16), {"more": [x[:4]]}], y) == 2 * KB
+    assert storage_bytes([x, y], None, 3, beside=[x]) == KB
 
 
 @pytest.mark.cuda
@@ -296,11 +297,11 @@ def test_a_gpu_tells_times_and_peaks() -> None:
     meter = Meter(model, device, stages={"stem": "stem", "head": "head"})
     for _ in range(3):
         for part, run in (("data", lambda: None), ("forward", lambda: model(torch.ones(16, 16, device=device)).sum())):
-            meter.begin(part)
+            meter.start(part)
             loss = run()
-        meter.begin("backward")
+        meter.start("backward")
         loss.backward()
-    meter.begin("data")
+    meter.start("data")
     report = meter.report()
     assert report["saved_bytes"] == 4 * KB and report["cuda"]["reserved"] >= report["cuda"]["allocated"] > 4 * KB
     assert all(report["seconds_by_part"][part] > 0 for part in ("data", "forward", "backward"))
@@ -331,7 +332,7 @@ def test_a_run_measures_itself(family: str, loops, tmp_path: Path, monkeypatch: 
     kept = (*WATCHED, "state_bytes", "peak_bytes")
     assert {k: rest.measured[k] for k in kept} == {k: run.measured[k] for k in kept}
 
-    monkeypatch.setattr(Meter, "_start", lambda self: None)
+    monkeypatch.setattr(Meter, "_start_step", lambda self: None)
     blind = visionpeft.train(data, name="blind", **args)
     assert blind.measured["saved_bytes"] is None
     a, b = (deltas.read(r.delta).tensors for r in (run, blind))

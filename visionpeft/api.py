@@ -150,13 +150,13 @@ def _begin(config: TrainConfig) -> Run:
         )
     if config.memory is not None:
         config = _within(config)
-    with stopping.heeded() as stop, ExitStack() as resources:
+    with stopping.stop_on_signals() as stop, ExitStack() as resources:
         return TrainSession(config, stop, resources).run()
 
 
 def _resume(config: TrainConfig) -> Run:
     """Go on with a run: as it was begun, but for what may be given again."""
-    with stopping.heeded() as stop, ExitStack() as resources:
+    with stopping.stop_on_signals() as stop, ExitStack() as resources:
         run = resources.enter_context(run_folder.resumed(config.resume, Path(config.project), config.name))
         if changed := [name for name in config.changed() if name not in OPTIONS or not OPTIONS[name].resumable]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")

@@ -128,7 +128,7 @@ def locked(folder: str | Path, taken: str) -> Iterator[None]:
 
 
 def clear(folder: str | Path) -> None:
-    """Remove what writers left in a folder that were killed. It must be held: others may be writing."""
+    """Remove the temporary files of killed writers from a folder. It must be locked: others may be writing."""
     for file in Path(folder).glob(".*"):
         if _TEMPORARY.fullmatch(file.name) and file.is_file():
             file.unlink()
@@ -168,9 +168,9 @@ def read_yaml(text: str) -> Any:
 
 
 def full(error: Exception, folder: str | Path) -> bool:
-    """Say whether it is for want of space that something failed to write to `folder`: libraries say so in many ways."""
-    said = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-    return said or (not isinstance(error, VisionpeftError) and shutil.disk_usage(folder).free < _LEAST)
+    """Return whether an error in writing to `folder` means that the disk is full: libraries say so in many ways."""
+    told = isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return told or (not isinstance(error, VisionpeftError) and shutil.disk_usage(folder).free < _LEAST)
 
 
 def writable(folder: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a training step costs, as a whole and by part: bytes saved for backward, bytes that live, CUDA's peaks, and time."""
+"""The cost of a training step, as a whole and by part: bytes saved for backward, bytes that live, CUDA's peaks, and time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any, Literal
 
@@ -16,19 +17,34 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import deprecation
+from ._torch_private import storage_id
+
 Part = Literal["data", "forward", "backward", "optimizer"]
 PARTS: tuple[Part, ...] = ("data", "forward", "backward", "optimizer")  # of a step, in their order
 HEAD, LOSS = "head", "loss"  # labels of what runs in the head, and behind it
 _ON_GPU = "CUDA allocator's peak"
-WATCHED = ("saved_bytes", "saved_by_stage", "saved_by_cause", "live_bytes")  # of a report, what the first step tells
+
+
+@dataclass
+class StepBytes:
+    """Bytes of the step that was watched; None where they were not counted."""
+
+    saved_bytes: int | None = None
+    saved_by_stage: Mapping[str, int] | None = None
+    saved_by_cause: Mapping[str, int] | None = None
+    live_bytes: int | None = None
+
+
+WATCHED = tuple(f.name for f in fields(StepBytes))  # keys of a report
 
 
 class SavedBytes:
     """Counts the unique storages that autograd keeps for backward while it is entered, parameters and buffers apart.
 
-    Counted is the most that is kept at once; what was saved for a result that is dropped again does not stay in it. The
-    number is exact and the same on any device. What an `autograd.Function` gives to ``ctx.save_for_backward`` counts; what
-    it keeps as attributes of its context does not: `PeakBytes` sees that, too.
+    `bytes` is the most that is kept at once; tensors saved for a result that is dropped again leave it. The number is exact
+    and the same on any device. Tensors that an `autograd.Function` gives to ``ctx.save_for_backward`` count; those that it
+    keeps as attributes of its context do not (`PeakBytes` sees them, too).
 
     >>> with SavedBytes(model) as saved:
     ...     loss = model(x).sum()
@@ -36,15 +52,14 @@ class SavedBytes:
 
     Args:
         model: Whose parameters and buffers do not count.
-        *given: Tensors that do not count either, for they live anyway: the batch.
+        *others: Tensors that do not count either, such as the batch.
     """
 
-    def __init__(self, model: nn.Module, *given: Tensor):
-        self._own = {s._cdata for s in _storages([*model.parameters(), *model.buffers(), *given])}
+    def __init__(self, model: nn.Module, *others: Tensor):
+        self._own = set(map(storage_id, _storages([*model.parameters(), *model.buffers(), *others])))
         self._users: Counter[int] = Counter()  # of each storage that is kept now
         self._sizes: dict[int, int] = {}
-        self._now = 0
-        self.bytes = 0  # the most so far
+        self._now = self.bytes = 0  # kept now, and the most so far
 
     def __enter__(self) -> SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
@@ -57,7 +72,7 @@ class SavedBytes:
     def _pack(self, tensor: Tensor) -> _Kept:
         # a result kept with its own graph would keep that for ever, where backward is never called
         kept, storage = _Kept(tensor.detach()), tensor.untyped_storage()
-        if (key := storage._cdata) not in self._own:
+        if (key := storage_id(storage)) not in self._own:
             self._users[key] += 1
             weakref.finalize(kept, self._drop, key).atexit = False
             if self._users[key] == 1:
@@ -77,7 +92,7 @@ class SavedBytes:
 
 
 class _Kept:
-    """What autograd keeps instead of a tensor; it ends when autograd lets go."""
+    """The object that autograd keeps instead of a tensor; it dies when autograd drops it."""
 
     __slots__ = ("tensor", "__weakref__")
 
@@ -86,14 +101,14 @@ class _Kept:
 
 
 class SavedSplit(SavedBytes):
-    """`SavedBytes` that also says which stage of a model saved how much, and which operation.
+    """`SavedBytes` that also splits its bytes by stage of the model, and by operation.
 
-    A storage counts for the first that saves it. What runs between stages counts for the one before, what runs behind the
-    head as "loss". The operation is the function of torch that was called, also where `lean` computes it otherwise; "other"
-    is an `autograd.Function` of somebody's own.
+    A storage counts for the first that saves it. Code between two stages counts for the one before, code behind the head as
+    "loss". The operation is the function of torch that was called, also where `lean` computes it otherwise; "other" is an
+    `autograd.Function` from elsewhere.
 
-    Autograd tells neither, but Python's stack does: modules that are being called stand on it, and functions of torch, for
-    they come through a mode that changes nothing. Hooks would keep lean from folding what they are put on.
+    Autograd tells neither, but Python's stack does: the modules being called stand on it, and the functions of torch, which
+    go through a mode that changes nothing. Hooks would keep lean from folding the modules that they are put on.
 
     >>> with SavedSplit(model, {"layer1": "layer1", "fc": "head"}) as saved:
     ...     loss = criterion(model(x), y)
@@ -102,11 +117,11 @@ class SavedSplit(SavedBytes):
     Args:
         model: Whose stages are followed.
         stages: Labels of its modules by path, in the order in which they run; "head" for those of the head.
-        *given: As for `SavedBytes`.
+        *others: As for `SavedBytes`.
     """
 
-    def __init__(self, model: nn.Module, stages: Mapping[str, str], *given: Tensor):
-        super().__init__(model, *given)
+    def __init__(self, model: nn.Module, stages: Mapping[str, str], *others: Tensor):
+        super().__init__(model, *others)
         self._labels = {model.get_submodule(path): label for path, label in stages.items()}
         self._stage = next(iter(stages.values()), LOSS)
         self._changes: list[tuple[int, int, tuple[str, str]]] = []  # storage, bytes, and for what is kept stage and cause
@@ -123,8 +138,7 @@ class SavedSplit(SavedBytes):
         return dict(self._sums(1).most_common())
 
     def __enter__(self) -> SavedSplit:
-        self._calls = _Calls(self._follow)
-        self._calls.__enter__()
+        self._calls = _Calls(self._follow).__enter__()
         super().__enter__()
         return self
 
@@ -145,13 +159,13 @@ class SavedSplit(SavedBytes):
             self._largest = len(self._changes)
 
     def _follow(self) -> None:
-        """Set the stage to the one that runs."""
+        """Set the current stage to the one that runs."""
         modules = (frame.f_locals["self"] for frame in _stack("_wrapped_call_impl"))  # what nn.Module.__call__ is
         outside = LOSS if self._stage == HEAD else self._stage
         self._stage = next((self._labels[module] for module in modules if module in self._labels), outside)
 
     def _sums(self, which: int) -> Counter[str]:
-        """Sum up what was kept when it was the most."""
+        """Return the bytes that were kept at the peak, by stage (`which` = 0) or by cause (1)."""
         kept: dict[int, tuple[int, tuple[str, str]]] = {}
         for key, size, origin in self._changes[: self._largest]:
             if size > 0:
@@ -165,7 +179,7 @@ class SavedSplit(SavedBytes):
 
 
 class _Calls(TorchFunctionMode):
-    """Changes nothing: it is told of every function of torch that is called, and puts it on Python's stack."""
+    """Changes nothing, but puts every function of torch that is called on Python's stack, and calls `tell` before it."""
 
     def __init__(self, tell: Callable[[], None]):
         super().__init__()
@@ -177,7 +191,7 @@ class _Calls(TorchFunctionMode):
 
 
 def _stack(name: str) -> Iterator[FrameType]:
-    """Return the functions of a name that are being called, the innermost first."""
+    """Yield the frames of the running functions of this name, the innermost first."""
     frame = sys._getframe(1)
     while frame := frame.f_back:  # type: ignore[assignment]
         if frame.f_code.co_name == name:
@@ -185,11 +199,11 @@ def _stack(name: str) -> Iterator[FrameType]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Follows the storages of the tensors that are made while it is entered, each from its making to its end.
+    """Counts the storages of tensors that are created while it is entered, each from its creation to its end.
 
-    Counted is what lives, for whatever reason: saved for backward, kept on a Function's context, held by a variable, a
-    gradient. Views and changes in place add nothing. The numbers are exact and the same on any device; what an allocator
-    rounds up or an operation takes inside and gives back is not in them.
+    A storage counts as long as it lives, for whatever reason: saved for backward, kept on a Function's context, held by a
+    variable, a gradient. Views and changes in place add nothing. The numbers are exact and the same on any device. An
+    allocator's rounding and the memory that an operation uses inside are not in them.
 
     >>> with PeakBytes() as peak:
     ...     loss = model(x).sum()
@@ -200,12 +214,12 @@ class PeakBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0  # bytes that live now
-        self.bytes = 0  # the most that ever lived
+        self.live = 0  # bytes that are alive now
+        self.bytes = 0  # the most that were alive at once
         self._sizes: dict[int, int] = {}
 
     def __enter__(self) -> PeakBytes:
-        self._eager = torch.compiler.set_stance("force_eager")  # what is compiled refuses to run under a mode
+        self._eager = torch.compiler.set_stance("force_eager")  # compiled code refuses to run under a mode
         self._eager.__enter__()
         return super().__enter__()
 
@@ -215,13 +229,13 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = None
+        inputs = None
         for storage in _storages(output):
-            key = storage._cdata
+            key = storage_id(storage)
             if key not in self._sizes:
-                if given is None:  # looked at only where something is new: most operations on views are not
-                    given = {s._cdata for s in _storages((args, kwargs))}
-                if key in given:  # older than this mode
+                if inputs is None:  # only now, for most operations return views of known storages
+                    inputs = set(map(storage_id, _storages((args, kwargs))))
+                if key in inputs:  # older than this mode
                     continue
                 weakref.finalize(storage, self._end, key)
             self._size(key, storage.nbytes())  # of a known storage, too: it may have been resized
@@ -240,35 +254,32 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     """Return the storages of all dense tensors in `values`, however nested."""
     if isinstance(values, Tensor):
         return [values.untyped_storage()] if values.layout == torch.strided else []
-    if isinstance(values, Mapping):
-        values = values.values()
-    elif not isinstance(values, list | tuple):
-        return []
-    return [storage for value in values for storage in _storages(value)]
+    parts = values.values() if isinstance(values, Mapping) else values if isinstance(values, list | tuple) else ()
+    return [storage for part in parts for storage in _storages(part)]
 
 
-def held(*values: Any, beside: Any = ()) -> int:
-    """Return the bytes of the storages that tensors in `values` hold, each once, without those of tensors in `beside`."""
-    known = {s._cdata for s in _storages(beside)}
-    return sum({s._cdata: s.nbytes() for s in _storages(values) if s._cdata not in known}.values())
+def storage_bytes(*values: Any, beside: Any = ()) -> int:
+    """Return the bytes of the storages of the tensors in `values`, each once, without those of tensors in `beside`."""
+    known = set(map(storage_id, _storages(beside)))
+    return sum({key: s.nbytes() for s in _storages(values) if (key := storage_id(s)) not in known}.values())
 
 
 class Meter:
-    """Follows a run's steps, whatever loop makes them: `begin` says which part of a step begins.
+    """Measures the steps of a training loop, which calls `start` with each part of a step.
 
-    "data" begins with an epoch and where a step is over, "forward" when the batch is there, "backward" when the loss is, and
-    "optimizer" where gradients are put to use. A loop that cannot tell some of them apart leaves them out.
+    "data" starts with an epoch and where a step is over, "forward" when the batch is there, "backward" when the loss is, and
+    "optimizer" when the gradients are complete. A loop that cannot tell some of them apart leaves them out.
 
-    The first step is watched, which takes time but changes no number: what is saved for backward and by whom, and what lives
-    at most. It does not count among the times of the others. On a GPU times are between CUDA events, so no step waits.
+    The first step is watched: the bytes saved for backward, by whom, and the most that are alive at once. This takes time
+    but changes no number, so the step is left out of the times. On a GPU times are between CUDA events, so no step waits.
 
     Args:
-        model: What trains.
-        device: Where.
+        model: The model that trains.
+        device: The device it trains on.
         stages: Labels of the model's modules, see `SavedSplit`.
-        optimizer: Whose state is counted.
+        optimizer: The optimizer, whose state is counted.
         average: A moving average of the model, which may share tensors with it.
-        compiled: Whether the model goes through torch.compile, which chooses itself what to save: it then is only summed up.
+        compiled: Whether the model goes through torch.compile, which chooses itself what to save: bytes are not split then.
     """
 
     def __init__(
@@ -283,24 +294,23 @@ class Meter:
     ):
         self._model, self._device, self._stages = model, device, stages or {}
         self._optimizer, self._average, self._compiled = optimizer, average, compiled
-        self._saved: SavedBytes | None = None  # these two as long as they watch
-        self._lives: PeakBytes | None = None
-        self._seen: dict[str, Any] = {}  # what they saw of the step under way
-        self._watched: dict[str, Any] | None = None  # and of the first that ended
-        self._again = False  # whether it watches a later step
+        self._saved: SavedBytes | None = None  # these two while they watch
+        self._alive: PeakBytes | None = None
+        self._seen = StepBytes()  # of the step under way
+        self._watched: StepBytes | None = None  # of the first that ended
+        self._again = False  # whether a later step is watched
         self._gradients: int | None = None
-        self._part: Part | None = None
+        self._part: Part | None = None  # the part under way
         self._since: Any = None
-        self._step: dict[Part, tuple[Any, Any]] = {}  # of the step under way: when its parts began and ended
+        self._step: dict[Part, tuple[Any, Any]] = {}  # start and end of the parts of the step under way
         self._steps: list[dict[Part, tuple[Any, Any]]] = []  # those since the last report
         self._times: dict[str, list[float]] = {part: [] for part in (*PARTS, "step")}
         self._first: float | None = None
         self._cuda = {"allocated": 0, "reserved": 0} if device.type == "cuda" else None
-        self._earlier: Mapping[str, Any] = {}  # what an earlier part of the run reported
+        self._earlier: Mapping[str, Any] = {}  # the report of an earlier part of the run
 
-    # --------------------------------------------------------------------------------------------------- while it trains
-    def begin(self, part: Part) -> None:
-        """Say that a part of a step begins, and the one before it is over."""
+    def start(self, part: Part) -> None:
+        """Start a part of a step; the part before it is over."""
         now = self._now()
         if part == "forward" and self._part != "data":
             self.close()  # the last step did not end (out of memory)
@@ -308,28 +318,30 @@ class Meter:
             self._step[self._part] = self._since, now
         self._part, self._since = part, now
         if part == "forward":
-            self._start()
+            self._start_step()
         elif self._saved is not None:
-            self._forward_over()
+            self._end_forward(self._saved)
         if "forward" in self._step and part in ("optimizer", "data") and self._gradients is None:
-            self._gradients = held([p.grad for p in self._model.parameters()])
+            self._gradients = storage_bytes([p.grad for p in self._model.parameters()])
         if "forward" in self._step and part == "data":
-            self._stop()
+            self._end_step()
+
+    begin = deprecation.alias("Meter.begin", "start")
 
     def rearm(self) -> None:
-        """From here more trains: watch the next step, too, and let its bytes stand for the run's."""
+        """Watch the next step, too, and report its bytes: from here on, more parameters train."""
         if self._watched is not None:
             self._watched, self._gradients, self._again = None, None, True
 
     def close(self) -> None:
-        """Forget the step under way, and stop watching it."""
-        for watching in (self._saved, self._lives):
+        """Drop the step under way, and stop watching it."""
+        for watching in (self._saved, self._alive):
             if watching is not None:
                 watching.__exit__(None, None, None)
-        self._saved = self._lives = self._part = None
-        self._step, self._seen = {}, {}
+        self._saved = self._alive = self._part = None
+        self._step, self._seen = {}, StepBytes()
 
-    def _start(self) -> None:
+    def _start_step(self) -> None:
         if self._cuda:  # the peak of training steps: what validation takes between them does not count
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._watched is not None:
@@ -337,29 +349,27 @@ class Meter:
         if self._compiled:
             self._saved = SavedBytes(self._model).__enter__()
         else:
-            self._lives = PeakBytes().__enter__()
+            self._alive = PeakBytes().__enter__()
             self._saved = SavedSplit(self._model, self._stages).__enter__()
 
-    def _forward_over(self) -> None:
-        assert self._saved is not None
-        self._saved.__exit__(None, None, None)
-        self._seen = {"saved_bytes": self._saved.bytes}
-        if isinstance(self._saved, SavedSplit):
-            self._seen |= {"saved_by_stage": self._saved.by_stage, "saved_by_cause": self._saved.by_cause}
+    def _end_forward(self, saved: SavedBytes) -> None:
+        saved.__exit__(None, None, None)
+        self._seen = StepBytes(saved.bytes)
+        if isinstance(saved, SavedSplit):
+            self._seen.saved_by_stage, self._seen.saved_by_cause = saved.by_stage, saved.by_cause
         self._saved = None
 
-    def _stop(self) -> None:
-        """The step is over."""
-        if self._lives is not None:
-            self._lives.__exit__(None, None, None)
-            self._seen["live_bytes"], self._lives = self._lives.bytes, None
-        apart = self._watched is None and self._again  # of its time nothing is said
+    def _end_step(self) -> None:
+        if self._alive is not None:
+            self._alive.__exit__(None, None, None)
+            self._seen.live_bytes, self._alive = self._alive.bytes, None
+        untimed = self._watched is None and self._again
         if self._watched is None:
-            self._watched, self._again = {**dict.fromkeys(WATCHED), **self._seen}, False
+            self._watched, self._again = self._seen, False
         if self._cuda:
             self._cuda["allocated"] = max(self._cuda["allocated"], torch.cuda.max_memory_allocated(self._device))
             self._cuda["reserved"] = max(self._cuda["reserved"], torch.cuda.max_memory_reserved(self._device))
-        self._steps += [] if apart else [self._step]
+        self._steps += [] if untimed else [self._step]
         self._step = {}
 
     def _now(self) -> Any:
@@ -369,39 +379,37 @@ class Meter:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    # ------------------------------------------------------------------------------------------------------ what it found
     @property
     def memory(self) -> int | None:
-        """Bytes that stand for what training takes: the GPU's peak, on a CPU what was saved for backward."""
-        return self._cuda["allocated"] if self._cuda else (self._watched or {}).get("saved_bytes")
+        """Bytes that stand for the memory of training: the GPU's peak, on a CPU the bytes saved for backward."""
+        return self._cuda["allocated"] if self._cuda else (self._watched or StepBytes()).saved_bytes
 
     def restore(self, report: Mapping[str, Any]) -> None:
-        """Go on from what an earlier part of the run reported; it may be older than some of the keys."""
+        """Go on from the report of an earlier part of the run; it may be older than some of the keys."""
         self._earlier = report
-        self._watched = {k: report.get(k) for k in WATCHED}
+        self._watched = StepBytes(*(report.get(k) for k in WATCHED))
         self._gradients = (report.get("state_bytes") or {}).get("gradients")
         if self._cuda and report["peak_measure"] == _ON_GPU:
             self._cuda = report.get("cuda") or {"allocated": report["peak_bytes"], "reserved": 0}
 
     def report(self) -> dict[str, Any]:
-        """Return what was measured, as JSON's values: bytes, and seconds.
+        """Return the measurements as JSON values: bytes, and seconds.
 
         - ``saved_bytes``: kept for backward in the first step, exact on any device (see `SavedBytes`)
         - ``saved_by_stage``, ``saved_by_cause``: the same by stage and by operation (see `SavedSplit`)
-        - ``live_bytes``: the most that lived at once in the first step above what lived before it (see `PeakBytes`)
-        - ``state_bytes``: weights, buffers, gradients, optimizer, and the average less what it shares with the model
-        - ``peak_bytes``, ``peak_measure``: what stands for the memory of training, and what it is
+        - ``live_bytes``: the peak of tensors created in the first step (see `PeakBytes`)
+        - ``state_bytes``: weights, buffers, gradients, optimizer, and the average without tensors shared with the model
+        - ``peak_bytes``, ``peak_measure``: the number that stands for the memory of training, and which it is
         - ``cuda``: the allocator's peaks in training steps, allocated and reserved; None on a CPU
-        - ``step_seconds``: forward and backward of a step, median, the first apart
-        - ``seconds_by_part``: the same for data, forward, backward and optimizer, None where there was none; where gradients
-          are accumulated, the optimizer's of those steps in which it ran
-        - ``first_step_seconds``: the first step, forward to optimizer, watched as it was
+        - ``step_seconds``: median of forward and backward of a step, without the first
+        - ``seconds_by_part``: the same for each of data, forward, backward and optimizer; None where no step had that part
+        - ``first_step_seconds``: the first step, forward to optimizer, with the watching
         """
         self._count()
         medians = {k: statistics.median(v) if v else None for k, v in self._times.items()}
         step, old = medians.pop("step"), self._earlier
         return {
-            **(self._watched or dict.fromkeys(WATCHED)),
+            **vars(self._watched or StepBytes()),
             "state_bytes": self._state(),
             "peak_bytes": self.memory,
             "peak_measure": _ON_GPU if self._cuda else "bytes saved for backward",
@@ -414,13 +422,13 @@ class Meter:
     def _state(self) -> dict[str, int | None]:
         weights, buffers = list(self._model.parameters()), list(self._model.buffers())
         average = [] if self._average is None else [*self._average.parameters(), *self._average.buffers()]
-        state = {} if self._optimizer is None else dict(self._optimizer.state)
+        state = [] if self._optimizer is None else list(self._optimizer.state.values())
         return {
-            "weights": held(weights),
-            "buffers": held(buffers, beside=weights),
+            "weights": storage_bytes(weights),
+            "buffers": storage_bytes(buffers, beside=weights),
             "gradients": self._gradients,
-            "optimizer": held(list(state.values()), beside=weights),
-            "average": held(average, beside=(weights, buffers)),
+            "optimizer": storage_bytes(state, beside=weights),
+            "average": storage_bytes(average, beside=(weights, buffers)),
         }
 
     def _count(self) -> None:
@@ -428,7 +436,7 @@ class Meter:
         if self._cuda and self._steps:
             torch.cuda.synchronize(self._device)
         for parts in self._steps:
-            spans = {part: self._between(*span) for part, span in parts.items()}
+            spans = {part: _seconds(*span) for part, span in parts.items()}
             if self._first is None:
                 self._first = sum(spans[part] for part in PARTS[1:] if part in spans)
                 continue
@@ -437,6 +445,6 @@ class Meter:
                 self._times[part].append(seconds)
         self._steps = []
 
-    @staticmethod
-    def _between(began: Any, ended: Any) -> float:
-        return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
+
+def _seconds(began: Any, ended: Any) -> float:
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000

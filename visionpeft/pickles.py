@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
+
+from ._torch_private import pickle_of
 
 _PICKLES = 5  # that a checkpoint of the format before torch 1.6 begins with
 _NETWORKS = ("torch.nn.modules.", "ultralytics.")
@@ -27,7 +28,7 @@ _REBUILT = re.compile(r"torch\._utils\._rebuild_(tensor(_v[23])?|parameter(_with
 
 
 class _Inert:
-    """Stands for whatever a pickle names, and does nothing."""
+    """Stands for anything that a pickle names, and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -49,7 +50,7 @@ class _Rebuilt(_Inert):
 
 
 class _Typed(_Inert):
-    """Stands for a tensor with attributes, which torch has made by any function that the file names."""
+    """Stands for a tensor with attributes, for which torch calls any function that the file names."""
 
     def __init__(self, made_by: Any = None, *rest: Any):
         if made_by is not _Rebuilt:
@@ -57,7 +58,7 @@ class _Typed(_Inert):
 
 
 class _Network(_Inert):
-    """Stands for a class whose objects a checkpoint may hold as they were, but not make anew."""
+    """Stands for a class whose objects a checkpoint may restore from their state, but not make from arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         if args or kwargs:
@@ -65,14 +66,14 @@ class _Network(_Inert):
 
 
 class _Sized(_Inert):
-    """Stands for what takes as much memory as its first argument says."""
+    """Stands for an object that takes as much memory as its first argument says."""
 
     def __init__(self, size: Any = b"", *rest: Any):
         if not isinstance(size, bytes | str | _Inert) or (isinstance(size, str) and not re.fullmatch(r"\D*\d{0,4}", size)):
             raise pickle.UnpicklingError("it asks for memory without saying what for")
 
 
-class _Look(pickle.Unpickler):
+class _Inspector(pickle.Unpickler):
     def __init__(self, file: BinaryIO, networks: bool):
         super().__init__(file)
         self._networks = networks
@@ -102,39 +103,39 @@ class _Look(pickle.Unpickler):
 
 
 def objection(source: str | Path | bytes, networks: bool = False) -> str:
-    """Say why a checkpoint is not to be opened; nothing where ``torch.load(weights_only=True)`` may.
+    """Return why ``torch.load(weights_only=True)`` must not open a checkpoint; "" where it may.
 
     Args:
         source: The file, or its content.
-        networks: Whether it may hold networks of Ultralytics, or has to hold tensors and plain values alone.
+        networks: Whether it may hold networks of Ultralytics beside tensors and plain values.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"  # as torch tells the two formats apart
             file.seek(0)
             if zipped:
-                _Look(io.BytesIO(torch._C.PyTorchFileReader(file).get_record("data.pkl")), networks).load()
+                _Inspector(pickle_of(file), networks).load()
                 return ""
             for _ in range(_PICKLES):
-                _Look(file, networks).load()
+                _Inspector(file, networks).load()
     except Exception as error:  # of a file that may hold anything
-        return _said(error, "it is no checkpoint of torch, or is damaged")
+        return _reason(error, "it is no checkpoint of torch, or is damaged")
     return ""
 
 
 def objection_to_array(file: Path) -> str:
-    """Say why a file is not to be opened by ``numpy.load(allow_pickle=True)``; nothing where it may: it is one array of
-    numbers, words and lists of them."""
+    """Return why ``numpy.load(allow_pickle=True)`` must not open a file; "" where it may, for it is one array of numbers,
+    words and lists of them."""
     try:
         with open(file, "rb") as opened:
             version = np.lib.format.read_magic(opened)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             if read(opened)[2].hasobject:
-                _Look(opened, networks=False).load()
+                _Inspector(opened, networks=False).load()
     except Exception as error:
-        return _said(error, "it is no array of NumPy, or is damaged")
+        return _reason(error, "it is no array of NumPy, or is damaged")
     return ""
 
 
-def _said(error: Exception, otherwise: str) -> str:
+def _reason(error: Exception, otherwise: str) -> str:
     return str(error) if isinstance(error, pickle.UnpicklingError) and str(error).startswith("it ") else otherwise

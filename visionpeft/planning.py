@@ -19,7 +19,7 @@ from .families.frozen_stages import require_frozen_stages
 from .families.gradient_stats import with_gradient_stats
 from .memory import forecast as forecasting
 from .memory import search
-from .memory.forecast import Case, Forecast
+from .memory.forecast import Forecast, ForecastRequest
 from .memory.search import Fit
 from .process import untouched
 from .settings import build_with_head, device_of, find_family, loader_arguments, resolve_path, split_options
@@ -233,7 +233,7 @@ class ForecastSession:
         """The plan of what was given."""
         return make_plan(self.tuning, self.anatomy, self.config.freeze, self.config.bn or self.family.bn)
 
-    def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.Trace:
+    def trace(self, plan: Plan, lean: str, imgsz: int) -> forecasting.MemoryModel:
         """Return what a plan takes."""
         config, leading = self.config, None
         if config.views or config.frozen_dtype:
@@ -241,7 +241,7 @@ class ForecastSession:
             leading = SupportsFrozenStages.of(self.family).leading_stages(self.base, plan.num_frozen_stages, imgsz)
         widest = self.able.max_size(imgsz, config.options)
         step = Step(1, imgsz, config.optimizer, self.amp, self.objects, self.area, widest)
-        case = Case(
+        case = ForecastRequest(
             self.able,
             self.base,
             self.fitted,
@@ -256,8 +256,8 @@ class ForecastSession:
             nbs=self.able.images_per_update(config.options),
         )
         if plan.edits or case.leading:
-            return forecasting.trace(case)
-        made = forecasting.trace(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
+            return forecasting.memory_model(case)
+        made = forecasting.memory_model(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
         self.validation[imgsz] = made.validation
         return made
 

@@ -1,7 +1,7 @@
-"""The caller's process stays as it was: what the verbs, and the libraries under them, change for all of it is put back.
+"""Settings of the whole process, which the verbs, and the libraries under them, change: they are put back.
 
-Threads share all that is kept here. What overlaps in several of them is therefore entered by the first and left by the last,
-see `shared`, and what seeds the process's generators of random numbers has them alone, see `untouched`.
+Threads share these settings. A change that overlaps in several of them is therefore entered by the first and left by the
+last, see `shared`, and code that seeds the process's generators of random numbers has them alone, see `untouched`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 
-_TURN = threading.RLock()  # of those that seed
+_SEEDING = threading.RLock()
+
+
+class RandomStates(TypedDict):
+    """States of the generators of Python, NumPy and torch."""
+
+    python: tuple[int, tuple[int, ...], Any]
+    numpy: tuple[str, Tensor, int, int, float]
+    torch: Tensor
+    cuda: Sequence[Tensor]  # by device
 
 
 class _Shared(AbstractContextManager[None]):
@@ -27,37 +37,37 @@ class _Shared(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with self._lock:
             if not self._users:
-                self._held = self._make()
-                self._held.__enter__()
+                self._entered = self._make()
+                self._entered.__enter__()
             self._users += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._users -= 1
             if not self._users:
-                self._held.__exit__(None, None, None)
+                self._entered.__exit__(None, None, None)
 
 
 def shared(make: Callable[[], AbstractContextManager[None]]) -> Callable[[], AbstractContextManager[None]]:
-    """Decorate what makes a context manager over something of the whole process: while several enter it, in threads or one
-    inside the other, the first enters and the last leaves. Otherwise one could put back what it found of another."""
+    """Decorate a maker of context managers over a setting of the whole process. While several users overlap, in threads or
+    nested, the first enters and the last leaves. Otherwise one could put back a change of another."""
     one = _Shared(make)
     return lambda: one
 
 
 @contextmanager
 def untouched(alone: bool = False) -> Iterator[None]:
-    """Leave the process as it was: environment, warnings, classes that ``torch.load`` takes, torch's settings, generators.
+    """Restore the process at exit: environment, warnings, classes that ``torch.load`` takes, torch's settings, generators.
 
     Args:
-        alone: One thread at a time: what is entered seeds the generators, and another's draws would change its results.
-            The others wait.
+        alone: Let one thread at a time enter, and the others wait: for code that seeds the generators, whose results another
+            thread's draws would change.
 
-    Generators are put back for what seeds them, and in the main thread. Elsewhere they only moved on, and to put them back
-    would have the other threads draw the same numbers again.
+    Generators are restored after code that seeds them, and in the main thread. Elsewhere they only moved on, and restoring
+    them would let the other threads draw the same numbers again.
     """
     mine = alone or threading.current_thread() is threading.main_thread()
-    with _TURN if alone else nullcontext(), _settings(), _generators() if mine else nullcontext(), _of_thread():
+    with _SEEDING if alone else nullcontext(), _settings(), _generators() if mine else nullcontext(), _of_thread():
         yield
 
 
@@ -106,7 +116,7 @@ def _settings() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = fixed, tried
 
 
-def random_states() -> dict[str, Any]:
+def random_states() -> RandomStates:
     """Return the states of Python's, NumPy's and torch's generators."""
     state: Any = np.random.get_state()
     name, keys, position, has_gauss, gauss = state
@@ -118,11 +128,11 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what `random_states` returned."""
+def set_random_states(states: RandomStates) -> None:
+    """Restore the states that `random_states` returned."""
     random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    name, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])  # another machine may have fewer

@@ -1,6 +1,6 @@
-"""What may stand in a file that others wrote: JSON without surprises, and values of the types that a class declares.
+"""Checks of files from elsewhere: JSON without surprises, and values of the types that a class declares.
 
-Whoever reads a file says which one it is: what is wrong with its content comes as `Malformed`, to be put behind its name.
+`Malformed` says what is wrong with the content; the reader of the file puts its name before it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "t
 
 
 class Malformed(ValueError):
-    """What is wrong with the content of a file, without the file's name."""
+    """A fault in the content of a file, told without the file's name."""
 
 
 def parse(text: str | bytes) -> Any:
@@ -49,11 +49,11 @@ def check(kind: Any, value: Any, where: str = "it", newer: bool = True) -> Any:
     """Return `value` as a type: mappings as the dataclasses that are declared, lists as tuples where those are.
 
     Args:
-        kind: A dataclass, a TypedDict, a class, or what annotations make of them (unions, Literal, Mapping, Sequence, tuple,
+        kind: A dataclass, a TypedDict, a class, or an annotation made of them (unions, Literal, Mapping, Sequence, tuple,
             Any). A `float` must be finite, and may be a whole number; `numbers.Real` may be NaN.
         value: After JSON, or after torch.load.
-        where: What the value is, in a sentence.
-        newer: Refuse fields that are not declared, for whoever wrote them knew more. Else they are left out.
+        where: The name of the value, for a sentence.
+        newer: Whether to refuse fields that are not declared, for a newer version wrote them. Else they are left out.
 
     Raises:
         Malformed: It is something else.
@@ -86,15 +86,15 @@ def check(kind: Any, value: Any, where: str = "it", newer: bool = True) -> Any:
 
 
 def check_settings(cls: type, settings: Mapping[str, Any]) -> None:
-    """Check keyword arguments of a class against what its constructor, or an ancestor's, declares of them.
+    """Check keyword arguments of a class against the annotations of its constructor, or an ancestor's.
 
     Raises:
         Malformed: One is of another type. Of those that are not declared, numbers must be finite.
     """
     kinds: dict[str, Any] = {}
     for ancestor in reversed(cls.__mro__):
-        if isinstance(made := vars(ancestor).get("__init__"), types.FunctionType):
-            kinds |= get_type_hints(made)
+        if isinstance(constructor := vars(ancestor).get("__init__"), types.FunctionType):
+            kinds |= get_type_hints(constructor)
     for name, value in settings.items():
         check(kinds.get(name, Any), value, name)
         _refuse_infinite(value, name)
@@ -108,7 +108,7 @@ def _refuse_infinite(value: Any, where: str) -> None:
 
 
 def words(kind: Any) -> str:
-    """Say what a type is."""
+    """Return a type in words."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(repr, inner))
@@ -122,7 +122,7 @@ def words(kind: Any) -> str:
 
 
 def finite(value: Any) -> bool:
-    """Say whether a value is a number, neither NaN nor infinite, nor too large to be one of 64 bits."""
+    """Return whether a value is a number that 64 bits can hold, neither NaN nor infinite."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -130,12 +130,12 @@ def finite(value: Any) -> bool:
 
 
 def writable(text: Any) -> bool:
-    """Say whether a value is text that every file can hold: surrogates have no UTF-8."""
+    """Return whether a value is text that every file can hold: surrogates have no UTF-8."""
     return isinstance(text, str) and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Say whether a value is of a kind, as far as its outermost type says it."""
+    """Return whether the outermost type of a value is that of a kind."""
     origin = get_origin(kind)
     if kind in (Any, object):
         return True
@@ -171,7 +171,7 @@ def _fields(kind: Any, value: Any, where: str, newer: bool) -> Any:
 
 
 def unknown(where: str, name: Any, known: Iterable[str]) -> str:
-    """Say that nothing here knows a field of a file whose format is known."""
+    """Return the sentence for an unknown field in a file of a known format."""
     hint = nearest(str(name), known)
     return f"{where} has {shown(name)}, which was written by a newer visionpeft; upgrade visionpeft{hint and '.' + hint}"
 
@@ -186,12 +186,12 @@ def _kinds(kind: Any) -> tuple[dict[str, Any], list[str]]:
     return {name: kinds[name] for name in fields}, [name for name, needed in fields.items() if needed]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+def _once(pairs: list[tuple[str, Any]]) -> Json:
+    values = dict(pairs)
+    if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        raise Malformed(f"it names {shown(next(n for n in made if names.count(n) > 1))} twice")
-    return made
+        raise Malformed(f"it names {shown(next(n for n in values if names.count(n) > 1))} twice")
+    return values
 
 
 def _inside(value: Any) -> Iterable[Any]:

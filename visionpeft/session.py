@@ -29,7 +29,7 @@ from .families.classification import still_readable
 from .families.frozen_stages import prepare_frozen_stages
 from .families.gradient_stats import with_gradient_stats
 from .families.introspect import stage_modules
-from .lean.frozen_stages import Prefix, put_on
+from .lean.frozen_stages import FrozenStages
 from .registry import FAMILIES
 from .schema import Json
 from .settings import device_of, find_family, loader_arguments, resolve_path, split_options
@@ -135,7 +135,7 @@ class TrainSession:
         self.header = _header(self)
         self.origin = run_folder.origin(self.header, plan)
         if self.resumed and self.resumed.origin:
-            run_folder.unchanged(self.resumed.folder, self.resumed.origin, self.origin, config.model, config.data)
+            run_folder.check_origin(self.resumed.folder, self.resumed.origin, self.origin, config.model, config.data)
 
     def _looked_at(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy, with gradients where the method plans by them; a resumed run keeps those it had."""
@@ -155,7 +155,7 @@ class TrainSession:
         self.stop.checkpoint = folder.resolve() / "checkpoint.pt"
         return folder
 
-    def _job(self, folder: Path, frozen: Prefix | None, store: Store | None) -> Job:
+    def _job(self, folder: Path, frozen: FrozenStages | None, store: Store | None) -> Job:
         """Measure the model before it trains, write ``train.json``, and return what the family's trainer needs to know."""
         config, family, data = self.config, self.family, self.data
         before = self.resumed.before if self.resumed else None
@@ -164,7 +164,7 @@ class TrainSession:
         if before is None:
             before = family.evaluate(self.model, data, **self.use).metrics
         if frozen and self.before_apart is None:
-            self.before_apart = family.evaluate(put_on(copy.deepcopy(self.model), frozen), data, **self.use).metrics
+            self.before_apart = family.evaluate(frozen.install(copy.deepcopy(self.model)), data, **self.use).metrics
         gradients = self.anatomy.gradient_stats and asdict(self.anatomy.gradient_stats)
         found = {"before": before, "before_apart": self.before_apart, "evidence": gradients}
         files.write(folder / "train.json", json.dumps({**self.arguments, **found}, indent=2, default=str) + "\n")

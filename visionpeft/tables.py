@@ -77,9 +77,8 @@ def methods_markdown(methods: Mapping[str, Any]) -> str:
     """Return the README's table of methods."""
     lines = ["| `method=` | what it does | merges | statistics |", "|---|---|---|---|"]
     for name, cls in methods.items():
-        said = first_line(cls).partition(":")[2].strip()
-        links = re.sub(r"(https://\S+?)(?=[),;.]?(\s|$|\)))", r"<\1>", said)
-        links = links.replace("|", "\\|")
+        formula = first_line(cls).partition(":")[2].strip()
+        links = re.sub(r"(https://\S+?)(?=[),;.]?(\s|$|\)))", r"<\1>", formula).replace("|", "\\|")
         lines.append(
             f"| `{name}` | {links} | {'yes' if cls.merges else 'no'} | {'moving' if cls.bn == 'train' else 'still'} |"
         )

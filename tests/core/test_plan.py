@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +16,20 @@ from conftest import NETS, seen
 
 from visionpeft.core.anatomy import HEAD, Anatomy, Layer, Param, Stage
 from visionpeft.core.attach import attach, train_mode
-from visionpeft.core.method import Edit, make_method, parameters
+from visionpeft.core.method import Edit, Method, fields_of, make_method, parameters
 from visionpeft.core.plan import Plan, make_plan
 from visionpeft.errors import ConfigError
 from visionpeft.families.base import Family
 from visionpeft.methods.lokr import LokrConfig, divide
 from visionpeft.methods.lora import LoraConfig
 from visionpeft.registry import FAMILIES, METHODS
+
+
+def test_fields_of_a_method_without_source_have_no_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prompt", ModuleType("prompt"))
+    names: dict[str, Any] = {"__name__": "prompt", "Method": Method, "dataclass": dataclass}
+    exec("@dataclass(frozen=True)\nclass Mine(Method):\n    strength: float = 1.0  # how much\n", names)
+    assert fields_of(names["Mine"]) == [("strength", "float", 1.0, "")]
 
 
 @pytest.fixture

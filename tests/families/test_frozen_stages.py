@@ -21,14 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import visionpeft
-from visionpeft.core import class_twins as twins
+from visionpeft import lean
+from visionpeft.core import class_swap
 from visionpeft.core import delta as deltas
+from visionpeft.core.attach import WrappedForward
 from visionpeft.core.base_model import Base
 from visionpeft.errors import ConfigError, Interrupted
 from visionpeft.families.timm import trainer as loop
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.lean import frozen_stages as prefixes
-from visionpeft.lean.frozen_stages import Apart, Prefix, Skipped, put_on, take_off
+from visionpeft.lean.frozen_stages import FrozenStages, FrozenStagesMixin, PrecomputedOutput
 from visionpeft.registry import FAMILIES
 from visionpeft.training import checkpoint as checkpoints
 from visionpeft.training import feature_cache as views
@@ -55,11 +57,13 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_squares(tmp_path_factory.mktemp("squares"), size=64)
 
 
-def cut(model: nn.Module, name: str, stages: int, dtype: torch.dtype = torch.float32, side: int = 64, **more: Any) -> Prefix:
+def cut(
+    model: nn.Module, name: str, stages: int, dtype: torch.dtype = torch.float32, side: int = 64, **more: Any
+) -> FrozenStages:
     family = FAMILIES[NETS[name][0]]()
     leading = family.leading_stages(Base(name, model, "", {}, {"channels": 3}), stages, side)
     x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(3))
-    return Prefix(model, leading.modules, x, leading.read, dtype, **more)
+    return FrozenStages(model, leading.modules, x, leading.read, dtype, **more)
 
 
 def save_resnet(file: Path, seed: int = 0) -> Path:
@@ -96,12 +100,12 @@ def test_run_apart_or_given_a_model_returns_the_same(net, name: str, stages: int
         expected = flat(model(x))
         vectors = prefix.flatten(prefix(x))
         assert vectors.shape == (2, prefix.length)
-        apart = copy.deepcopy(put_on(model, prefix))
+        apart = copy.deepcopy(prefix.install(model))
         assert apart.state_dict().keys() == keys
         for given in (x, vectors):
             for a, b in zip(flat(apart(given)), expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-        take_off(model)
+        prefix.uninstall(model)
         assert {k: type(m) for k, m in model.named_modules()} == before
         assert all(torch.equal(a, b) for a, b in zip(flat(model(x)), expected, strict=True))
 
@@ -128,7 +132,7 @@ def test_outputs_are_rounded_to_the_stored_type_and_to_no_less(net, images: Tens
 def test_gradients_behind_the_prefix_are_those_of_the_whole(net, images: Tensor) -> None:
     whole = net("resnet18").requires_grad_(False)
     whole.layer4.requires_grad_(True)
-    apart = put_on(copy.deepcopy(whole), prefix := cut(whole, "resnet18", 4))
+    apart = (prefix := cut(whole, "resnet18", 4)).install(copy.deepcopy(whole))
     whole(images).square().sum().backward()
     for given in (images, prefix.flatten(prefix(images))):
         apart.zero_grad()
@@ -154,8 +158,8 @@ class Secret(nn.Module):
 @pytest.mark.parametrize(("both", "why"), [(False, "in between"), (True, "two runs twice")])
 def test_a_model_that_cannot_be_cut_is_refused(both: bool, why: str) -> None:
     with pytest.raises(ConfigError, match=rf"cannot run apart from the rest \(.*{why}.*; leave cache and frozen_dtype out"):
-        Prefix(Secret(both), ["one", "two"], torch.rand(2, 3, 8, 8))
-    Prefix(Secret(), ["one"], torch.rand(2, 3, 8, 8))
+        FrozenStages(Secret(both), ["one", "two"], torch.rand(2, 3, 8, 8))
+    FrozenStages(Secret(), ["one"], torch.rand(2, 3, 8, 8))
 
 
 def test_a_norm_after_two_convolutions_or_of_a_computed_weight_is_not_folded(images: Tensor) -> None:
@@ -171,14 +175,14 @@ def test_a_norm_after_two_convolutions_or_of_a_computed_weight_is_not_folded(ima
 
     model = Shared().eval()
     model.norm.running_var.fill_(2.0)
-    prefix = Prefix(model, ["conv", "norm", "other"], images, read=["norm", "other"])
+    prefix = FrozenStages(model, ["conv", "norm", "other"], images, read=["norm", "other"])
     assert sum(isinstance(m, nn.BatchNorm2d) for m in prefix._fast.modules()) == 2
-    torch.testing.assert_close(put_on(copy.deepcopy(model), prefix)(images), model(images))
+    torch.testing.assert_close(prefix.install(copy.deepcopy(model))(images), model(images))
 
 
 def test_ultralytics_may_fuse_what_runs_apart(net, images: Tensor) -> None:
     model = net("yolo11n")
-    apart = put_on(copy.deepcopy(model), prefix := cut(model, "yolo11n", 1))  # its output is that of a plain Conv
+    apart = (prefix := cut(model, "yolo11n", 1)).install(copy.deepcopy(model))  # its output is that of a plain Conv
     apart.fuse(verbose=False)
     with torch.no_grad():
         for given in (images, prefix.flatten(prefix(images))):
@@ -502,15 +506,10 @@ def test_on_the_command_line(boxes: Path, checkpoint: Path, tmp_path: Path, cach
     assert "computing 8 views of 8 images" in said.err and len(files(cache)) == 1
 
 
-def test_twins_sort_outside_of_those_that_record() -> None:
-    """A model's own twins are composed by name, and the prefix runs before those that follow what it computes."""
-
-    class Lean:
-        pass
-
+def test_frozen_stages_run_outside_of_mixins_that_record() -> None:
     module = nn.Linear(1, 1)
-    for mixin in (Lean, Apart):
-        twins.put_on(module, mixin)
-    names = [cls.__name__ for cls in type(module).__mro__]
-    assert names.index("Apart") < names.index("Lean") and "__call__" in vars(Skipped)
+    for mixin in (lean.LeanForward, WrappedForward, FrozenStagesMixin):
+        class_swap.add_mixin(module, mixin)
+    assert class_swap.mixins(type(module)) == (FrozenStagesMixin, WrappedForward, lean.LeanForward)
+    assert "__call__" in vars(PrecomputedOutput)
     assert prefixes.DTYPES.keys() == {"bf16", "fp16", "fp32"}

@@ -24,7 +24,7 @@ from ultralytics.utils import dist
 
 import visionpeft
 from visionpeft import cli, lean
-from visionpeft.core import class_twins as twins
+from visionpeft.core import class_swap
 from visionpeft.core import delta as deltas
 from visionpeft.core.attach import is_added
 from visionpeft.data import check
@@ -247,7 +247,7 @@ def test_fuse_of_an_attached_model_is_exact(lora: visionpeft.Run, images) -> Non
         y = model(images)[0]
         fused = model.fuse(verbose=False)
         assert torch.allclose(fused(images)[0], y, rtol=1e-4, atol=1e-3)
-    assert not any(twins.mixins(type(m)) for m in fused.modules())
+    assert not any(class_swap.mixins(type(m)) for m in fused.modules())
 
 
 def test_val_and_predict(lora: visionpeft.Run, adapter: visionpeft.Run, boxes: Path) -> None:

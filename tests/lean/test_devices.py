@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from visionpeft import lean
-from visionpeft.core.attach import attach, settle, train_mode
+from visionpeft.core.attach import attach, set_requires_grad, train_mode
 from visionpeft.core.base_model import Base
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
 from visionpeft.families.capabilities import Step
 from visionpeft.families.yolo.tasks import task_of
-from visionpeft.memory.forecast import Answers
+from visionpeft.memory.fake_tensors import FakeTensorOracle
 from visionpeft.registry import FAMILIES
 
 GPU = torch.device("cuda", 0)
@@ -149,8 +149,8 @@ def test_steps(name: str, method: str, net) -> None:
     plan = make_plan(make_method(method), family.anatomy(base, name))
     task = task_of(base)
     of = Base(name, base, task.name if task else "classify", dict(enumerate("abcde")), {"channels": 3, "imgsz": 64})
-    model = settle(attach(copy.deepcopy(base), plan), plan)
-    answers = Answers(2)
+    model = set_requires_grad(attach(copy.deepcopy(base), plan), plan)
+    answers = FakeTensorOracle(2)
     with fake_gpu() as fake, answers:
         answers.yes = True
         model = lean.apply(train_mode(sent(model, fake), plan))

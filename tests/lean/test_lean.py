@@ -37,7 +37,7 @@ from ultralytics.nn.modules.block import Attention
 from ultralytics.utils.torch_utils import ModelEMA
 
 from visionpeft import lean
-from visionpeft.core import class_twins as twins
+from visionpeft.core import class_swap
 from visionpeft.core.attach import attach, detach, merge, train_mode
 from visionpeft.core.method import Edit, make_method
 from visionpeft.core.plan import Plan, make_plan
@@ -727,7 +727,7 @@ def test_every_order(kind: str, order: tuple[str, ...]) -> None:
             lean.remove(model)
         assert_same(results(still(model), x), results(still(plain), x))
     assert type(model) is original and model.state_dict().keys() == base.keys()
-    assert not any(twins.mixins(type(m)) for m in model.modules())
+    assert not any(class_swap.mixins(type(m)) for m in model.modules())
 
 
 def _bare_edits(layer: Any) -> tuple[Edit, ...]:

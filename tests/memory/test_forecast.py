@@ -21,9 +21,9 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import Plan, make_plan
 from visionpeft.errors import ConfigError, Interrupted
-from visionpeft.families.base import Step
+from visionpeft.families.capabilities import Step
 from visionpeft.families.yolo.family import Yolo
-from visionpeft.memory.forecast import Case, Forecast, Trace, parse_memory, trace
+from visionpeft.memory.forecast import Forecast, ForecastRequest, MemoryModel, memory_model, parse_memory
 from visionpeft.memory.search import _largest
 from visionpeft.settings import find_family
 
@@ -42,19 +42,19 @@ def bench() -> ModuleType:
     return module
 
 
-def case(net: str, method: str, lean: str = "off", imgsz: int = 96, objects: int = 5, **more: Any) -> Case:
+def case(net: str, method: str, lean: str = "off", imgsz: int = 96, objects: int = 5, **more: Any) -> ForecastRequest:
     family = find_family(net)
     base = family.load_architecture(net)
     fitted = family.with_head(base, base.names, "keep")
     plan = make_plan(make_method(method), family.anatomy(fitted, net), more.pop("freeze", 0))
     step = Step(1, imgsz, more.pop("optimizer", "AdamW"), False, objects, 0.02, **more)
-    return Case(family, base, fitted, plan, step, lean, gpu=False)
+    return ForecastRequest(family, base, fitted, plan, step, lean, gpu=False)
 
 
-def compare(bench: ModuleType, of: Case, batch: int = 4, validation: bool = False) -> float:
+def compare(bench: ModuleType, of: ForecastRequest, batch: int = 4, validation: bool = False) -> float:
     """Return the error of a forecast relative to the profiler's record of the real step."""
     torch.manual_seed(0)
-    said = trace(of).at(batch)
+    said = memory_model(of).at(batch)
     expected = said.weights + said.average + (said.validation if validation else said.optimizer + said.step)
     return expected / bench.measured(of, replace(of.step, batch=batch), validation) - 1
 
@@ -94,7 +94,7 @@ def test_validation(bench: ModuleType) -> None:
 
 def test_any_batch_from_one_run(bench: ModuleType) -> None:
     of = case("yolo11n.yaml", "lora", "auto")
-    made = trace(of)
+    made = memory_model(of)
     for batch in (1, 3, 8):
         said = made.at(batch)
         real = bench.measured(of, replace(of.step, batch=batch), False)
@@ -172,7 +172,7 @@ def test_no_trace(tmp_path: Path, loops: dict) -> None:
     assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
     of = case("yolo11n.yaml", "lora", "memory")
     values = {k: v.clone() for k, v in of.fitted.state_dict().items()}
-    trace(of)
+    memory_model(of)
     assert {k: type(v) for k, v in of.fitted.named_parameters()} == {
         k: torch.nn.Parameter for k in dict(of.fitted.named_parameters())
     }
@@ -220,7 +220,7 @@ def test_fit() -> None:
 def test_the_largest_batch_that_fits(devices: int, budget: int, fixed: bool, batch: int | None) -> None:
     plan = Plan("none", "net", "full", {}, 0, "frozen", (), (), {}, (), (), ())
     one = Forecast(plan, "off", 1, 64, False, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0)
-    made = Trace(one, [(100, 10)], (0, 0), [(0, 0)], 0.0, 0.0, 0, devices)
+    made = MemoryModel(one, [(100, 10)], (0, 0), [(0, 0)], 0.0, 0.0, 0, devices)
     found = _largest(made, budget, 16, fixed)
     assert (found and found.batch) == batch
 

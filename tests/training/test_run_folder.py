@@ -225,9 +225,9 @@ def test_resumed_on_something_else(checkpoint: Path, tmp_path: Path, brief: None
 )
 def test_each_thing_a_run_is_made_of_is_compared(part: str, said: str, tmp_path: Path) -> None:
     then = dict.fromkeys(("base", "names", "data", "plan"), "one")
-    run_folder.unchanged(tmp_path, json.dumps(then), json.dumps(then), "base.pt", "data.yaml")
+    run_folder.check_origin(tmp_path, json.dumps(then), json.dumps(then), "base.pt", "data.yaml")
     with pytest.raises(TrainingError, match=said):
-        run_folder.unchanged(tmp_path, json.dumps(then), json.dumps({**then, part: "another"}), "base.pt", "data.yaml")
+        run_folder.check_origin(tmp_path, json.dumps(then), json.dumps({**then, part: "another"}), "base.pt", "data.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- images

@@ -1,1 +1,1 @@
-"""Methods, anatomies and plans; what puts a plan on a model, and the delta file. Knows no library but torch."""
+"""Methods, anatomies and plans; attaching a plan to a model; and the delta file. Knows no library but torch."""

@@ -1,8 +1,8 @@
-"""A backbone as a record of facts: what methods see of a model, and all that they see."""
+"""A backbone as a record of facts, which is all that methods see of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class GradientStats:
-    """What the training loss on some of the training images says of a model's own parameters, before any has moved."""
+    """Gradients of the training loss on some training images, by parameter of the untouched model."""
 
     images: int
     weight: Mapping[str, float]  # by parameter: its length |w|
@@ -124,12 +124,17 @@ class Anatomy:
     evidence = deprecation.alias("Anatomy.evidence", "gradient_stats")
 
     def without(self, gone: Callable[[Any], bool]) -> Anatomy:
-        """Return the anatomy less every part for which `gone(part)` holds."""
+        """Return the anatomy without the parts for which `gone(part)` is true."""
         names = ("params", "layers", "blocks", "attentions", "statistics")
-        kept: dict[str, Any] = {n: tuple(part for part in getattr(self, n) if not gone(part)) for n in names}
-        open_stages = {p.stage for p in kept["params"]}
-        return replace(self, stages=tuple(s for s in self.stages if s.index in open_stages), **kept)
+        rest: dict[str, Any] = {n: tuple(part for part in getattr(self, n) if not gone(part)) for n in names}
+        open_stages = {p.stage for p in rest["params"]}
+        return replace(self, stages=tuple(s for s in self.stages if s.index in open_stages), **rest)
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Return whether a module, or a parameter of it, is one of these modules or inside one."""
+    return f"{name}.".startswith(tuple(f"{module}." for module in modules))
 
 
 class Unfit(ConfigError):
-    """Raised by a method that finds nothing it could work on; the sentence says what is missing."""
+    """Raised by a method whose targets the anatomy lacks; the sentence names them."""

@@ -1,10 +1,10 @@
 """The only file that changes a model: attach, merge and detach at four points.
 
-weight    the class of the layer or normalisation is twinned; reading ``weight`` (and ``bias``) applies the parts, assigning
+weight    the class of the layer or normalisation is swapped; reading ``weight`` (and ``bias``) applies the parts, assigning
           ``weight`` folds them away
 output    a hook passes what a module returns through the parts
 input     a hook passes what a module is given through the parts
-forward   the module's class is twinned; the parts run around its own forward
+forward   the module's class is swapped; the parts run around its own forward
 
 Parts are children of the module they edit (``peft_weight.lora``, ``peft_output.adapter``, ...), so the base keeps its
 own state-dict keys, and an attached model deep-copies, pickles and moves between devices like any other.
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .._torch_private import as_plain_tensors
 from ..errors import ConfigError, ModelError
-from . import class_twins as twins
+from . import class_swap
+from .class_swap import Mixin
 from .method import Edit
 from .plan import Plan
 
@@ -33,7 +35,7 @@ _POINTS = ("weight", "output", "input", "forward")
 
 @dataclass(frozen=True)
 class Attached:
-    """What the model carries while a plan is attached, as ``model.peft``."""
+    """The record that a model carries while a plan is attached, as ``model.peft``."""
 
     plan: Plan
     trainable: frozenset[str]  # the parameters that required a gradient before
@@ -45,9 +47,9 @@ def attach(model: Any, plan: Plan, *, start: bool = True) -> nn.Module:
 
     Args:
         model: The model whose anatomy the plan was made from.
-        plan: What to train and to add.
-        start: Let parts that begin from the layer's own values (DoRA's magnitudes) read them. False when their values
-            are about to be loaded.
+        plan: The parameters to train and the edits to add.
+        start: Whether parts that begin from the layer's own values (DoRA's magnitudes) read them. False where their
+            values are loaded afterwards.
 
     Raises:
         ConfigError: Something is attached already, or the plan does not fit this model.
@@ -79,27 +81,27 @@ def attached(model: nn.Module) -> Plan | None:
 
 
 def train_mode(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
-    """Put the model in training mode with the plan's frozen statistics truly still.
+    """Put the model in training mode, but leave the plan's frozen statistics still.
 
     Args:
         model: A model that the plan is attached to.
-        plan: Whose statistics move, and from when on.
+        plan: The plan, which says whose statistics move, and from when on.
         progress: The share of the training that is done.
     """
     model.train()
-    closed = plan.still_frozen(progress).difference(plan.train)
-    for name in (*plan.still, *closed):
+    waiting = plan.still_frozen(progress).difference(plan.train)
+    for name in (*plan.still, *waiting):
         model.get_submodule(name).eval()
     return model
 
 
-def settle(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
-    """Let exactly the plan's parameters require a gradient (again: trainers like to reset this).
+def set_requires_grad(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
+    """Let exactly the plan's parameters require a gradient; trainers tend to reset this.
 
     Args:
         model: A model that the plan is attached to.
-        plan: What trains, and from when on.
-        progress: The share of the training that is done; by default all of the plan is open.
+        plan: The plan, which says what trains, and from when on.
+        progress: The share of the training that is done; by default all of the plan trains.
     """
     wanted = set(plan.train) - plan.still_frozen(progress)
     for name, parameter in model.named_parameters():
@@ -108,7 +110,7 @@ def settle(model: nn.Module, plan: Plan, progress: float = 1.0) -> nn.Module:
 
 
 def mergeable(model: nn.Module) -> bool:
-    """Say whether every attached part can be folded into the base's own weights."""
+    """Return whether every attached part can be folded into the base's own weights."""
     return not _unmergeable(model)
 
 
@@ -122,7 +124,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"{', '.join(sorted(names))} cannot be merged into the base's weights; use the delta file with load()"
         )
-    for module in [m for m in model.modules() if twins.has_mixin(m, Delta)]:
+    for module in [m for m in model.modules() if class_swap.has_mixin(m, ReparametrizedWeight)]:
         fold(module)
     return _release(model)
 
@@ -137,16 +139,21 @@ def detach(model: nn.Module, base: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         ModelError: `base` lacks a tensor that training may have changed, or has it in another shape; nothing is changed.
     """
-    own = {k: v for k, v in model.state_dict(keep_vars=True).items() if not is_added(k)}
-    if missing := [k for k, v in own.items() if k not in base or base[k].shape != v.shape]:
+    values = {k: v for k, v in model.state_dict(keep_vars=True).items() if not is_added(k)}
+    if missing := [k for k, v in values.items() if k not in base or base[k].shape != v.shape]:
         raise ModelError(f"this base does not fit: {missing[0]} is missing or has another shape; load the model anew")
     for module in list(model.modules()):
         for point in [p for p, _ in _containers(module)]:
             _uninstall(module, point)
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(base[key])
+    copy_into(values, base)
     return _release(model)
+
+
+@torch.no_grad()
+def copy_into(state: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy tensors of `source` into those of the same names in `state`, in place; `source` has all of these names."""
+    for name, tensor in state.items():
+        tensor.copy_(source[name])
 
 
 def fold(layer: Any) -> None:
@@ -159,15 +166,16 @@ def fold(layer: Any) -> None:
 
 
 def is_added(key: str) -> bool:
-    """Say whether a state-dict key belongs to a part and not to the base."""
+    """Return whether a state-dict key belongs to a part and not to the base."""
     return any(f"peft_{point}" in key.split(".") for point in _POINTS)
 
 
 # ------------------------------------------------------------------------------------------------------ the four points
-class Delta:
-    """Twin for the weight point. Reading ``weight`` and ``bias`` applies the parts; assigning ``weight`` folds them."""
+class ReparametrizedWeight(Mixin):
+    """The weight point. Reading ``weight`` and ``bias`` applies the parts; assigning ``weight`` folds them."""
 
-    peft_instead: Tensor | None = None  # read in place of the weight, while forward splits the sum below
+    _mixin_rank = 2
+    peft_instead: Tensor | None = None  # the update, read in place of the weight for the second summand of forward
 
     @property
     def weight(self: Any) -> Tensor:
@@ -179,7 +187,7 @@ class Delta:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is base:
             return weight
         if type(weight) is Tensor:  # a fake one (see forecast.py) cannot be of another class beside, and is never written
-            weight = weight.as_subclass(Computed)
+            weight = weight.as_subclass(MergedWeight)
         part, *more = self.peft_weight.values()
         if not (self.training and any(getattr(p, "dropout", 0) for p in self.peft_weight.values())):
             weight.peft_base = base
@@ -215,10 +223,10 @@ class Delta:
             super().register_parameter(name, _plain_parameter(param))  # type: ignore[misc]
 
 
-class Computed(Tensor):
-    """A weight that parts have computed: all reading works, writing in place is refused instead of silently lost."""
+class MergedWeight(Tensor):
+    """A weight computed by parts: reading works, a change in place is refused instead of silently lost."""
 
-    peft_base: Tensor  # the layer's own weight, where forward only reads this one: not with dropout
+    peft_base: Tensor  # the layer's own weight; absent where dropout has forward read another weight, too
     peft_factors: tuple[Tensor, Tensor, Tensor, float] | None = None  # base, U, V and s, where this is base + s U V
 
     @classmethod
@@ -231,7 +239,7 @@ class Computed(Tensor):
                 f"{name}: this weight is computed by an attached delta, so a change in place would be lost; "
                 "merge first, or assign layer.weight = nn.Parameter(...)"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             result = func(*args, **(kwargs or {}))
         views = type(target) is cls and isinstance(result, Tensor) and result.layout == target.layout == torch.strided
         if views and result.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
@@ -239,8 +247,10 @@ class Computed(Tensor):
         return result
 
 
-class Around:
-    """Twin for the forward point: each part is called with the module, its forward so far, and the arguments."""
+class WrappedForward(Mixin):
+    """The forward point: each part is called with the module, its forward so far, and the arguments."""
+
+    _mixin_rank = 1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = super().forward  # type: ignore[misc]
@@ -281,11 +291,10 @@ def _prepare(model: nn.Module, edit: Edit, start: bool) -> tuple[nn.Module, Edit
     part = edit.build()
     if hasattr(part, "start") and start:
         part.start(module)  # type: ignore[operator]
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    own = next((p for p in module.parameters() if p.is_floating_point()), like)
-    if own is None or all(p.device == own.device and p.dtype == own.dtype for p in (*part.parameters(), *part.buffers())):
-        return module, edit, part  # not even asked: the fake tensors of a forecast cannot be turned
-    return module, edit, part.to(own.device, own.dtype)
+    like = next((p for p in (*module.parameters(), *model.parameters()) if p.is_floating_point()), None)
+    if like is None or all((p.device, p.dtype) == (like.device, like.dtype) for p in (*part.parameters(), *part.buffers())):
+        return module, edit, part  # `to` would fail on the fake tensors of a forecast
+    return module, edit, part.to(like.device, like.dtype)
 
 
 def _install(module: Any, edit: Edit, part: nn.Module) -> None:
@@ -293,9 +302,9 @@ def _install(module: Any, edit: Edit, part: nn.Module) -> None:
     if name not in module._modules:
         parts: Any = nn.ModuleDict()
         if edit.point == "weight":
-            twins.put_on(module, Delta)
+            class_swap.add_mixin(module, ReparametrizedWeight)
         elif edit.point == "forward":
-            twins.put_on(module, Around)
+            class_swap.add_mixin(module, WrappedForward)
         elif edit.point == "output":
             parts.handle = module.register_forward_hook(_output, with_kwargs=True)
         else:
@@ -308,9 +317,9 @@ def _install(module: Any, edit: Edit, part: nn.Module) -> None:
 def _uninstall(module: Any, point: str) -> None:
     parts = module._modules.pop(f"peft_{point}")
     if point == "weight":
-        twins.take_off(module, Delta)
+        class_swap.remove_mixin(module, ReparametrizedWeight)
     elif point == "forward":
-        twins.take_off(module, Around)
+        class_swap.remove_mixin(module, WrappedForward)
     else:
         parts.handle.remove()
 
@@ -338,11 +347,11 @@ def _release(model: nn.Module) -> nn.Module:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.as_subclass(Tensor) if type(tensor) is Computed else tensor
+    return tensor.as_subclass(Tensor) if type(tensor) is MergedWeight else tensor
 
 
 def _plain_parameter(parameter: Any) -> Any:
-    if type(parameter) is not Computed:
+    if type(parameter) is not MergedWeight:
         return parameter
     return nn.Parameter(_plain(parameter).detach(), requires_grad=parameter.requires_grad)
 

@@ -1,4 +1,4 @@
-"""A pretrained model, and a data set that was looked at, as families hand them over."""
+"""A pretrained model and a data set, as every family hands them over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Base:
     model: nn.Module  # on the CPU, floats as fp32
     task: str
     names: dict[int, str]  # of its classes
-    facts: dict[str, Any]  # what a delta must repeat to use it: input size, mean, extra arguments, ...
+    facts: dict[str, Any]  # repeated by a delta: input size, mean, extra arguments, ...
     pretrained: bool = True  # False: random weights, so there is no base and no delta
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set that was looked at."""
+    """A data set whose files were read once."""
 
     source: str  # a path
     task: str
@@ -47,4 +47,4 @@ class Data:
     train: Sequence[Any] = ()  # image files, or pairs of one and the index of its class; none where it is only measured on
     val: Sequence[Any] = ()  # the same, of the part that is measured on
     channels: int = 3  # of its images
-    outputs: dict[str, Any] = field(default_factory=dict)  # of the head beside the classes
+    outputs: dict[str, Any] = field(default_factory=dict)  # arguments of the head beside the classes: keypoints, ...

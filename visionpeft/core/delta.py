@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import files, schema
+from .._torch_private import FakeTensorMode
 from ..errors import DeltaError, MismatchError, ModelError, VisionpeftError
-from ..schema import Malformed
-from .attach import attached, is_added
-from .method import Edit
+from ..schema import Json, Malformed
+from .anatomy import inside
+from .attach import attached, copy_into, is_added
+from .method import Edit, Settings
 from .plan import Plan
 
 FORMAT = 1
@@ -34,10 +35,10 @@ _DTYPES = (torch.float16, torch.float32, torch.bfloat16, torch.int64)  # the las
 MOST_CLASSES, _PIXELS = 100_000, 16_384
 
 
-# --------------------------------------------------------------------------------------------------- what a file must say
+# -------------------------------------------------------------------------------------------------------------- the header
 @dataclass(frozen=True)
 class NamedBase:
-    """The base that a delta was trained on."""
+    """The base that a delta was trained on, by name."""
 
     model: str
     sha256: str
@@ -46,7 +47,7 @@ class NamedBase:
 
 @dataclass(frozen=True)
 class Use:
-    """How images were given to the model; further arguments of the run are for people, and for the library."""
+    """Size and number of the images that the model is given; further arguments are for people, and for the library."""
 
     imgsz: int
     batch: int | float = 1
@@ -58,7 +59,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a delta says of itself beside its plan; an adapter for HF peft, written from one, repeats it."""
+    """The facts of a delta beside its plan; an adapter for HF peft that was written from it repeats them."""
 
     base: NamedBase
     names: Mapping[str, str]  # of the classes, by number
@@ -67,7 +68,7 @@ class Facts:
     train_args: Mapping[str, Any]
     family: str = ""
     task: str = ""
-    outputs: Mapping[str, Any] = field(default_factory=dict)  # what the head is made for beside the classes
+    outputs: Mapping[str, Any] = field(default_factory=dict)  # arguments of the head beside the classes: keypoints, ...
     seed: int | None = None
     data: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None
@@ -96,7 +97,7 @@ class _Sized:
 
 @dataclass(frozen=True)
 class Header(Facts, _Sized):
-    """All that the header of a file may say."""
+    """The header of a delta file."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Delta:
 
     plan: Plan
     tensors: dict[str, Tensor]
-    header: dict[str, Any] = field(default_factory=dict)
+    header: Json = field(default_factory=dict)
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -135,12 +136,12 @@ def fingerprint(state: State) -> str:
 
 
 def collect(model: nn.Module, base: State, header: Mapping[str, Any], dtype: str = "fp16") -> Delta:
-    """Gather what differs between an attached model and its base.
+    """Return the delta of an attached model: its tensors that differ from the base.
 
     Args:
         model: The model, a plan attached (usually its moving average).
         base: The base's state dict, floats as fp32.
-        header: What the file shall say besides.
+        header: Further fields of the header.
         dtype: "fp16" stores trained floating-point parameters in half precision where their values allow it, "exact" where
             it changes nothing, "fp32" as they are. Statistics always keep their own type.
     """
@@ -156,11 +157,10 @@ def collect(model: nn.Module, base: State, header: Mapping[str, Any], dtype: str
         same = key in base and base[key].shape == value.shape
         if not (same and (_equal(value, base[key]) or _equal(stored, base[key]))):
             tensors[key] = stored.contiguous().clone()
-    heads = tuple(f"{h}." for h in plan.heads)
     sizes = {"body": 0, "head": 0, "statistics": 0}
     for key, value in tensors.items():
         moves = key not in parameters and not is_added(key)
-        kind = "statistics" if moves else "head" if key.startswith(heads) else "body"
+        kind = "statistics" if moves else "head" if inside(key, plan.heads) else "body"
         sizes[kind] += value.numel() * value.element_size()
     return Delta(plan, tensors, {**header, "plan": plan.to_dict(), "bytes": sizes})
 
@@ -174,22 +174,20 @@ def apply(model: nn.Module, delta: Delta, base: State) -> nn.Module:
     own = model.state_dict(keep_vars=True)
     source = {**{k: v for k, v in base.items() if not is_added(k)}, **delta.tensors}
     _compare(delta, own, source)
-    with torch.no_grad():
-        for key, value in own.items():
-            value.copy_(source[key])
+    copy_into(own, source)
     return model
 
 
 def check(delta: Delta, model: nn.Module, base: State) -> None:
-    """Hold a delta's plan against its tensors and the model it is for. Parts are made without memory for their values.
+    """Check a delta's plan against its tensors and the model it is for. Parts are made without memory for their values.
 
     Args:
-        delta: As it was read.
+        delta: The delta.
         model: The base with the delta's head, nothing attached.
         base: The base's state dict.
 
     Raises:
-        MismatchError: The file holds other tensors than its plan trains, moves and adds, or the model lacks what it names.
+        MismatchError: The file holds other tensors than its plan trains, moves and adds, or names modules that are absent.
         DeltaError: A part cannot be made from its settings.
     """
     plan, modules, own = delta.plan, dict(model.named_modules()), dict(model.state_dict(keep_vars=True))
@@ -202,9 +200,9 @@ def check(delta: Delta, model: nn.Module, base: State) -> None:
         part = _part(edit, modules[edit.module])
         trained += sum(p.numel() for p in part.parameters())
         own |= {f"{edit.prefix}.{name}": value for name, value in part.state_dict(keep_vars=True).items()}
-    if trained != (said := sum(row.trained + row.added for row in plan.rows)):
+    if trained != (listed := sum(row.trained + row.added for row in plan.rows)):
         raise MismatchError(
-            f"this delta contradicts itself: by its table {said:,} parameters train, by its plan {trained:,}"
+            f"this delta contradicts itself: by its table {listed:,} parameters train, by its plan {trained:,}"
         )
     _compare(delta, own, {**{k: v for k, v in base.items() if not is_added(k)}, **delta.tensors})
 
@@ -227,55 +225,55 @@ def _part(edit: Edit, module: nn.Module) -> nn.Module:
     except (Malformed, VisionpeftError) as error:
         raise DeltaError(f"{where} cannot be made: {error}") from error
     except Exception as error:  # whatever torch says to sizes and types that make no sense
-        said = " ".join(str(error).split())[:150]
-        if isinstance(error, TypeError) and "unexpected keyword argument" in said:
-            name = said.rpartition("argument ")[2].strip("'")
+        reason = " ".join(str(error).split())[:150]
+        if isinstance(error, TypeError) and "unexpected keyword argument" in reason:
+            name = reason.rpartition("argument ")[2].strip("'")
             raise DeltaError(f"{where}: {schema.unknown('its settings', name, ())}") from error
-        raise DeltaError(f"{where} cannot be made from {_shown(edit.settings)} ({said}); get the file again") from error
+        raise DeltaError(f"{where} cannot be made from {_shown(edit.settings)} ({reason}); get the file again") from error
     return part
 
 
-def _shown(settings: Mapping[str, Any]) -> str:
+def _shown(settings: Settings) -> str:
     text = ", ".join(f"{k}={v!r}" for k, v in settings.items())
     return text if len(text) < 150 else f"{text[:150]}..."
 
 
 def _compare(delta: Delta, own: State, source: State) -> None:
-    """Refuse tensors that a model needs and does not get, cannot take, or that the plan does not mention.
+    """Refuse tensors that are missing, do not fit the model, or are outside the plan.
 
     Args:
-        delta: Whose tensors and plan.
+        delta: The delta.
         own: The model's state dict, with the parts.
-        source: What it is to be filled from.
+        source: The tensors to fill it from.
 
     Raises:
         MismatchError: There are such.
-        DeltaError: Whole numbers stand for others, or the reverse.
+        DeltaError: A tensor of whole numbers stands for one of floats, or the reverse.
     """
-    train, still, heads = set(delta.plan.train), set(delta.plan.still), tuple(f"{h}." for h in delta.plan.heads)
+    train, still = set(delta.plan.train), set(delta.plan.still)
 
     def planned(key: str) -> bool:
         if is_added(key) or key in train:
             return True
         module, _, name = key.rpartition(".")
         moves = name in ("running_mean", "running_var", "num_batches_tracked") and module not in still
-        return not isinstance(own[key], nn.Parameter) and (moves or key.startswith(heads))
+        return not isinstance(own[key], nn.Parameter) and (moves or inside(key, delta.plan.heads))
 
-    found = {
+    wrong = {
         "missing": [k for k, v in own.items() if k not in source or source[k].shape != v.shape],
         "unexpected": [k for k in delta.tensors if k not in own],
         "outside its plan": [k for k in delta.tensors if k in own and not planned(k)],
     }
-    if parts := [f"{len(x)} {what} (first: {x[0]})" for what, x in found.items() if x]:
+    if parts := [f"{len(x)} {what} (first: {x[0]})" for what, x in wrong.items() if x]:
         raise MismatchError(f"this delta does not fit the model: {' and '.join(parts)}; give the base it was trained on")
     if bad := next((k for k, v in delta.tensors.items() if v.is_floating_point() != own[k].is_floating_point()), None):
         raise DeltaError(f"this delta's {bad} is of {delta.tensors[bad].dtype}, the model's of {own[bad].dtype}")
 
 
 def fits_half(model: nn.Module) -> bool:
-    """Say whether half precision keeps what a model's values mean, as it does in the checkpoints that libraries release.
+    """Return whether a model may be stored in half precision, as the checkpoints are that libraries release.
 
-    No finite value may become infinite, and what a normalisation divides by, variance + eps, may change by a thousandth at
+    No finite value may become infinite, and the divisor of a normalisation, variance + eps, may change by a thousandth at
     most: half precision rounds by half of that, but loses variances that are smaller than it can hold.
     """
     for value in model.state_dict().values():
@@ -325,12 +323,14 @@ def read(path: str | Path) -> Delta:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DeltaError(f"{path} has values in {name} that are no finite numbers; train anew, with a lower lr0")
     sizes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if sizes != (said := sum(header["bytes"].values())):
-        raise MismatchError(f"{path} says that its tensors take {said:,} bytes, but they take {sizes:,}; get the file again")
+    if sizes != (listed := sum(header["bytes"].values())):
+        raise MismatchError(
+            f"{path} says that its tensors take {listed:,} bytes, but they take {sizes:,}; get the file again"
+        )
     return Delta(plan, tensors, header)
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path) -> Json:
     """Return the header of a delta file without reading its tensors.
 
     Raises:
@@ -341,8 +341,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return header
 
 
-def _header(path: str | Path) -> dict[str, Any]:
-    """Return the header of a file as it stands there, of a format that is known.
+def _header(path: str | Path) -> Json:
+    """Return the unchecked header of a file, of a known format.
 
     Raises:
         DeltaError: There is none.
@@ -360,7 +360,7 @@ def _header(path: str | Path) -> dict[str, Any]:
             f"{path} has metadata beside visionpeft's ({strange!r}), which no checksum covers; get the file again"
         )
     try:
-        header = schema.check(Mapping[str, Any], schema.parse(metadata[KEY]))
+        header = schema.check(Json, schema.parse(metadata[KEY]))
         newest = schema.check(int, header.get("format"), "its format")
     except Malformed as error:
         raise DeltaError(f"the header of {path} cannot be read: {error}; get the file again") from error
@@ -373,7 +373,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the metadata of a safetensors file.
 
     Raises:
-        SafetensorError: It is none, is damaged, or says something twice.
+        SafetensorError: It is none, is damaged, or names a tensor twice.
     """
     with safe_open(str(path), framework="pt") as file:  # checks sizes and places
         metadata = file.metadata() or {}
@@ -386,7 +386,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return metadata
 
 
-def _read(path: str | Path, header: Mapping[str, Any]) -> Header:
+def _read(path: str | Path, header: Json) -> Header:
     try:
         return schema.check(Header, header)
     except Malformed as error:
@@ -402,21 +402,21 @@ def verify(delta: Delta, base: State) -> None:
     verify_base(delta.header["base"], base)
 
 
-def verify_base(said: Mapping[str, Any], base: State) -> None:
-    """Check that `base` is the one that a delta's header says.
+def verify_base(named: Mapping[str, Any], base: State) -> None:
+    """Check that `base` is the one that a delta's header names.
 
     Raises:
         MismatchError: It is another one.
     """
-    wanted, given = said["sha256"], fingerprint(base)
-    if wanted != given:
+    wanted, actual = named["sha256"], fingerprint(base)
+    if wanted != actual:
         raise MismatchError(
-            f"wrong base: this delta was trained on {said['model']} with tensors {wanted[:12]}…, "
-            f"the model given has {given[:12]}…; give the original with model=..."
+            f"wrong base: this delta was trained on {named['model']} with tensors {wanted[:12]}…, "
+            f"the model given has {actual[:12]}…; give the original with model=..."
         )
 
 
-def _checksum(header: Mapping[str, Any], tensors: State) -> str:
+def _checksum(header: Json, tensors: State) -> str:
     rest = json.dumps({k: v for k, v in header.items() if k != "checksum"}, sort_keys=True)
     digest = hashlib.sha256(rest.encode())
     for name in sorted(tensors):

@@ -1,4 +1,4 @@
-"""What a method is: a frozen dataclass whose fields are its settings, its documentation and its options at once."""
+"""Methods: frozen dataclasses whose fields are their settings, their documentation and their options at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from ..errors import ConfigError, nearest
 from ..registry import METHODS
 from .anatomy import Anatomy, Param
 
+Settings = Mapping[str, Any]  # of a part: plain values, as JSON has them
+PeftFields = Mapping[str, Any]  # the configuration of an adapter of HF peft
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -28,7 +31,7 @@ class Edit:
     module: str  # "" is the model itself
     point: str  # "weight", "output", "input" or "forward"
     method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     lr_scale: float = 1.0  # learning rate of its part, relative to that of full fine-tuning
 
     @property
@@ -53,36 +56,43 @@ _RENAMED = {  # attributes of methods, as those of users may still call them
 
 @dataclass(frozen=True)
 class PeftLayer:
-    """What HF peft keeps of one layer.
+    """One layer in HF peft's format.
 
     Attributes:
-        tensors: By the names that peft gives them behind the layer's, as "lora_A.weight".
-        fields: What the adapter's configuration says, as it holds for this layer: "r", "lora_alpha", "use_dora", ...
+        tensors: By the names that peft gives them after the layer's, as "lora_A.weight".
+        fields: The adapter's configuration for this layer: "r", "lora_alpha", "use_dora", ...
     """
 
-    tensors: dict[str, Tensor]
-    fields: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    fields: PeftFields
+
+
+class PeftPart(NamedTuple):
+    """A part that an adapter of HF peft describes: the settings of its edit, and its tensors."""
+
+    settings: Settings
+    tensors: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
     """How a model is tuned. It names targets in an `Anatomy` and never sees a model, a device or a trainer.
 
-    The head trains with every method; what is said here is about the body.
+    The head trains with every method; methods speak of the body alone.
     """
 
     name: ClassVar[str]
     bn: ClassVar[str] = "frozen"  # whether running statistics of the body move by default
-    lr_scale: ClassVar[float] = 1.0  # learning rate of what the method trains, relative to that of full fine-tuning
+    lr_scale: ClassVar[float] = 1.0  # learning rate, relative to that of full fine-tuning
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
     identity_at_init: ClassVar[bool] = True  # attaching changes no output
     expected_gain: ClassVar[float | None] = (
-        None  # share of full's gain over the head alone (benchmarks/worth.py); None: `fit` looks past it
+        None  # share of full's gain over the head (benchmarks/worth.py); None: `fit` skips it
     )
-    needs_token_grid: ClassVar[bool] = False  # it takes a token sequence for the map that it was
+    needs_token_grid: ClassVar[bool] = False  # it reads a token sequence as the map that it was made from
     adds_tokens: ClassVar[bool] = False  # it adds tokens to a sequence
-    search_freeze_depths: ClassVar[bool] = False  # whether `fit` looks at it with early stages frozen, too
-    peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft has nothing that computes the same
+    search_freeze_depths: ClassVar[bool] = False  # whether `fit` tries it with early stages frozen, too
+    peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft computes nothing the same
     peft_fields: ClassVar[frozenset[str]] = frozenset()  # of peft's configuration: those that `from_peft` understands
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -114,42 +124,44 @@ class Method:
         return [s.name for s in anatomy.statistics]
 
     def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
-        """Return what begins to train, or to move, only after a share of the training, by parameter or module."""
+        """Return the share of the training after which a parameter trains, or a module's statistics move; by default 0."""
         return {}
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        """Return what is added to the body.
+        """Return the edits of the body.
 
         Raises:
-            Unfit: The anatomy lacks what the method works on.
+            Unfit: The anatomy lacks the method's targets.
         """
         return ()
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
-        """Make the part of one edit from the edit's settings alone."""
+        """Return the part of one edit, made from the edit's settings alone."""
         raise NotImplementedError
 
     def to_peft(self, part: nn.Module, layer: nn.Module) -> PeftLayer | None:
-        """Return a part of this method as HF peft has it, or None where peft would compute something else on this layer."""
+        """Return a part in HF peft's format, or None where peft would compute something else on this layer."""
         return None
 
     def change_to_peft(self, layer: nn.Module, before: Tensor) -> PeftLayer | None:
-        """Return how peft would hold a layer whose own weight was trained; None where it cannot.
+        """Return a layer whose own weight was trained in HF peft's format, or None where it has none.
 
-        `before` is the base's weight.
+        Args:
+            layer: The layer.
+            before: Its weight in the base.
         """
         return None
 
     @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+    def from_peft(cls, fields: PeftFields) -> Method | None:
         """Return the method that a configuration with this `peft_type` describes; None where it is another's."""
         return None
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Return the settings of an edit and the tensors of its part, `to_peft` reversed.
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
+        """Return the part of a layer in HF peft's format: the reverse of `to_peft`.
 
-        None where peft computes something on this layer that the part does not.
+        None where peft computes something else on this layer than the part would.
 
         Raises:
             KeyError: A tensor is missing.
@@ -169,6 +181,12 @@ class Method:
         if not low <= value <= high:
             allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
             raise ConfigError(f"{self.name}: {field}={value} is out of range; it must be {allowed}")
+
+    def check_choice(self, field: str, allowed: Sequence[str]) -> None:
+        """Raise a ConfigError unless the value of a field is one of `allowed`."""
+        if (value := getattr(self, field)) not in allowed:
+            names = " or ".join(allowed) if len(allowed) == 2 else f"one of {', '.join(allowed)}"
+            raise ConfigError(f"{self.name}: {field}='{value}' is not known; it is {names}")
 
 
 @dataclass(frozen=True)
@@ -222,7 +240,7 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
         method: A name ("lora"), several joined by "+" ("lora+bitfit"), a configuration (``LoraConfig(r=16)``), or None:
             then `full` where `freeze` is given (layer freezing), else `lora`.
         options: Fields of the method, by name.
-        freeze: What `train` was given.
+        freeze: The argument of `train`.
 
     Raises:
         ConfigError: No such method or field, or a value of the wrong type.
@@ -244,32 +262,35 @@ def make_method(method: str | Method | None, options: Mapping[str, Any] | None =
         for f in dataclasses.fields(cls):
             takers.setdefault(f.name, []).append(cls)
     _refuse_unknown(options, takers, str(method))
-    made = [cls(**{k: _typed(cls, k, v) for k, v in options.items() if cls in takers[k]}) for cls in classes]
-    return made[0] if len(made) == 1 else Combined(tuple(made))
+    return _combined(cls(**{k: _typed(cls, k, v) for k, v in options.items() if cls in takers[k]}) for cls in classes)
 
 
-def restore_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """Return the method that `settings()` was called on, from its values (after JSON, too)."""
+def restore_method(name: str, settings: Settings) -> Method:
+    """Return the method whose `settings()` are these values (after JSON, too)."""
     names = name.split("+")
     each = {name: settings} if len(names) == 1 else settings
     for n in names:
-        if not isinstance(own := each.get(n), Mapping):
+        if not isinstance(fields := each.get(n), Mapping):
             raise ConfigError(f"the settings given are not those of method '{n}': {schema.shown(settings)}")
-        _refuse_unknown(own, {f.name: f for f in dataclasses.fields(METHODS[n])}, n)
-    made = [METHODS[n](**{k: _typed(METHODS[n], k, v) for k, v in each[n].items()}) for n in names]
-    return made[0] if len(made) == 1 else Combined(tuple(made))
+        _refuse_unknown(fields, {f.name: f for f in dataclasses.fields(METHODS[n])}, n)
+    return _combined(METHODS[n](**{k: _typed(METHODS[n], k, v) for k, v in each[n].items()}) for n in names)
+
+
+def _combined(methods: Iterable[Method]) -> Method:
+    first, *others = methods
+    return Combined((first, *others)) if others else first
 
 
 def fields_of(cls: type[Method]) -> list[tuple[str, str, Any, str]]:
-    """Return (name, type, default, comment) of every field, the comment read from the line that declares it."""
+    """Return (name, type, default, comment) of every field; the comment is the one on the line that declares it."""
     comments: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if issubclass(base, Method) and base is not Method:
-            with suppress(OSError):  # where no source is, there are no comments
-                found = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
-                comments.update(dict(found))
-    made = cls()
-    return [(f.name, str(f.type), getattr(made, f.name), comments.get(f.name, "")) for f in dataclasses.fields(cls)]
+            with suppress(OSError, TypeError):  # without source there are no comments
+                lines = re.findall(r"^    (\w+):[^#\n]*#\s*(.+)$", inspect.getsource(base), re.MULTILINE)
+                comments.update(dict(lines))
+    defaults = cls()
+    return [(f.name, str(f.type), getattr(defaults, f.name), comments.get(f.name, "")) for f in dataclasses.fields(cls)]
 
 
 def _refuse_unknown(options: Mapping[str, Any], known: Mapping[str, Any], method: str) -> None:

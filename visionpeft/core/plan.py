@@ -1,4 +1,4 @@
-"""What trains and what is added where: values, made and printed before anything is changed.
+"""The plan of a training: the parameters that train and the edits, as a value, made and printed before anything changes.
 
 An `Anatomy` is a backbone as a record of facts. `make_plan` is a pure function from a method, an anatomy and a freeze to
 a `Plan`. Only `attach` turns a plan into a changed model.
@@ -13,13 +13,9 @@ from typing import Any
 from .. import deprecation, schema, tables
 from ..errors import ConfigError, nearest, printable
 from ..registry import METHODS
-from .anatomy import HEAD, Anatomy, Unfit
-from .method import Edit, Method, parameters
-
-# ---------------------------------------------------------------------------------------------------- the model's facts
-
-
-# ------------------------------------------------------------------------------------------------------------- the plan
+from ..schema import Json
+from .anatomy import HEAD, Anatomy, Unfit, inside
+from .method import Edit, Method, Settings, parameters
 
 
 @dataclass(frozen=True)
@@ -40,12 +36,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What trains, what is added where, whose statistics stay still. Prints as a table."""
+    """The parameters that train, the edits, and the statistics that stay still. Prints as a table."""
 
     family: str
     model: str
     method: str
-    settings: Mapping[str, Any]
+    settings: Settings
     freeze: int | tuple[int | str, ...]
     bn: str
     heads: tuple[str, ...]  # the modules that the head consists of
@@ -58,26 +54,26 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Parameters of the model, without what is added."""
+        """Count of the model's parameters, without those of edits."""
         return sum(r.params for r in self.rows)
 
     @property
     def trained_body(self) -> int:
-        """Parameters that train outside the head, what is added included."""
+        """Count of the parameters that train outside the head, those of edits included."""
         return sum(r.trained + r.added for r in self.rows[:-1])
 
     @property
     def trained_head(self) -> int:
-        """Parameters of the head that train."""
+        """Count of the head's parameters that train."""
         return self.rows[-1].trained + self.rows[-1].added
 
     @property
     def num_frozen_stages(self) -> int:
-        """How many stages, counted from the first, come before all that trains, is edited or has moving statistics.
+        """Count of the first stages in which nothing trains, is edited or has moving statistics.
 
-        Those without parameters at their end do not count: nothing is gained by them.
+        The last of them has parameters: nothing is gained by those without that follow.
         """
-        if any(edit.module == "" for edit in self.edits):  # it works on all of the model
+        if any(edit.module == "" for edit in self.edits):  # it edits all of the model
             return 0
         count = 0
         for i, row in enumerate(self.rows[:-1], 1):
@@ -88,7 +84,7 @@ class Plan:
 
     @property
     def body(self) -> int:
-        """Parameters of the model outside the head."""
+        """Count of the model's parameters outside the head."""
         return sum(r.params for r in self.rows[:-1])
 
     @property
@@ -97,7 +93,7 @@ class Plan:
         return max(self.opens.values(), default=0.0)
 
     def still_frozen(self, progress: float) -> set[str]:
-        """Return the parameters, and modules with statistics, that still wait when this share of the training is done."""
+        """Return the parameters, and modules with statistics, that train only later than at this share of the training."""
         return {name for name, share in self.opens.items() if share > progress + 1e-9}
 
     untouched = deprecation.alias("Plan.untouched", "num_frozen_stages")
@@ -113,12 +109,12 @@ class Plan:
         prefix = ".".join(parts[: added + 2])
         return next(e.lr_scale for e in self.edits if e.prefix == prefix)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return the plan as plain JSON values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, values: Json) -> Plan:
         """Make the plan again from `to_dict`'s values (after JSON, too).
 
         Raises:
@@ -131,12 +127,12 @@ class Plan:
 
 
 def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str] = 0, bn: str | None = None) -> Plan:
-    """Decide what trains and what is edited. Pure: no model is touched.
+    """Make the plan of a method for a model. Pure: no model is touched.
 
     Args:
-        method: How to tune.
-        anatomy: The model's facts; with evidence, if the method looks at data (`Method.needs_gradients`).
-        freeze: Where not to: the first N stages, a list of stage indices, or names of stages or modules.
+        method: The method.
+        anatomy: The model's facts; with `gradient_stats` where the method needs them (`Method.needs_gradients`).
+        freeze: The first N stages, a list of stage indices, or names of stages or modules.
         bn: "frozen" or "train": whether running statistics outside the head move. By default as the method
             says. In frozen stages they always stay still, in the head they always move.
 
@@ -176,55 +172,48 @@ def make_plan(method: Method, anatomy: Anatomy, freeze: int | Sequence[int | str
     opens = {name: share for name, share in opens.items() if share and (name in wanted or name in may - still)}
     if wanted and not edits and wanted <= opens.keys():
         raise ConfigError(f"freeze={freeze} with method='{method.name}' leaves nothing to train at first; freeze less")
-    return Plan(
-        family=anatomy.family,
-        model=anatomy.model,
-        method=method.name,
-        settings=method.settings(),
-        freeze=freeze if isinstance(freeze, int) else tuple(freeze),
-        bn=bn,
-        heads=anatomy.heads,
-        train=tuple(p.name for p in anatomy.params if p.name in wanted),
-        rates={name: rate for name, rate in rates.items() if rate != 1.0},
-        edits=tuple(edits),
-        still=tuple(s.name for s in anatomy.statistics if s.name in still),
-        rows=_rows(anatomy, wanted, edits, still, opens),
-        opens=opens,
-    )
+    frozen_parts = freeze if isinstance(freeze, int) else tuple(freeze)
+    rates = {name: rate for name, rate in rates.items() if rate != 1.0}
+    return _plan(method, anatomy, edits, wanted, still, freeze=frozen_parts, bn=bn, rates=rates, opens=opens)
 
 
 def plan_from_trained(
     method: Method, anatomy: Anatomy, edits: Sequence[Edit], train: Iterable[str], moved: Iterable[str]
 ) -> Plan:
-    """Return the plan of a model that was trained elsewhere: what it edits and trains is known, nothing is decided.
+    """Return the plan of a model that was trained elsewhere, from its known edits and trained parameters.
 
     Args:
-        method: How it was tuned, for the record.
+        method: The method, for the record.
         anatomy: The model's facts.
-        edits: What was added.
+        edits: The edits.
         train: The parameters of the body that were trained.
         moved: The modules of the body whose running statistics moved.
     """
     wanted = {*train, *(p.name for p in anatomy.params if p.stage == HEAD)}
     moving = {*moved, *(s.name for s in anatomy.statistics if s.stage == HEAD)}
     still = {s.name for s in anatomy.statistics} - moving
+    bn = "train" if any(s.name in moving and s.stage != HEAD for s in anatomy.statistics) else "frozen"
+    return _plan(method, anatomy, edits, wanted, still, freeze=0, bn=bn, rates={}, opens={})
+
+
+def _plan(
+    method: Method, anatomy: Anatomy, edits: Sequence[Edit], wanted: set[str], still: set[str], **decided: Any
+) -> Plan:
     return Plan(
         family=anatomy.family,
         model=anatomy.model,
         method=method.name,
         settings=method.settings(),
-        freeze=0,
-        bn="train" if any(s.name in moving and s.stage != HEAD for s in anatomy.statistics) else "frozen",
         heads=anatomy.heads,
         train=tuple(p.name for p in anatomy.params if p.name in wanted),
-        rates={},
         edits=tuple(edits),
         still=tuple(s.name for s in anatomy.statistics if s.name in still),
-        rows=_rows(anatomy, wanted, edits, still, {}),
+        rows=_rows(anatomy, wanted, edits, still, decided["opens"]),
+        **decided,
     )
 
 
-def fitting(anatomy: Anatomy) -> list[str]:
+def applicable_methods(anatomy: Anatomy) -> list[str]:
     """Return the names of the methods that have something to work on in this anatomy."""
     return [name for name, cls in METHODS.items() if _fits(cls(), anatomy)]
 
@@ -245,12 +234,12 @@ def _refusal(method: Method, anatomy: Anatomy, freeze: object, reason: Unfit) ->
         return ConfigError(f"freeze={freeze} leaves '{method.name}' nothing to work on ({reason}); freeze less")
     return ConfigError(
         f"method '{method.name}' does not fit {anatomy.model}: {reason}. "
-        f"With their defaults these fit: {', '.join(fitting(anatomy))}"
+        f"With their defaults these fit: {', '.join(applicable_methods(anatomy))}"
     )
 
 
 def _freezer(anatomy: Anatomy, freeze: int | Sequence[int | str]) -> Callable[[Any], bool]:
-    """Return the predicate that says of any part of the anatomy whether it is frozen."""
+    """Return a predicate: whether a part of the anatomy is frozen."""
     count = len(anatomy.stages)
     if isinstance(freeze, bool) or not isinstance(freeze, int | Sequence):
         raise ConfigError(f"freeze={freeze!r} is not understood; give a number of stages, or a list of indices or names")
@@ -269,20 +258,20 @@ def _freezer(anatomy: Anatomy, freeze: int | Sequence[int | str]) -> Callable[[A
             names.append(_freeze_name(anatomy, str(one)))
 
     def frozen(part: Any) -> bool:
-        return part.stage in stages or any(part.name == n or part.name.startswith(n + ".") for n in names)
+        return part.stage in stages or inside(part.name, names)
 
     return frozen
 
 
-def _freeze_name(anatomy: Anatomy, given: str) -> str:
+def _freeze_name(anatomy: Anatomy, text: str) -> str:
     """Return the module path that a name in `freeze` means; "2.cv1" is a path inside stage 2."""
-    first, _, rest = given.strip(".").partition(".")
-    name = given.strip(".")
+    first, _, rest = text.strip(".").partition(".")
+    name = text.strip(".")
     if first.isdigit() and int(first) < len(anatomy.stages) and anatomy.stages[int(first)].name:
         name = ".".join(filter(None, (anatomy.stages[int(first)].name, rest)))
     paths = {".".join(p.name.split(".")[:i]) for p in anatomy.params for i in range(1, p.name.count(".") + 2)}
     if name not in paths:
-        raise ConfigError(f"freeze: {anatomy.model} has nothing called '{given}'.{nearest(name, paths)}")
+        raise ConfigError(f"freeze: {anatomy.model} has nothing called '{text}'.{nearest(name, paths)}")
     return name
 
 
@@ -299,7 +288,7 @@ def _rows(
         params = [p for p in anatomy.params if p.stage == index]
         moving = {s.name: s.numel for s in anatomy.statistics if s.stage == index and s.name not in still}
         count = sum(s.stage == index for s in anatomy.statistics)
-        own = [r for stage, r in ranks if stage == index]
+        here = [r for stage, r in ranks if stage == index]
         return Row(
             stage=label,
             kind=kind,
@@ -309,7 +298,7 @@ def _rows(
             added=sum(n for stage, n in added if stage == index),
             statistics="" if not count else {0: "still", count: "moving"}.get(len(moving), "mixed"),
             moving=sum(moving.values()),
-            ranks="–".join(str(r) for r in sorted({f(own) for f in (min, max)})) if own else "",
+            ranks="–".join(str(r) for r in sorted({min(here), max(here)})) if here else "",
             opens=max((opens.get(p.name, 0.0) for p in params if p.name in wanted), default=0.0),
         )
 
@@ -339,16 +328,8 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
         f"freeze={plan.freeze}, bn={plan.bn}: {trained:,} parameters train, {trained / plan.total:.2%} of {plan.total:,}",
         f"body {plan.trained_body:,} ({_share(plan.trained_body, plan.body)} of {plan.body:,}), head {plan.trained_head:,}",
     )
-    return "\n".join(
-        (
-            tables.text(title, names, rows, width=width, right=_indices(names, "parameters", "trained", "edits", "added")),
-            *map(printable, lines),
-        )
-    )
-
-
-def _indices(names: Sequence[str], *wanted: str) -> list[int]:
-    return [i for i, name in enumerate(names) if name in wanted]
+    right = [i for i, name in enumerate(names) if name in ("parameters", "trained", "edits", "added")]
+    return "\n".join((tables.text(title, names, rows, width=width, right=right), *map(printable, lines)))
 
 
 def _count(n: int) -> str:

@@ -11,7 +11,7 @@ from ..core import delta as deltas
 from ..core.base_model import Base, Data
 from ..core.plan import Plan
 from ..errors import ConfigError
-from ..lean.frozen_stages import DTYPES, Prefix
+from ..lean.frozen_stages import DTYPES, FrozenStages
 from ..sources import cache_folder
 from ..training.distributed import devices
 from ..training.feature_cache import Store, content, key
@@ -23,7 +23,7 @@ FORMAT = 1  # of stored views; another one when they are computed otherwise
 
 def prepare_frozen_stages(
     family: Family, base: Base, data: Data, plan: Plan, config: SettledConfig
-) -> tuple[Prefix | None, Store | None]:
+) -> tuple[FrozenStages | None, Store | None]:
     """Return what runs the frozen stages, and where their outputs lie or will lie; None where neither is asked for.
 
     Args:
@@ -49,7 +49,7 @@ def prepare_frozen_stages(
     leading = able.leading_stages(base, plan.num_frozen_stages, config.imgsz)
     stored = DTYPES[dtype or "bf16"]
     example = torch.rand(2, *leading.image, generator=torch.Generator().manual_seed(0))
-    prefix = Prefix(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
+    prefix = FrozenStages(base.model, leading.modules, example, leading.read, DTYPES[dtype or "fp32"], stored)
     if not views:
         return prefix, None
     name = key(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import measure
 from ..core.anatomy import HEAD, Anatomy, Layer, Param, Statistics
-from ..core.class_twins import plain
+from ..core.class_swap import plain
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)

@@ -1,10 +1,10 @@
-"""The folder: what its two files hold, and which modules peft means by the names in its configuration."""
+"""The folder: its two files, and the modules that the names in its configuration mean to peft."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import schema
+from ..core.base_model import Base
 from ..core.delta import KEY, Facts, read_metadata
+from ..core.method import PeftFields
 from ..errors import DeltaError
+from ..families.introspect import observe
 from ..schema import Malformed
 from .patterns import matches
 
@@ -38,77 +41,77 @@ _KINDS: dict[str, Any] = {  # of those fields that are read
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder's content.
+    """The content of a folder.
 
     Attributes:
-        config: Of ``adapter_config.json``.
-        tensors: Of ``adapter_model.safetensors``, less the prefix that all names share.
-        header: What visionpeft said of the delta that it wrote the folder from; empty in folders of others.
+        config: ``adapter_config.json``.
+        tensors: ``adapter_model.safetensors``, without the prefix that all names share.
+        header: The header of the delta that visionpeft wrote the folder from; empty in folders of others.
     """
 
-    config: dict[str, Any]
+    config: PeftFields
     tensors: dict[str, Tensor]
-    header: dict[str, Any]
+    header: schema.Json
 
-    def fields(self, module: str) -> dict[str, Any]:
-        """Return the configuration as it holds for one layer: numbers for patterns, and whether a list means it.
+    def fields(self, module: str) -> PeftFields:
+        """Return the configuration of one layer: its number for a pattern, true or false for a list of layers.
 
         Raises:
             DeltaError: A pattern in it is no regular expression.
         """
-        found = dict(self.config)
+        fields = dict(self.config)
         for field in LISTS:
             wanted = self.config.get(field) or []
-            found[field] = _meant(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
+            fields[field] = _selects(wanted, module) if isinstance(wanted, str) else module.endswith(tuple(wanted))
         for field, pattern in PATTERNS.items():
             values = self.config.get(pattern) or {}
             key = next((k for k in values if _matches(rf"(.*\.)?({k})$", module, k)), None)
-            if field in found and key is not None:
-                found[field] = values[key]
+            if field in fields and key is not None:
+                fields[field] = values[key]
             whole = "whole " * (field == "r")
-            if field in found and not (schema.finite(found[field]) and (not whole or isinstance(found[field], int))):
+            if field in fields and not (schema.finite(fields[field]) and (not whole or isinstance(fields[field], int))):
                 raise DeltaError(
-                    f"{CONFIG} has {found[field]!r} as {field} of {module}, which is no {whole}number; get the file again"
+                    f"{CONFIG} has {fields[field]!r} as {field} of {module}, which is no {whole}number; get the file again"
                 )
-        return found
+        return fields
 
     def targets(self, names: Iterable[str]) -> list[str]:
-        """Return those of a model's modules that peft would put an adapter on, as far as names alone say it."""
+        """Return the modules of a model that peft would put an adapter on, by their names alone."""
         wanted, excluded = self.config.get("target_modules") or [], self.config.get("exclude_modules") or []
         saved = self.config.get("modules_to_save") or []
         return [
             name
             for name in names
-            if _meant(wanted, name) and not _meant(excluded, name) and not any(excludes(s, name) for s in saved)
+            if _selects(wanted, name) and not _selects(excluded, name) and not any(excludes(s, name) for s in saved)
         ]
 
     def saved(self, names: Iterable[str]) -> list[str]:
-        """Return those of a model's modules that peft saves as a whole."""
+        """Return the modules of a model that peft saves as a whole."""
         wanted = self.config.get("modules_to_save") or []
         return [name for name in names if name and name.endswith(tuple(wanted))]
 
 
 def target_names(wanted: Sequence[str], names: Iterable[str]) -> list[str] | str:
-    """Return what `target_modules` must say to mean exactly `wanted` of a model's modules.
+    """Return the `target_modules` that select exactly `wanted` of a model's modules.
 
-    A list means endings, too ("conv1" is also "layer1.0.conv1"); where that is too much, it is a regular expression.
+    A list selects by endings, too ("conv1" is also "layer1.0.conv1"); where that is too much, it is a regular expression.
     """
     exact = not any(n not in wanted and n.endswith(tuple(f".{w}" for w in wanted)) for n in names)
     return list(wanted) if exact else "|".join(re.escape(name) for name in wanted)
 
 
-def meant_too(saved: str, names: Iterable[str]) -> list[str]:
-    """Return what else of a model's modules `modules_to_save` means by the name of one: endings, even of half a name."""
+def saved_too(saved: str, names: Iterable[str]) -> list[str]:
+    """Return the further modules that a name in `modules_to_save` selects: all that end like it, even by half a name."""
     return [name for name in names if name != saved and name.endswith(saved)]
 
 
 def excludes(saved: str, target: str) -> bool:
-    """Say whether peft puts no adapter on a target because of a name in `modules_to_save`."""
+    """Return whether a name in `modules_to_save` keeps peft from putting an adapter on a target."""
     return _matches(rf"(^|.*\.){saved}($|\..*)", target, saved)
 
 
 def pattern_of(module: str) -> str:
-    """Return the key that means one module in `rank_pattern` and `alpha_pattern`, where peft prepends ``(.*\\.)?``."""
+    """Return the key that selects one module in `rank_pattern` and `alpha_pattern`, where peft prepends ``(.*\\.)?``."""
     return f"^{re.escape(module)}"
 
 
@@ -124,7 +127,7 @@ def read(folder: str | Path) -> Adapter:
     path = folder / WEIGHTS
     try:
         text = read_metadata(path).get(KEY)
-        found = load_tensors(path.read_bytes())
+        tensors = load_tensors(path.read_bytes())
         header = schema.parse(text) if text else {}
     except (SafetensorError, Malformed) as error:
         raise DeltaError(f"{path} is damaged ({error}); get the file again") from error
@@ -132,11 +135,11 @@ def read(folder: str | Path) -> Adapter:
         _ = header and schema.check(Facts, header)
     except Malformed as error:
         raise DeltaError(f"what visionpeft wrote into {path} of the delta cannot be used: {error}") from error
-    if bad := next((k for k, v in found.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
+    if bad := next((k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()), None):
         raise DeltaError(f"{path} has values in {bad} that are no finite numbers; train anew, with a lower learning rate")
-    if strange := next((k for k in sorted(found) if not k.startswith(PREFIX)), None):
+    if strange := next((k for k in sorted(tensors) if not k.startswith(PREFIX)), None):
         raise DeltaError(f"{path} has a tensor '{strange}', but peft's begin with {PREFIX}; give a folder that peft wrote")
-    return Adapter(config, {k.removeprefix(PREFIX): v for k, v in sorted(found.items())}, header)
+    return Adapter(config, {k.removeprefix(PREFIX): v for k, v in sorted(tensors.items())}, header)
 
 
 def _check_files(folder: Path) -> None:
@@ -155,7 +158,7 @@ def _check_files(folder: Path) -> None:
     raise DeltaError(f"{folder} has no {' and no '.join(missing)}; give a folder that peft's save_pretrained wrote")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> PeftFields:
     try:
         config = schema.parse(path.read_bytes())
     except Malformed as error:
@@ -166,13 +169,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         try:
             schema.check(_KINDS[name] | None, config[name])
         except Malformed:
-            given = f"{name}={schema.shown(config[name])}"
-            raise DeltaError(f"{path} has {given}, which is not what peft writes there; get the file again") from None
+            field = f"{name}={schema.shown(config[name])}"
+            raise DeltaError(f"{path} has {field}, which is not what peft writes there; get the file again") from None
     return config
 
 
-def _meant(wanted: Sequence[str] | str, name: str) -> bool:
-    """Say whether `target_modules` or the like means a module."""
+def _selects(wanted: Sequence[str] | str, name: str) -> bool:
+    """Return whether `target_modules`, or a field like it, selects a module."""
     if isinstance(wanted, str):
         return _matches(f"(?:{wanted})$", name, wanted)
     return f".{name}".endswith(tuple(f".{w}" for w in wanted))
@@ -188,6 +191,12 @@ def _matches(pattern: str, name: str, given: str) -> bool:
         ) from None
 
 
-def as_json(config: Mapping[str, Any]) -> str:
+def called(model: nn.Module, names: Iterable[str], base: Base) -> set[str]:
+    """Return those modules that the model calls. On one whose weight it only reads, peft's adapter has no effect."""
+    side = base.facts["imgsz"]
+    return set(observe(model, torch.zeros(1, base.facts.get("channels", 3), side, side), names))
+
+
+def as_json(config: PeftFields) -> str:
     """Return a configuration as peft writes it."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -17,7 +17,7 @@ _LONGEST, _DEEPEST = 10_000, 10  # characters, and groups in groups
 
 
 def matches(pattern: str, name: str, given: str) -> bool:
-    """Say whether a name begins with a match of a pattern, as `re.match` does.
+    """Return whether a name begins with a match of a pattern, as `re.match` does.
 
     Args:
         pattern: With what peft puts around that which a folder gives.

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..core import delta as deltas
-from ..core.anatomy import HEAD, Param
-from ..core.attach import attach
+from ..core.anatomy import HEAD, Param, inside
+from ..core.attach import attach, copy_into
 from ..core.base_model import Base, Data
 from ..core.delta import Delta
 from ..core.method import Edit, Method, PeftLayer
 from ..core.plan import plan_from_trained
 from ..errors import ConfigError, DeltaError, MismatchError
 from ..families.base import Family
-from ..families.introspect import observe
 from ..registry import METHODS
-from .folder import LISTS, PATTERNS, Adapter
+from ..schema import Json
+from .folder import LISTS, PATTERNS, Adapter, called
 
-_ASIDE = {  # fields that say nothing of what a trained adapter computes, or that `Adapter` reads
+_IGNORED = {  # fields that change nothing in a trained adapter's results, or that `Adapter` reads
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules"),
     *("fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "loftq_config"),
     *("lora_dropout", "lora_ga_config", "megatron_core", "module_dropout", "modules_to_save", "peft_type", "peft_version"),
@@ -30,54 +30,49 @@ _ASIDE = {  # fields that say nothing of what a trained adapter computes, or tha
     *("task_type", "velora_config", *PATTERNS.values(), *LISTS),
 }
 _OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})  # values of an option that is not used
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
 
 
-def adopt(adapter: Adapter, family: Family, base: Base, header: Mapping[str, Any], data: Data | None = None) -> Delta:
+def adopt(adapter: Adapter, family: Family, base: Base, header: Json, data: Data | None = None) -> Delta:
     """Make a delta of an adapter.
 
     Args:
         adapter: The folder's content.
-        family: Of the base.
-        base: What the adapter was trained on.
-        header: What the delta shall say besides.
-        data: Says what the classes are called, where they are not the base's.
+        family: The family of the base.
+        base: The base that the adapter was trained on.
+        header: Further fields of the delta's header.
+        data: A data set whose classes are the adapter's, where they are not the base's.
 
     Raises:
         MismatchError: The adapter was trained on another base.
-        DeltaError: It is incomplete, or computes something that has no like here.
+        DeltaError: It is incomplete, or computes something that no method here does.
     """
     if adapter.header:
         deltas.verify_base(adapter.header["base"], base.state)
     method = _method(adapter)
-    model, said = _fitted(adapter, family, base, data)
+    model, facts = _with_head(adapter, family, base, data)
     anatomy = family.anatomy(model, base.source)
     layers, saved = _divide(adapter, model, base)
-    inside_head = tuple(f"{h}." for h in anatomy.heads)
     edits: list[tuple[Edit, Tensors]] = []
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key, value in saved.items():
-            own[key].copy_(value)
-        for edit, tensors in _edits(adapter, method, model, layers, base):
-            if f"{edit.module}.".startswith(inside_head):  # a head is its own weights, without parts
-                _fold(model.get_submodule(edit.module), _part(edit, tensors))
-            else:
-                edits.append((edit, tensors))
+    state = model.state_dict(keep_vars=True)
+    copy_into({k: state[k] for k in saved}, saved)
+    for edit, tensors in _edits(adapter, method, model, layers, base):
+        if inside(edit.module, anatomy.heads):  # a head is its own weights, without parts
+            _fold(model.get_submodule(edit.module), _part(edit, tensors))
+        else:
+            edits.append((edit, tensors))
     before = base.state
     moved = {k for k, v in saved.items() if k not in before or not _same(v, before[k])}
     train = moved & {name for name, _ in model.named_parameters()}
     statistics = {k.rpartition(".")[0] for k in moved - train}
     constants = sorted(train - {p.name for p in anatomy.params})  # of the head, which peft trains as a whole
-    more = (Param(name, own[name].numel(), "other", HEAD) for name in constants)
+    more = (Param(name, state[name].numel(), "other", HEAD) for name in constants)
     anatomy = replace(anatomy, params=(*anatomy.params, *more))
     attach(model, plan_from_trained(method, anatomy, [edit for edit, _ in edits], train, statistics), start=False)
-    own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for edit, tensors in edits:
-            for name, value in tensors.items():
-                own[f"{edit.prefix}.{name}"].copy_(value)
-    return deltas.collect(model, before, {**header, **said}, "exact")
+    parts = {f"{edit.prefix}.{name}": value for edit, tensors in edits for name, value in tensors.items()}
+    state = model.state_dict(keep_vars=True)
+    copy_into({k: state[k] for k in parts}, parts)
+    return deltas.collect(model, before, {**header, **facts}, "exact")
 
 
 def _method(adapter: Adapter) -> Method:
@@ -91,41 +86,40 @@ def _method(adapter: Adapter) -> Method:
     if not classes:
         types = sorted({cls.peft_type for cls in METHODS.values()} - {""})
         raise DeltaError(f"peft_type={kind} has no like here; there are {', '.join(types)}")
-    known = _ASIDE | set(PATTERNS) | {field for cls in classes for field in cls.peft_fields}
+    known = _IGNORED | set(PATTERNS) | {field for cls in classes for field in cls.peft_fields}
     if strange := next((k for k, v in config.items() if k not in known and v not in _OFF), None):
         raise DeltaError(f"the adapter was made with {strange}={config[strange]!r}, which has no like here")
     try:
-        made = [method for cls in classes if (method := cls.from_peft(config)) is not None]
+        return next(method for cls in classes if (method := cls.from_peft(config)) is not None)
     except ConfigError as error:
         raise DeltaError(f"this adapter cannot be read: {error}") from error
-    return made[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- the head
-def _fitted(adapter: Adapter, family: Family, base: Base, data: Data | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the base with a head that the adapter's fits into, and what a delta says of that head.
+def _with_head(adapter: Adapter, family: Family, base: Base, data: Data | None) -> tuple[nn.Module, Json]:
+    """Return the base with a head that the adapter's tensors fit, and the facts of that head for the delta's header.
 
     Raises:
         MismatchError: None is known.
     """
-    inside = tuple(f"{h}." for h in family.anatomy(base.model, base.source).heads)
-    given = {k: v for k, v in adapter.tensors.items() if k.startswith(inside)}
-    for names, head, outputs in _heads(adapter, base, data, given):
+    heads = family.anatomy(base.model, base.source).heads
+    tensors = {k: v for k, v in adapter.tensors.items() if inside(k, heads)}
+    for names, head, outputs in _heads(adapter, base, data, tensors):
         model = family.with_head(base, names, head, **outputs)
-        own = {k: v for k, v in model.state_dict().items() if k.startswith(inside)}
-        fits = all(own[k].shape == v.shape for k, v in given.items() if k in own)
-        if fits and (names == base.names or given.keys() >= own.keys()):  # a new head is nowhere but in the folder
+        own = {k: v for k, v in model.state_dict().items() if inside(k, heads)}
+        fits = all(own[k].shape == v.shape for k, v in tensors.items() if k in own)
+        if fits and (names == base.names or tensors.keys() >= own.keys()):  # a new head is nowhere but in the folder
             return model, {"names": {str(i): name for i, name in names.items()}, "head": head, "outputs": outputs}
-    found = "".join(f"{k} of {_shape(v)}" for k, v in sorted(given.items())[-1:]) or "no head"
+    last = "".join(f"{k} of {_shape(v)}" for k, v in sorted(tensors.items())[-1:]) or "no head"
     source, count = (data.source, len(data.names)) if data else (base.source, len(base.names))
     raise MismatchError(
-        f"the adapter does not fit: the folder holds {found}, but {source} has {count} classes; give the base that it was "
+        f"the adapter does not fit: the folder holds {last}, but {source} has {count} classes; give the base that it was "
         "trained on, and data=... for the names of other classes"
     )
 
 
-def _heads(adapter: Adapter, base: Base, data: Data | None, given: Tensors) -> Iterator[tuple[dict, str, dict]]:
-    """Yield what classes the adapter's head may be for, and how it may have been made."""
+def _heads(adapter: Adapter, base: Base, data: Data | None, tensors: Tensors) -> Iterator[tuple[dict, str, dict]]:
+    """Yield the heads that the adapter may have: class names, "keep" or "rebuild", and further arguments."""
     header = adapter.header
     ways = list(dict.fromkeys([header.get("head", "keep"), "keep", "rebuild"]))
     if data:
@@ -135,7 +129,7 @@ def _heads(adapter: Adapter, base: Base, data: Data | None, given: Tensors) -> I
     else:
         yield base.names, "keep", {}
         own = base.state
-        counts = {len(v) for k, v in given.items() if v.ndim and (k not in own or own[k].shape != v.shape)}
+        counts = {len(v) for k, v in tensors.items() if v.ndim and (k not in own or own[k].shape != v.shape)}
         yield from (({i: str(i) for i in range(count)}, way, {}) for count in sorted(counts) for way in ways)
 
 
@@ -148,16 +142,16 @@ def _fold(layer: Any, part: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the layers
-def _divide(adapter: Adapter, model: nn.Module, base: Base) -> tuple[dict[str, Tensors], Tensors]:
-    """Tell an adapter's tensors, by layer, from those of modules that are saved as a whole, and check that none is missing.
+def _divide(adapter: Adapter, model: nn.Module, base: Base) -> tuple[Mapping[str, Tensors], Tensors]:
+    """Divide an adapter's tensors into those of layers, by layer, and of whole modules, and check that none is missing.
 
     Raises:
         MismatchError: The model lacks a module, or has it in another shape.
         DeltaError: Something is missing.
     """
     state, modules = model.state_dict(), {name for name, _ in model.named_modules()}
-    layers: dict[str, Tensors] = {}
-    saved: Tensors = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
     for key, value in adapter.tensors.items():
         if key in state:
             if state[key].shape != value.shape:
@@ -183,25 +177,24 @@ def _divide(adapter: Adapter, model: nn.Module, base: Base) -> tuple[dict[str, T
 def _edits(
     adapter: Adapter, method: Method, model: nn.Module, layers: Mapping[str, Tensors], base: Base
 ) -> Iterator[tuple[Edit, Tensors]]:
-    """Yield the edits that an adapter is, with the tensors of their parts.
+    """Yield the edits of an adapter, with the tensors of their parts.
 
     Raises:
         MismatchError: A tensor has another shape than the layer takes.
-        DeltaError: One is missing or strange, or peft computes on a layer what the method here does not.
+        DeltaError: One is missing or strange, or peft computes something else on a layer than the method here.
     """
-    side = base.facts["imgsz"]
-    called = observe(model, torch.zeros(1, base.facts.get("channels", 3), side, side), layers)
+    run = called(model, layers, base)
     for module in (name for name, _ in model.named_modules() if name in layers):
-        layer, found = model.get_submodule(module), PeftLayer(layers[module], adapter.fields(module))
+        layer, saved = model.get_submodule(module), PeftLayer(layers[module], adapter.fields(module))
         try:
-            read = method.read_peft(layer, found)
+            read = method.read_peft(layer, saved)
         except KeyError as error:
             raise DeltaError(f"the folder has tensors of {module}, but no {error.args[0]}; get the folder again") from error
         except ConfigError as error:
             raise DeltaError(f"this adapter cannot be read: {error}") from error
         except IndexError as error:
             raise DeltaError(f"a tensor of {module} in the folder is no matrix; get the folder again") from error
-        if read is None or module not in called:
+        if read is None or module not in run:
             raise DeltaError(
                 f"HF peft's {adapter.config['peft_type']} of {module} is no change of its weight, for it is a "
                 f"{type(layer).__name__} with groups, dilation or a forward of its own; train without it"
@@ -210,21 +203,21 @@ def _edits(
         with torch.device("meta"):
             expected = method.to_peft(edit.build(), layer)
         assert expected is not None, "what peft computes is read and written on the same layers"
-        _check(module, layer, found, expected, base)
+        _check(module, saved, expected, base)
         yield edit, read[1]
 
 
-def _check(module: str, layer: nn.Module, found: PeftLayer, expected: PeftLayer, base: Base) -> None:
-    """Compare the tensors of a layer with those that it takes."""
-    if strange := next((name for name in found.tensors if name not in expected.tensors), None):
+def _check(module: str, saved: PeftLayer, expected: PeftLayer, base: Base) -> None:
+    """Refuse the tensors of a layer where they are not those that it takes."""
+    if strange := next((name for name in saved.tensors if name not in expected.tensors), None):
         several = any(f"{name.split('.')[0]}." in strange and name != strange for name in expected.tensors)
         why = "tensors carry the name of an adapter, as if there were several" if several else "nothing here reads it"
         raise DeltaError(f"the folder has {module}.{strange}: {why}; give a folder that peft's save_pretrained wrote")
     for name, tensor in expected.tensors.items():
-        if found.tensors[name].shape != tensor.shape:
-            rank = f" at r={found.fields['r']}" if "r" in found.fields else ""
-            given = _shape(found.tensors[name])
-            raise _other_base(base, f"{module}.{name} is {given} in the folder, but this layer takes {_shape(tensor)}{rank}")
+        if saved.tensors[name].shape != tensor.shape:
+            rank = f" at r={saved.fields['r']}" if "r" in saved.fields else ""
+            folder, layer = _shape(saved.tensors[name]), _shape(tensor)
+            raise _other_base(base, f"{module}.{name} is {folder} in the folder, but this layer takes {layer}{rank}")
 
 
 def _part(edit: Edit, tensors: Tensors) -> nn.Module:

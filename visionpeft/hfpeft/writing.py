@@ -1,4 +1,4 @@
-"""A delta as a folder for peft: what peft has a method for as an adapter, all else as modules that are saved as a whole."""
+"""A delta as a folder for peft: an adapter where peft has the method, all else as modules that are saved as a whole."""
 
 from __future__ import annotations
 
@@ -12,33 +12,45 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from .. import files
 from ..core import attach as attaching
+from ..core.anatomy import inside
 from ..core.base_model import Base
 from ..core.delta import KEY, Delta
-from ..core.method import Edit, PeftLayer, restore_method
+from ..core.method import Edit, PeftFields, PeftLayer, restore_method
 from ..core.plan import Plan
 from ..errors import ConfigError
-from ..families.introspect import observe
 from ..registry import METHODS
 from ..tables import escaped
-from .folder import CARD, CONFIG, LISTS, PATTERNS, PREFIX, WEIGHTS, as_json, excludes, meant_too, pattern_of, target_names
+from .folder import (
+    CARD,
+    CONFIG,
+    LISTS,
+    PATTERNS,
+    PREFIX,
+    WEIGHTS,
+    as_json,
+    called,
+    excludes,
+    pattern_of,
+    saved_too,
+    target_names,
+)
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What peft is to hold.
+    """A delta, divided as peft is to hold it.
 
     Attributes:
-        layers: Those with an adapter, by module.
+        layers: Layers with an adapter, by module.
         whole: Modules that are saved as a whole, with everything in them.
-        merged: Those of them that have an update of the method, which peft would get wrong or cannot name apart.
+        merged: Those of them whose update by the method peft would compute wrongly, or cannot name apart.
     """
 
     layers: dict[str, PeftLayer]
@@ -78,62 +90,61 @@ def write(model: nn.Module, delta: Delta, base: Base, opening: str, out: str | P
         **_common({m: layer.fields for m, layer in parts.layers.items()}),
     }
     header = {k: v for k, v in delta.header.items() if k not in ("plan", "bytes", "checksum", "format")}
-    said = {KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}  # one key: several come in any order
+    metadata = {KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}  # one key: several come in any order
     contents: dict[str, bytes | str] = {
         CONFIG: as_json(config),
-        WEIGHTS: save_tensors(tensors, said),
+        WEIGHTS: save_tensors(tensors, metadata),
         CARD: _card(delta, parts, opening),
     }
     return files.folder(out, contents, exist_ok)
 
 
 def divide(model: nn.Module, delta: Delta, base: Base) -> Parts:
-    """Say what of a delta is an adapter for peft, and what are whole modules.
+    """Divide a delta into an adapter for peft and modules that are saved as a whole.
 
     Raises:
-        ConfigError: peft has nothing that computes the same.
+        ConfigError: peft computes nothing the same.
     """
     plan = delta.plan
     _check_method(plan)
     method = next(m for m in restore_method(plan.method, plan.settings).parts if m.name == plan.edits[0].method)
-    called = _called(model, [e.module for e in plan.edits], base)
-    found = {e.module: method.to_peft(*_part(model, e)) if e.module in called else None for e in plan.edits}
-    layers = {module: layer for module, layer in found.items() if layer is not None}
+    run = called(model, [e.module for e in plan.edits], base)
+    edited = {e.module: method.to_peft(*_part(model, e)) if e.module in run else None for e in plan.edits}
+    layers = {module: layer for module, layer in edited.items() if layer is not None}
     if not layers:
         raise ConfigError(
-            f"HF peft computes something else on all {len(found)} layers that {method.name} edits here (convolutions with "
+            f"HF peft computes something else on all {len(edited)} layers that {method.name} edits here (convolutions with "
             "groups, dilation or weights that are not read as they are), so there is nothing to export; use merge"
         )
     changed = {k.rpartition(".")[0] for k in delta.tensors if not attaching.is_added(k)}
-    inside = tuple(f"{h}." for h in plan.heads)
-    head = {k.rpartition(".")[0] for k in model.state_dict() if k.startswith(inside)}  # a new head is nowhere else
-    whole = {*(m for m, layer in found.items() if layer is None), *changed, *head}
+    head = {k.rpartition(".")[0] for k in model.state_dict() if inside(k, plan.heads)}  # a new head is nowhere else
+    whole = {*(m for m, layer in edited.items() if layer is None), *changed, *head}
     _check_whole(model, whole, layers)
 
     def as_change(name: str) -> PeftLayer | None:
         """Return a layer of the body that trained itself as an adapter, where peft has one."""
-        own = {k for k in delta.tensors if k.startswith(f"{name}.")}
-        if name in head or own != {f"{name}.weight"} or not _called(model, [name], base):
+        changed_keys = {k for k in delta.tensors if k.startswith(f"{name}.")}
+        if name in head or changed_keys != {f"{name}.weight"} or not called(model, [name], base):
             return None
         return method.change_to_peft(model.get_submodule(name), base.state[f"{name}.weight"])
 
-    _tell_apart(_names(model), layers, whole, as_change)
+    _separate(_names(model), layers, whole, as_change)
     _check_whole(model, whole, layers)
-    return Parts(layers, tuple(sorted(whole)), tuple(m for m in found if m not in layers))
+    return Parts(layers, tuple(sorted(whole)), tuple(m for m in edited if m not in layers))
 
 
-def _tell_apart(
+def _separate(
     names: Sequence[str], layers: dict[str, PeftLayer], whole: set[str], as_change: Callable[[str], PeftLayer | None]
 ) -> None:
-    """Make `layers` and `whole` such that peft means by the names in `whole` just these.
+    """Change `layers` and `whole` until the names in `whole` select just these modules for peft.
 
-    It means all modules whose names end like that: "conv1" of a ResNet is also "layer1.0.conv1". Those are saved whole,
-    too; where they have adapters, the one that was named gets an adapter instead, or else theirs are merged.
+    A name selects all modules that end like it: "conv1" of a ResNet is also "layer1.0.conv1". Those are then saved whole,
+    too; where they have adapters, the module of that name gets an adapter instead, or else theirs are merged.
     """
-    pending, settled = sorted(whole), set[str]()  # settled: whole for another's sake
+    pending, settled = sorted(whole), set[str]()  # settled: whole because of another's name
     while pending:
         name = pending.pop()
-        others = meant_too(name, names)
+        others = saved_too(name, names)
         clash = [t for t in layers if t in others or excludes(name, t)]
         if clash and name not in settled and (layer := as_change(name)) is not None:
             layers[name] = layer
@@ -148,7 +159,7 @@ def _tell_apart(
 
 
 def _check_method(plan: Plan) -> None:
-    """Refuse what no single adapter of peft can hold."""
+    """Refuse a plan that no single adapter of peft can hold."""
     used = list(dict.fromkeys(e.method for e in plan.edits))
     known = sorted(name for name, cls in METHODS.items() if cls.peft_type)
     if strange := [name for name in used if not METHODS[name].peft_type] or [plan.method] * (not used):
@@ -184,18 +195,11 @@ def _names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name and ".peft_" not in f".{name}"]
 
 
-def _called(model: nn.Module, names: list[str], base: Base) -> set[str]:
-    """Return those modules that the model calls. What it only reads the weight of, peft's adapters have no effect on."""
-    side = base.facts["imgsz"]
-    x = torch.zeros(1, base.facts.get("channels", 3), side, side)
-    return set(observe(model, x, names))
-
-
-def _common(fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the configuration that gives each layer its fields: what most have, and patterns for the others."""
+def _common(fields: Mapping[str, PeftFields]) -> PeftFields:
+    """Return one configuration for all layers: the most common value of a field, and patterns for the others."""
     config: dict[str, Any] = {}
-    for name in dict.fromkeys(name for own in fields.values() for name in own):
-        values = {module: own[name] for module, own in fields.items()}
+    for name in dict.fromkeys(name for of_layer in fields.values() for name in of_layer):
+        values = {module: of_layer[name] for module, of_layer in fields.items()}
         first = config[name] = next(iter(values.values()))
         if name in LISTS:  # as a regular expression, for in a list even half a name counts
             config[name] = "|".join(re.escape(module) for module, true in values.items() if true) or []
@@ -212,7 +216,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _card(delta: Delta, parts: Parts, opening: str) -> str:
-    """Return the README of the folder: what it is, and the exact lines that use it."""
+    """Return the README of the folder, with the exact lines that use it."""
     header = delta.header
     name, count = escaped(header["base"]["model"]), len(header["names"])
     saved = len(parts.whole) - len(parts.merged)

@@ -12,7 +12,7 @@ from ..errors import ModelError
 
 
 def first_order(backward: Callable) -> Callable:
-    """Let a Function's backward refuse ``create_graph=True``.
+    """Make a Function's backward refuse ``create_graph=True``.
 
     Torch's own `once_differentiable` refuses only where the incoming gradient itself has a graph; elsewhere a second
     derivative would silently be zero.

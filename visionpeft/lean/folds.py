@@ -1,4 +1,4 @@
-"""Which BatchNorm may be folded into which convolution: where it is proved to be all that reads the convolution."""
+"""Pairs of a convolution and a BatchNorm that may be folded into it: proved to be its only reader."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from ..core.class_twins import plain
+from .._torch_private import has_any_global_hook
+from ..core.class_swap import plain
 
 Fold = tuple[nn.Module, str, str]  # a module, and its paths to a convolution and to the BatchNorm that reads it
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -18,67 +18,67 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def find(model: nn.Module) -> tuple[list[Fold], dict[str, str]]:
-    """Return the folds of a model, and for convolutions beside a BatchNorm that have none, why.
+    """Return the folds of a model; and the convolutions beside a BatchNorm that have none, with the reason.
 
     The forward of each module that holds both is traced with its children as black boxes; a fold is a convolution whose
     only reader is one BatchNorm that reads nothing else.
     """
-    found: list[Fold] = []
+    result: list[Fold] = []
     refused: dict[str, str] = {}
-    owned = [x for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
-    owners = Counter(map(id, owned))
-    settled: set[int] = set()  # convolutions that a module further out calls itself, past the container they are in
+    children = [x for m in model.modules() for x in (*m._modules.values(), *m._parameters.values())]
+    owners = Counter(map(id, children))
+    done: set[int] = set()  # convolutions that a module further out calls itself, past the container they are in
     for name, module in model.named_modules():
-        convs = {path: conv for path, conv in _held(module, nn.Conv2d) if id(conv) not in settled}
-        if not convs or not any(_held(module, nn.BatchNorm2d)):
+        convs = {path: conv for path, conv in _children_of(module, nn.Conv2d) if id(conv) not in done}
+        if not convs or not any(_children_of(module, nn.BatchNorm2d)):
             continue
         whole = f"{name}." if name else ""
         try:
-            calls, pairs = _pairs(module)
+            calls, pairs = _fold_pairs(module)
         except Exception as error:  # fx gives up in many ways on a forward that depends on data
             refused |= {whole + k: f"its module cannot be traced ({type(error).__name__})" for k in convs if "." not in k}
             continue
         for path, conv in convs.items():
             if path not in calls and "." in path:
                 continue  # its container calls it
-            settled.add(id(conv))
+            done.add(id(conv))
             if path not in pairs:
                 refused[whole + path] = "what reads it is not one BatchNorm"
             elif owners[id(conv)] > 1 or owners[id(conv._parameters.get("weight"))] > 1:
                 refused[whole + path] = "it, or its weight, is used elsewhere, too"
-            elif not _usual(conv):
+            elif not _is_plain_conv(conv):
                 refused[whole + path] = "its class has a forward of its own"
             else:
-                found.append((module, path, pairs[path]))
-    return found, refused
+                result.append((module, path, pairs[path]))
+    return result, refused
 
 
-def _held(module: nn.Module, kind: type, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a kind, by path, that `module` holds itself or in containers."""
+def _children_of(module: nn.Module, kind: type, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a kind, by path, that are children of `module` or of its containers."""
     for name, child in module.named_children():
         if isinstance(child, kind):
             yield path + name, child
         elif isinstance(child, _CONTAINERS):
-            yield from _held(child, kind, f"{path}{name}.")
+            yield from _children_of(child, kind, f"{path}{name}.")
 
 
 class _Tracer(fx.Tracer):
-    """Records what a forward does with the module's children, which are black boxes.
+    """Records the calls of a module's children in its forward. The children are black boxes.
 
     `trace` of fx would patch `nn.Module` meanwhile, for all threads; here a copy's children record their own calls.
     """
 
     def record(self, module: nn.Module, training: bool) -> list[fx.Node]:
-        """Return the calls of children in a module's forward. What that stores goes into a copy, `root`."""
+        """Return the calls of children in a module's forward. Its attributes are set on a copy, `root`."""
         copies: dict[Any, Any] = {None: None}  # for children that are left out
-        for path, own in module.named_modules():
-            copies[own] = copied = object.__new__(type(own))
-            vars(copied).update(vars(own), _compiled_call_impl=None, **{name: {} for name in _HOOKS})
+        for path, original in module.named_modules():
+            copies[original] = copied = object.__new__(type(original))
+            vars(copied).update(vars(original), _compiled_call_impl=None, **{name: {} for name in _HOOKS})
             if path:
                 vars(copied)["forward"] = partial(self._call, path)
-        for own, copied in copies.items():
-            if own is not None:
-                vars(copied)["_modules"] = {name: copies[child] for name, child in own._modules.items()}
+        for original, copied in copies.items():
+            if original is not None:
+                vars(copied)["_modules"] = {name: copies[child] for name, child in original._modules.items()}
         self.root = copies[module]
         self.root.training = training
         self.graph, self.tensor_attrs = fx.Graph(), {}
@@ -90,30 +90,30 @@ class _Tracer(fx.Tracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
 
-def _pairs(module: nn.Module) -> tuple[set[str], dict[str, str]]:
-    """Return what a module's forward calls, and the pairs of a convolution and the BatchNorm that alone reads it."""
+def _fold_pairs(module: nn.Module) -> tuple[set[str], dict[str, str]]:
+    """Return the children that a module calls, and the pairs of a convolution and the one BatchNorm that reads it."""
     called: set[str] = set()
     both: list[set[tuple[str, str]]] = []
     for training in (True, False):
         calls = (tracer := _Tracer()).record(module, training)
         if any(isinstance(value, fx.Proxy) for value in vars(tracer.root).values()):
-            raise ValueError("what it stores may be read elsewhere")
+            raise ValueError("an attribute that it sets may be read elsewhere")
         called |= {str(n.target) for n in calls}
         times = Counter(n.target for n in calls)
         pairs = [(n, reader) for n in calls if len(n.users) == 1 and (reader := next(iter(n.users))) in calls]
         once = [(a, b) for a, b in pairs if times[a.target] == times[b.target] == 1 and b.args == (a,)]
-        both.append({(str(a.target), str(b.target)) for a, b in once if _known(module, str(b.target))})
+        both.append({(str(a.target), str(b.target)) for a, b in once if _is_plain_norm(module, str(b.target))})
     return called, dict(both[0] & both[1])
 
 
-def _usual(conv: Any) -> bool:
-    """Say whether what a convolution returns is what ``F.conv2d`` returns for its weight."""
+def _is_plain_conv(conv: Any) -> bool:
+    """Return whether a convolution returns exactly ``F.conv2d`` of its input and its weight."""
     kind: Any = plain(type(conv))
     return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
 
 
-def _known(module: nn.Module, name: str) -> bool:
-    """Say whether this is a BatchNorm whose forward begins with ``F.batch_norm`` of its input and its own tensors."""
+def _is_plain_norm(module: nn.Module, name: str) -> bool:
+    """Return whether this is a BatchNorm whose forward begins with ``F.batch_norm`` of its input and its own tensors."""
     bn: Any = module.get_submodule(name)
     if not isinstance(bn, nn.BatchNorm2d) or not bn.track_running_stats or bn.running_mean is None:
         return False
@@ -126,7 +126,7 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
 
     They are those with frozen statistics and weight. A hook between the two, or a module put in since, undoes a fold.
     """
-    if _has_any_global_hook():
+    if has_any_global_hook():
         return {}
     valid: dict[int, nn.Module] = {}
     shared: set[int] = set()
@@ -135,14 +135,14 @@ def current(folds: list[Fold]) -> dict[int, nn.Module]:
         if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
             continue
         if any("forward" in vars(m) for m in (parent, conv, bn)):
-            continue  # someone has put another one in place of the class's
+            continue  # an instance's own forward hides the class's
         weight = conv._parameters.get("weight")
         if weight is None or bn.training or (bn.weight is not None and bn.weight.requires_grad):
             continue
         if conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks:
             continue
         if bn._forward_pre_hooks or bn._forward_hooks or bn._backward_hooks or bn._backward_pre_hooks:
-            continue  # one behind is shown the input, too
+            continue  # a forward hook sees the input, too
         if id(weight) in valid:
             shared.add(id(weight))
         valid[id(weight)] = bn

@@ -1,9 +1,9 @@
-"""The frozen prefix: the stages before the first that trains. What they put out depends on the image alone, so they can run
-apart from the rest, faster, or not at all where their outputs are given.
+"""The frozen stages: those before the first that trains. Their outputs depend on the image alone, so they can run apart from
+the rest, faster, or not at all where their outputs are at hand.
 
-`Prefix` computes the outputs: BatchNorm folded, channels_last, without a graph, in a precision of its own. `put_on` makes
-twins of the model and of the prefix's modules. Such a model takes images as before, or instead of each image one vector
-that `Prefix.flatten` made, and the modules then return what was computed elsewhere. The model's own forward is as it was.
+`FrozenStages` computes the outputs: BatchNorm folded, channels_last, without a graph, in a precision of its own. A model
+that has them installed takes images as before, or instead of each image one vector that `FrozenStages.flatten` made; its
+frozen modules then return outputs computed elsewhere. The model's own forward is as it was.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._pytree import tree_leaves
 
-from ..core import class_twins as twins
+from ..core import class_swap
+from ..core.class_swap import Mixin
 from ..errors import ConfigError
 from . import folds
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Prefix:
-    """The first modules of a model, copied, to be run apart from it.
+class FrozenStages:
+    """A copy of a model's first modules, to be run apart from the rest.
 
     Args:
         model: The model, nothing attached to it; it stays as it is.
-        modules: Paths of modules that together are the prefix; whatever is computed between them counts as well.
+        modules: Paths of the modules that together are the frozen stages; what is computed between them belongs to them.
         x: Images to try it on, (B, C, H, W), of the size that vectors will be made for.
         read: Those modules whose outputs the rest of the model reads; by default the one that runs last.
-        dtype: What it computes in.
-        stored: What its outputs are rounded to; by default `dtype`.
+        dtype: The type to compute in.
+        stored: The type to round outputs to; by default `dtype`.
 
     Raises:
         ConfigError: The model does not come to the same result when its first modules run apart.
@@ -57,139 +59,164 @@ class Prefix:
         self.read = tuple(read) or self.modules[-1:]
         self.shapes = {name: output.shape[1:] for name, output in outputs.items()}
         self.image = x.shape[1:]
-        _check(trial, self, outputs, results)
+        self._check(trial, outputs, results)
         self._last = next(name for name in reversed(self.modules) if name in self.read)
-        self._fast = _cast(self._faster(model, outputs, x), dtype)
+        self._fast = _cast(self._folded(model, outputs, x), dtype)
 
-    def __deepcopy__(self, memo: dict) -> Prefix:
+    def __deepcopy__(self, memo: dict) -> FrozenStages:
         return self  # it never changes
 
     @property
     def length(self) -> int:
-        """Numbers in the vector of one image."""
+        """Count of numbers in the vector of one image."""
         return sum(math.prod(self.shapes[name]) for name in self.read)
 
     @property
     def bytes(self) -> int:
-        """What its own copy of the modules takes."""
+        """Bytes of its own copy of the modules."""
         return sum(t.nbytes for t in (*self._fast.parameters(), *self._fast.buffers()))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return what the rest of the model reads, by module, in the type that is stored."""
-        found: dict[str, Tensor] = {}
+        """Return the outputs that the rest of the model reads, by module, in the stored type."""
         if next(self._fast.parameters()).device != images.device:
             self._fast.to(images.device)
         with torch.autocast(images.device.type, enabled=False):
-            _run(self._fast, images.to(self.dtype, memory_format=torch.channels_last), self.read, self._last, found)
-        return {name: found[name].to(self.stored) for name in self.read}
+            outputs = self._run(self._fast, images.to(self.dtype, memory_format=torch.channels_last))
+        return {name: outputs[name].to(self.stored) for name in self.read}
 
     def flatten(self, outputs: dict[str, Tensor]) -> Tensor:
         """Return outputs as a vector per image, (B, length); the images must be of the size of the trial."""
         return torch.cat([outputs[name].flatten(1) for name in self.read], 1)
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Return outputs of vectors (B, length)."""
+        """Return the outputs that vectors (B, length) hold, by module."""
         parts = vectors.split([math.prod(self.shapes[name]) for name in self.read], 1)
         return {n: part.view(len(part), *self.shapes[n]) for n, part in zip(self.read, parts, strict=True)}
 
-    def _faster(self, model: nn.Module, outputs: dict[str, Tensor], x: Tensor) -> nn.Module:
-        """Return a copy of what runs, with BatchNorm folded where that gives the same outputs."""
+    def install(self, model: nn.Module) -> nn.Module:
+        """Let the model's first modules run apart, or not at all where the model is given vectors; in place."""
+        for module in self.members(model).values():
+            class_swap.add_mixin(module, PrecomputedOutput)
+        class_swap.add_mixin(model, FrozenStagesMixin)
+        model.__dict__["frozen_stages"] = self
+        return model
+
+    def uninstall(self, model: nn.Module) -> nn.Module:
+        """Undo `install`, in place."""
+        for module in self.members(model).values():
+            class_swap.remove_mixin(module, PrecomputedOutput)
+        class_swap.remove_mixin(model, FrozenStagesMixin)
+        del model.__dict__["frozen_stages"]
+        return model
+
+    def members(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the frozen modules of a model, by path."""
+        return {name: model.get_submodule(name) for name in self.modules}
+
+    def _run(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """Run a model up to the last module that is read, and return the outputs of those that are."""
+        outputs: dict[str, Tensor] = {}
+
+        def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs[name] = output
+            if name == self._last:
+                raise _AllComputed
+
+        with _hooked(model, self.read, record):
+            try:
+                model(x)
+            except _AllComputed:
+                pass
+        return outputs
+
+    def _folded(self, model: nn.Module, outputs: dict[str, Tensor], x: Tensor) -> nn.Module:
+        """Return a copy of the modules that run, with BatchNorm folded where that gives the same outputs."""
         plain = copy.deepcopy(model).eval().requires_grad_(False)
-        found: dict[str, Tensor] = {}
         with torch.no_grad():
-            _trim(plain, self.modules, lambda: _run(plain, x, self.read, self._last, {}))
+            _trim(plain, self.modules, lambda: self._run(plain, x))
             folded = copy.deepcopy(plain)
             fold(folded)
-            _run(folded, x, self.read, self._last, found)
-        same = all((found[n] - outputs[n]).norm() <= 1e-3 * outputs[n].norm() for n in self.read)
+            again = self._run(folded, x)
+        same = all((again[n] - outputs[n]).norm() <= 1e-3 * outputs[n].norm() for n in self.read)
         return folded if same else plain
 
+    @torch.no_grad()
+    def _check(self, model: nn.Module, outputs: dict[str, Tensor], results: list[Tensor]) -> None:
+        """Refuse a model that does not return `results` where its frozen modules return `outputs` without running."""
+        if missing := [name for name in self.read if name not in outputs]:
+            raise ConfigError(_refusal(f"{missing[0]} does not run"))
+        self.install(model)
+        try:
+            again = _tensors(model(self.flatten(outputs)))
+        except (RuntimeError, ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
+            raise ConfigError(_refusal("the rest reads what they compute in between")) from error
+        finally:
+            self.uninstall(model)
+        pairs = zip(again, results, strict=False)
+        if not all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs):
+            raise ConfigError(_refusal("the rest reads what they compute in between"))
 
-def put_on(model: nn.Module, prefix: Prefix) -> nn.Module:
-    """Let the model's first modules run apart, as `prefix`, or not at all where it is given vectors; in place."""
-    for module in _members(model, prefix).values():
-        twins.put_on(module, Skipped)
-    twins.put_on(model, Apart)
-    model.__dict__["prefix"] = prefix
-    return model
 
+class FrozenStagesMixin(Mixin):
+    """A model whose frozen stages run apart. Outermost, for other mixins record what the model computes, not its stages."""
 
-def take_off(model: nn.Module) -> nn.Module:
-    """Take `put_on` back, in place."""
-    for module in _members(model, model.__dict__.pop("prefix")).values():
-        twins.take_off(module, Skipped)
-    twins.take_off(model, Apart)
-    return model
-
-
-class Apart:
-    """Twin of a model. Its name sorts it outside of twins that record what the model computes: the prefix is not theirs."""
-
-    prefix: Prefix
+    _mixin_rank = 0
+    frozen_stages: FrozenStages
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         run = super().forward  # type: ignore[misc]
         if not isinstance(x, Tensor):  # a whole batch, whose images the forward calls itself with
             return run(x, *args, **kwargs)
-        outputs = self.prefix.unflatten(x) if x.ndim == 2 else self.prefix(x)
+        stages = self.frozen_stages
+        outputs = stages.unflatten(x) if x.ndim == 2 else stages(x)
         layout = torch.preserve_format
         if x.device.type == "cpu":  # where a lean rest is faster with channels last, and another without
             layout = torch.channels_last if hasattr(self, "lean_level") else torch.contiguous_format
-        given = {
+        outputs = {
             name: output.to(torch.float32, memory_format=layout if output.dim() == 4 else torch.preserve_format)
             for name, output in outputs.items()
         }
-        with _given(self, self.prefix, given):
-            return run(given[self.prefix.read[0]].new_empty(0, *self.prefix.image), *args, **kwargs)
+        with _precomputed(self, stages, outputs):
+            return run(outputs[stages.read[0]].new_empty(0, *stages.image), *args, **kwargs)
 
 
-class Skipped:
-    """Twin of a module: while it has been given an output, it returns that instead of running."""
+class PrecomputedOutput(Mixin):
+    """A module that returns an output it was given instead of running."""
 
-    given_output: Tensor | None = None
+    _mixin_rank = 4
+    precomputed: Tensor | None = None
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         # not forward: a library that fuses layers gives modules another one, and no hook shall see this
-        return super().__call__(*args, **kwargs) if self.given_output is None else self.given_output  # type: ignore[misc]
+        return super().__call__(*args, **kwargs) if self.precomputed is None else self.precomputed  # type: ignore[misc]
 
 
 @contextmanager
-def _given(model: nn.Module, prefix: Prefix, outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Let the prefix's modules return `outputs`; those that nobody reads, a batch of no images, which costs nothing."""
-    members, like = _members(model, prefix), outputs[prefix.read[0]]
+def _precomputed(model: nn.Module, stages: FrozenStages, outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Let the frozen modules return `outputs`; those that nobody reads, a batch of no images, which costs nothing."""
+    members, like = stages.members(model), outputs[stages.read[0]]
     for name, module in members.items():
-        output = outputs[name] if name in outputs else like.new_empty(0, *prefix.shapes[name])
-        module.__dict__["given_output"] = output
+        output = outputs[name] if name in outputs else like.new_empty(0, *stages.shapes[name])
+        module.__dict__["precomputed"] = output
     try:
         yield
     finally:
         for module in members.values():
-            del module.__dict__["given_output"]
-
-
-def _members(model: nn.Module, prefix: Prefix) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in prefix.modules}
+            del module.__dict__["precomputed"]
 
 
 # ------------------------------------------------------------------------------------------------------- running in part
-class _Enough(Exception):
+class _AllComputed(Exception):
     """The last output that is read has been computed."""
 
 
-def _run(model: nn.Module, x: Tensor, read: Iterable[str], last: str, found: dict[str, Tensor]) -> None:
-    """Run a model up to its module `last`, and put what the modules `read` return into `found`."""
-
-    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found[name] = output
-        if name == last:
-            raise _Enough
-
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in read]
+@contextmanager
+def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Have `hook` called with the path, arguments and output of each of the named modules."""
+    handles = [model.get_submodule(name).register_forward_hook(partial(hook, name)) for name in names]
     try:
-        model(x)
-    except _Enough:
-        pass
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -197,51 +224,27 @@ def _run(model: nn.Module, x: Tensor, read: Iterable[str], last: str, found: dic
 
 @torch.no_grad()
 def _outputs(model: nn.Module, names: Iterable[str], x: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return what the named modules put out, in the order in which they run, and what the model returns."""
-    found: dict[str, Tensor] = {}
+    """Return the outputs of the named modules, in the order in which they run, and those of the model."""
+    outputs: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if name in found or not isinstance(output, Tensor) or len(output) != len(x):
-            raise ConfigError(_apart(f"{name} runs twice, or returns something else than a tensor with a row per image"))
-        found[name] = output.clone()  # an activation behind it may write into it
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if name in outputs or not isinstance(output, Tensor) or len(output) != len(x):
+            raise ConfigError(_refusal(f"{name} runs twice, or returns something else than a tensor with a row per image"))
+        outputs[name] = output.clone()  # an activation behind it may write into it
 
-    handles = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
-    try:
+    with _hooked(model, names, record):
         results = _tensors(model(x))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
-        raise ConfigError(_apart("none of its modules runs"))
-    return found, results
+    if not outputs:
+        raise ConfigError(_refusal("none of its modules runs"))
+    return outputs, results
 
 
-@torch.no_grad()
-def _check(model: nn.Module, prefix: Prefix, outputs: dict[str, Tensor], results: list[Tensor]) -> None:
-    """Refuse a model that does not return `results` when its prefix is given `outputs` and does not run."""
-    if missing := [name for name in prefix.read if name not in outputs]:
-        raise ConfigError(_apart(f"{missing[0]} does not run"))
-    put_on(model, prefix)
-    try:
-        again = _tensors(model(prefix.flatten(outputs)))
-    except (RuntimeError, ValueError, IndexError, ZeroDivisionError, AssertionError) as error:
-        raise ConfigError(_apart("the rest reads what they compute in between")) from error
-    finally:
-        take_off(model)
-    pairs = zip(again, results, strict=False)
-    if not all(a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5, equal_nan=True) for a, b in pairs):
-        raise ConfigError(_apart("the rest reads what they compute in between"))
-
-
-def _apart(why: str) -> str:
+def _refusal(why: str) -> str:
     return f"the frozen stages of this model cannot run apart from the rest ({why}); leave cache and frozen_dtype out"
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 # ---------------------------------------------------------------------------------------------------------- making it fast
@@ -263,17 +266,17 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.is_floating_point():
-                turned = tensor.detach().to(dtype)
-                turned = turned.to(memory_format=torch.channels_last) if turned.dim() == 4 else turned
+                cast = tensor.detach().to(dtype)
+                cast = cast.to(memory_format=torch.channels_last) if cast.dim() == 4 else cast
                 if name in module._buffers:
-                    module._buffers[name] = turned
+                    module._buffers[name] = cast
                 else:
-                    module._parameters[name] = nn.Parameter(turned, False)
+                    module._parameters[name] = nn.Parameter(cast, False)
     return model
 
 
 def _trim(model: nn.Module, modules: Iterable[str], run: Callable[[], object]) -> None:
-    """Let go, in place, of what stands beside the prefix's modules and does not run with them."""
+    """Drop, in place, the modules that stand beside the frozen ones and do not run with them."""
     parents = {".".join(parts[:i]) for parts in (name.split(".") for name in modules) for i in range(len(parts))}
     ran: set[nn.Module] = set()
     handles = [m.register_forward_pre_hook(lambda module, args: ran.add(module)) for m in model.modules()]

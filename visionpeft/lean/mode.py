@@ -17,44 +17,45 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
+from .._torch_private import saved_tensors_hook, version
 from ..errors import ModelError
 from . import recompute as recipes
 from .norms import BatchNorm, LayerNorm, affine, rescale, scale_and_shift
 from .pointwise import Activation, MaxPool, Pointwise, gelu, hardswish, hardtanh, leaky_relu, relu, silu
 from .products import Conv, Linear, LowRank, Product, exactly, layout, times, updated
-from .recompute import Kept, Leaf, Made, Recall, apart, keep, keep_itself, made, recipe_of, tag, version
+from .recompute import Derived, Kept, Leaf, SharedRecompute, attach_recipe, derive, keep, keep_itself, recipe_of
 from .report import Report
 
-MOST = 12.0  # the costliest recipe of all, in passes over the tensor
-WORTH = 64.0  # multiplications per element beside which a pass over the tensor is little
+MAX_PASSES = 12.0  # of the costliest recipe of all
+WORK_PER_PASS = 64.0  # multiplications per element beside which a pass over the tensor costs little
 
 _state = threading.local()
 
 
-class Watch(TorchFunctionMode):
+class LeanMode(TorchFunctionMode):
     """Runs one forward leanly.
 
     Args:
         folds: The frozen BatchNorm that follows a convolution, by the id of the convolution's own weight.
-        frugal: Whether memory goes before time: recipes may cost many passes over a tensor, and linear layers are computed
-            again for the activation that follows them. Else a recipe is used where rebuilding is little beside what the
-            tensor is then used for.
-        report: Where to count the bytes of what functions return.
+        recompute_all: Whether memory comes before time: recipes may cost many passes over a tensor, and linear layers are
+            computed again for the activation that follows them. Else a recipe is used where rebuilding costs little beside
+            the work that the tensor is rebuilt for.
+        report: Where to count the bytes of functions' results.
     """
 
-    def __init__(self, folds: Mapping[int, nn.Module], frugal: bool, report: Report | None = None):
+    def __init__(self, folds: Mapping[int, nn.Module], recompute_all: bool, report: Report | None = None):
         super().__init__()
-        self.folds, self.frugal, self.report = folds, frugal, report
+        self.folds, self.recompute_all, self.report = folds, recompute_all, report
         self.folded = 0  # convolutions whose BatchNorm has not come yet
 
-    def __enter__(self) -> Watch:
-        _state.watch = self
+    def __enter__(self) -> LeanMode:
+        _state.mode = self
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _state.watch = None
+        _state.mode = None
         super().__exit__(*error)
-        recipes.forget()
+        recipes.detach_recipes()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         handler = HANDLERS.get(func)
@@ -65,18 +66,18 @@ class Watch(TorchFunctionMode):
             return out
         return handler(self, func, *args, **(kwargs or {}))
 
-    def most(self, work: float = 0.0) -> float:
-        """Return the costliest recipe, in passes, for what does `work` multiplications per element in backward."""
-        return MOST if self.frugal else work // WORTH
+    def max_passes(self, work: float = 0.0) -> float:
+        """Return the cost that a recipe may have, for a function of `work` multiplications per element in backward."""
+        return MAX_PASSES if self.recompute_all else work // WORK_PER_PASS
 
-    def took(self, kind: str, out: Tensor) -> Tensor:
-        """Note that a function was taken over."""
+    def replaced(self, kind: str, out: Tensor) -> Tensor:
+        """Note that a function was replaced, and return its result."""
         if self.report:
             self.report.taken[kind] += out.nbytes
         return out
 
-    def leave(self, func: Callable, why: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a function as it is, and note why."""
+    def fallback(self, func: Callable, why: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a function as it is, note why, and return its result."""
         out = func(*args, **kwargs)
         if self.report and isinstance(out, Tensor):
             self.report.left[f"{func.__name__}: {why}"] += out.nbytes
@@ -84,19 +85,18 @@ class Watch(TorchFunctionMode):
 
 
 def running() -> bool:
-    """Say whether a lean forward is under way in this thread."""
-    return getattr(_state, "watch", None) is not None
+    """Return whether a lean forward is under way in this thread."""
+    return getattr(_state, "mode", None) is not None
 
 
 def checkpointing() -> bool:
-    """Say whether this runs under torch's checkpoint, whose two forwards must do the same: they run as they are."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
+    """Return whether torch's checkpoint is under way. Its two forwards must do the same, so they run as they are."""
+    return getattr(saved_tensors_hook(), "__module__", "") == checkpoint.__name__
 
 
 # ------------------------------------------------------------------------------------------------------------- products
 def _conv2d(
-    watch: Watch,
+    lean: LeanMode,
     func: Callable,
     input: Tensor,
     weight: Tensor,
@@ -108,30 +108,30 @@ def _conv2d(
 ) -> Tensor:
     if isinstance(padding, str) or input.dim() != 4 or not input.numel():
         why = "padding by name" if isinstance(padding, str) else "not (B, C, H, W)"
-        return watch.leave(func, why, input, weight, bias, stride, padding, dilation, groups)
+        return lean.fallback(func, why, input, weight, bias, stride, padding, dilation, groups)
     op = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
-    bn: Any = watch.folds.get(id(getattr(weight, "peft_base", weight)))
+    bn: Any = lean.folds.get(id(getattr(weight, "peft_base", weight)))
     if bn is None:
-        return watch.took("convolution", _product(watch, op, input, weight, bias, None))
+        return lean.replaced("convolution", _product(lean, op, input, weight, bias, None))
     weight_of_bn = None if bn.weight is None else bn.weight.detach()
     scale, shift = scale_and_shift(bn.running_mean, torch.rsqrt(bn.running_var + bn.eps), weight_of_bn, bn.bias)
-    out = _product(watch, op, input, weight, shift if bias is None else shift + bias * scale, scale)
+    out = _product(lean, op, input, weight, shift if bias is None else shift + bias * scale, scale)
     out._lean_normalised = bn.running_mean, version(out)  # type: ignore[attr-defined]
-    watch.folded += 1
-    return watch.took("convolution + frozen BatchNorm", out)
+    lean.folded += 1
+    return lean.replaced("convolution + frozen BatchNorm", out)
 
 
-def _linear(watch: Watch, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(lean: LeanMode, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if input.dim() < 2 or not input.numel():
-        return watch.leave(func, "no rows", input, weight, bias)
-    out, given = _product(watch, Linear(), input, weight, bias, None), recipe_of(input)
+        return lean.fallback(func, "no rows", input, weight, bias)
+    out, recipe = _product(lean, Linear(), input, weight, bias, None), recipe_of(input)
     factors = _factors(weight)
-    if watch.frugal and given is not None and given.passes < MOST and (weight.is_leaf or factors is not None):
-        again = Recall(partial(_linear_again, out.dtype, factors.scaling if factors else None, bias is not None))
+    if lean.recompute_all and recipe is not None and recipe.passes < MAX_PASSES and (weight.is_leaf or factors is not None):
+        again = SharedRecompute(partial(_linear_again, out.dtype, factors.scaling if factors else None, bias is not None))
         tensors = (weight,) if factors is None else (factors.base, factors.up, factors.down)
-        # costly, so only for what reads it directly
-        tag(out, Made(again, (given, *map(Leaf, (*tensors, *(() if bias is None else (bias,))))), MOST - 1))
-    return watch.took("linear", out)
+        parts = (recipe, *map(Leaf, (*tensors, *(() if bias is None else (bias,)))))
+        attach_recipe(out, Derived(again, parts, MAX_PASSES - 1))  # costly, so only for a direct reader
+    return lean.replaced("linear", out)
 
 
 def _linear_again(dtype: torch.dtype, scaling: float | None, biased: bool, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -144,14 +144,14 @@ def _linear_again(dtype: torch.dtype, scaling: float | None, biased: bool, x: Te
 
 
 def _product(
-    watch: Watch, op: Conv | Linear, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
+    lean: LeanMode, op: Conv | Linear, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     factors, learns = _factors(weight), weight.requires_grad
     if not (learns or x.requires_grad or (bias is not None and bias.requires_grad)):
         return op(x, times(weight, scale), bias)
     dtype, kept = _autocast(x), None
     if learns and (factors is None or factors.down.requires_grad or op.groups > 1):
-        kept = keep(x, watch.most(op.work(weight.shape)))
+        kept = keep(x, lean.max_passes(op.work(weight.shape)))
         if factors is None and scale is None and kept.itself and dtype in (None, x.dtype):
             return op(x, weight, bias)  # PyTorch keeps no more
     if factors is None:
@@ -161,7 +161,7 @@ def _product(
 
 
 def _factors(weight: Tensor) -> LowRank | None:
-    """Return the factors that a delta offers with a weight it has computed, where its base is frozen."""
+    """Return the factors of a weight that a low-rank delta has computed on a frozen base, else None."""
     offered = getattr(weight, "peft_factors", None)
     if offered is None or offered[0].requires_grad or not offered[1].requires_grad:
         return None
@@ -172,31 +172,32 @@ def _factors(weight: Tensor) -> LowRank | None:
 def _activation(make: Callable[..., Activation], *names: str) -> Callable:
     """Return a handler of an activation function; `names` are its arguments between input and inplace."""
 
-    def handler(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def handler(lean: LeanMode, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         settings = dict(zip((*names, "inplace"), args, strict=False), **kwargs)
         inplace, act = settings.pop("inplace", False) or func is torch.relu_, make(**settings)
-        given = recipe_of(input)
-        if given is not None and inplace and not apart(given, input):
-            given = None
+        recipe = recipe_of(input)
+        if recipe is not None and inplace and not recipes.survives_change_of(recipe, input):
+            recipe = None
         if not input.requires_grad or not input.is_floating_point():
-            return tag(func(input, *args, **kwargs), made(act.function, given))
-        if given is not None and 0 < given.passes <= watch.most():
-            kept: Kept | None = keep(input, watch.most())
+            return attach_recipe(func(input, *args, **kwargs), derive(act.function, recipe))
+        if recipe is not None and 0 < recipe.passes <= lean.max_passes():
+            kept: Kept | None = keep(input, lean.max_passes())
         elif act.mask is not None:
-            kept, given = None, None
+            kept, recipe = None, None
         elif inplace:
-            return watch.leave(func, "in place", input, *args, **kwargs)
+            return lean.fallback(func, "in place", input, *args, **kwargs)
         else:  # PyTorch keeps no more than the input itself; what reads the result may be rebuilt from it
             leaf = keep_itself(input)
-            return tag(watch.took("activation", func(input, *args, **kwargs)), made(act.function, leaf))
-        return tag(watch.took("activation", Pointwise.apply(input, act, kept, inplace)), made(act.function, given))
+            return attach_recipe(lean.replaced("activation", func(input, *args, **kwargs)), derive(act.function, leaf))
+        out = lean.replaced("activation", Pointwise.apply(input, act, kept, inplace))
+        return attach_recipe(out, derive(act.function, recipe))
 
     return handler
 
 
 # ------------------------------------------------------------------------------------------------------- normalisations
 def _batch_norm(
-    watch: Watch,
+    lean: LeanMode,
     func: Callable,
     input: Tensor,
     running_mean: Tensor | None,
@@ -210,25 +211,25 @@ def _batch_norm(
     mean, when = getattr(input, "_lean_normalised", (None, 0))
     if mean is running_mean is not None and when == version(input):
         del input._lean_normalised  # type: ignore[attr-defined]
-        watch.folded -= 1
+        lean.folded -= 1
         return input
     learns = any(t is not None and t.requires_grad for t in (input, weight, bias))
     if not learns or input.dim() < 2 or input.numel() <= (input.shape[1] if training else 0):
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     keeps = training or (weight is not None and weight.requires_grad)
-    if keeps and not watch.frugal:  # PyTorch keeps no more
+    if keeps and not lean.recompute_all:  # PyTorch keeps no more
         out = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return watch.took("BatchNorm", out)
-    kept = keep(input, watch.most()) if keeps else None
+        return lean.replaced("BatchNorm", out)
+    kept = keep(input, lean.max_passes()) if keeps else None
     out, scale, shift = BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, kept)
     dtype = out.dtype
-    again = Recall(lambda x, s, t: affine(x, s, t).to(dtype))  # for the activation and for what reads that
-    tag(out, made(again, recipe_of(input), Leaf(scale), Leaf(shift)))
-    return watch.took("BatchNorm", out)
+    again = SharedRecompute(lambda x, s, t: affine(x, s, t).to(dtype))  # for the activation and for what reads that
+    attach_recipe(out, derive(again, recipe_of(input), Leaf(scale), Leaf(shift)))
+    return lean.replaced("BatchNorm", out)
 
 
 def _layer_norm(
-    watch: Watch,
+    lean: LeanMode,
     func: Callable,
     input: Tensor,
     normalized_shape: Any,
@@ -242,15 +243,15 @@ def _layer_norm(
     x = input.float() if _autocast(input) is not None and input.device.type == "cuda" else input  # as autocast has it
     out, normal, mean, inverse = LayerNorm.apply(x, tuple(normalized_shape), weight, bias, eps)
     affines, kept = [Leaf(t) for t in (weight, bias) if t is not None], Leaf(normal)
-    tag(out, made(lambda n, w=None, b=None: rescale(n, w, b), kept, *affines))
+    attach_recipe(out, derive(lambda n, w=None, b=None: rescale(n, w, b), kept, *affines))
     if recipe_of(input) is None and input.dtype in (torch.float32, torch.float64) and normal.dtype is input.dtype:
-        tag(input, made(lambda n, m, s: torch.addcmul(m, n, s.reciprocal()), kept, Leaf(mean), Leaf(inverse)))
-    return watch.took("LayerNorm", out)
+        attach_recipe(input, derive(lambda n, m, s: torch.addcmul(m, n, s.reciprocal()), kept, Leaf(mean), Leaf(inverse)))
+    return lean.replaced("LayerNorm", out)
 
 
 # -------------------------------------------------------------------------------------------------------------- the rest
 def _max_pool2d(
-    watch: Watch,
+    lean: LeanMode,
     func: Callable,
     input: Tensor,
     kernel_size: Any,
@@ -263,39 +264,39 @@ def _max_pool2d(
     kernel = _pair(kernel_size)
     window = kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode
     if return_indices:
-        return watch.leave(func, "with indices", input, *window, return_indices=True)
+        return lean.fallback(func, "with indices", input, *window, return_indices=True)
     known = input.dim() == 4 and input.numel() > 0 and kernel[0] * kernel[1] <= 256
     if not input.requires_grad or not known or input.shape[-1] <= window[3][1] * (kernel[1] - 1):  # see MaxPool
         out = torch.max_pool2d(input, *window)
     else:
-        out = watch.took("max pooling", MaxPool.apply(input, *window))
-    return tag(out, made(lambda x: torch.max_pool2d(x, *window), recipe_of(input), passes=2.0))
+        out = lean.replaced("max pooling", MaxPool.apply(input, *window))
+    return attach_recipe(out, derive(lambda x: torch.max_pool2d(x, *window), recipe_of(input), passes=2.0))
 
 
-def _view(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _view(lean: LeanMode, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     if layout(input) is torch.channels_last and not torch.is_inference_mode_enabled():
         try:
             return recipes.of_one(func, (input, *args), kwargs, 0.0)
-        except RuntimeError:  # it counts on the layout without lean
+        except RuntimeError:  # it needs the layout that x would have without lean
             _lay_out(input)
     return recipes.of_one(func, (input, *args), kwargs, 0.0)
 
 
-def _in_order(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Run what goes by the order of memory: strides, and random numbers, which are drawn in it."""
+def _in_order(lean: LeanMode, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Run a function whose result depends on the order of memory: of strides, or of random numbers, drawn in that order."""
     if layout(input) is torch.channels_last and not input._is_view():
         _lay_out(input)
     return func(input, *args, **kwargs)
 
 
-def _data(watch: Watch, func: Callable, input: Tensor, *args: Any) -> Any:
-    """Read or set ``x.data``: what is changed by that does not count as a change of x."""
+def _data(lean: LeanMode, func: Callable, input: Tensor, *args: Any) -> Any:
+    """Read or set ``x.data``. A change through it does not count as a change of x, so x loses its recipe."""
     input.__dict__.pop("_lean", None)
     return func(input, *args)
 
 
 def _lay_out(x: Tensor) -> None:
-    """Lay a tensor out in memory as it would be without lean: the same tensor, elsewhere."""
+    """Give a tensor the memory layout that it would have without lean, in place."""
     if x._is_view():
         raise ModelError(
             "this model reads a view of a map in a layout that lean changes; use lean='off', or leave lean.apply out"
@@ -303,7 +304,7 @@ def _lay_out(x: Tensor) -> None:
     x.data = x.data.contiguous()
 
 
-def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _interpolate(lean: LeanMode, func: Callable, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     mode = args[2] if len(args) > 2 else kwargs.get("mode", "nearest")
     if mode != "nearest":
         return func(input, *args, **kwargs)
@@ -311,7 +312,7 @@ def _interpolate(watch: Watch, func: Callable, input: Tensor, *args: Any, **kwar
 
 
 def _of_one(passes: float) -> Callable:
-    return lambda watch, func, *args, **kwargs: recipes.of_one(func, args, kwargs, passes)
+    return lambda lean, func, *args, **kwargs: recipes.of_one(func, args, kwargs, passes)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -321,7 +322,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:
-    """Return the type in which autocast would compute with x, or None."""
+    """Return the type that autocast would compute with x in, or None."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype is torch.float64:
         return None
@@ -350,9 +351,9 @@ HANDLERS: dict[Callable, Callable] = {
     functional.hardtanh: _activation(hardtanh, "min_val", "max_val"),
     functional.leaky_relu: _activation(leaky_relu, "negative_slope"),
     functional.interpolate: _interpolate,
-    torch.cat: lambda watch, func, *args, **kwargs: recipes.cat(func, *args, **kwargs),
+    torch.cat: lambda lean, func, *args, **kwargs: recipes.cat(func, *args, **kwargs),
     **{
-        f: lambda watch, func, *args, **kwargs: recipes.add(func, args, kwargs)
+        f: lambda lean, func, *args, **kwargs: recipes.add(func, args, kwargs)
         for f in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
     },
     **{f: _of_one(0.0) for name in _VIEWS for f in (getattr(Tensor, name, None), getattr(torch, name, None)) if callable(f)},

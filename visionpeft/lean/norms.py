@@ -14,9 +14,9 @@ _aten = torch.ops.aten
 
 
 class BatchNorm(torch.autograd.Function):
-    """Batch normalisation of (B, C, ...) by given or by the batch's statistics.
+    """Batch normalisation of (B, C, ...) by running statistics, or by the batch's (`training`).
 
-    With given statistics and a frozen weight, only the scale is kept. Returns the output, and the scale and shift (C,)
+    With running statistics and a frozen weight, only the scale is kept. Returns the output, and the scale and shift (C,)
     that make it from x.
     """
 
@@ -64,7 +64,7 @@ class BatchNorm(torch.autograd.Function):
 
 
 def scale_and_shift(center: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what a normalisation by a mean and an inverse deviation multiplies its input by, and adds to it; (C,) each."""
+    """Return the factor and the offset of a normalisation by a mean and an inverse deviation; (C,) each."""
     scale = inverse if weight is None else weight * inverse
     return scale, -center * scale if bias is None else bias - center * scale
 
@@ -81,7 +81,7 @@ def _spread(vector: Tensor, x: Tensor) -> Tensor:
 class LayerNorm(torch.autograd.Function):
     """The normalised input x̂ = (x - mean) / std over the last dimensions, then weight and bias.
 
-    Keeps x̂, which its consumers' weights learn from too, in place of x. Returns the output, x̂, mean and 1 / std.
+    Keeps x̂ in place of x: the weights that read the output learn from it, too. Returns the output, x̂, mean and 1 / std.
     """
 
     @staticmethod

@@ -72,7 +72,7 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Activation:
 
 
 class Pointwise(torch.autograd.Function):
-    """An activation of x; `kept` is how backward gets x, None for its signs. In place, x must not be among what is kept."""
+    """An activation of x. Backward gets x from `kept`, or its signs where that is None. In place, x must not be kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, act: Activation, kept: Kept | None, inplace: bool) -> Tensor:  # type: ignore[override]

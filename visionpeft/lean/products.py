@@ -34,7 +34,7 @@ class Conv(NamedTuple):
     def backward(
         self, g: Tensor, x: Tensor | None, weight: Tensor | None, shapes: tuple[Any, Any], mask: tuple[bool, bool]
     ) -> tuple[Any, Any]:
-        """Return the gradients of x and weight, where `mask` asks; what is not needed for them may be None."""
+        """Return the gradients of x and weight, each where `mask` is true; tensors that they do not need may be None."""
         if shapes[1][2:].numel() == 1 and self == _POINTWISE and not all(mask):
             gx = self.pointwise(g, weight.flatten(1).t()) if mask[0] else None  # type: ignore[union-attr]
             return gx, self.outer(g, x).reshape(shapes[1]) if mask[1] else None  # type: ignore[arg-type]
@@ -121,10 +121,10 @@ class Product(torch.autograd.Function):
         bias: (O,) or None.
         up, down: (O, r) and (r, ...) factors of an update of the weight, or None.
         scale: (O,), a frozen normalisation's, or None.
-        value: The weight with its update, where it is at hand.
+        value: The weight with its update, or None.
         scaling: Of the update.
-        dtype: In which to compute (autocast), or None.
-        kept: How backward gets x, or None where no weight learns.
+        dtype: The type to compute in (autocast), or None.
+        kept: The tensors and steps that give x in backward, or None where no weight learns.
     """
 
     @staticmethod
@@ -213,7 +213,7 @@ def layout(x: Tensor) -> torch.memory_format:
 
 
 def _factored(op: Conv | Linear, shape: torch.Size, r: int) -> bool:
-    """Say whether a low-rank gradient is faster through r channels than through the whole weight's gradient.
+    """Return whether a low-rank gradient is faster through r channels than through the whole weight's gradient.
 
     It always needs fewer operations, but convolutions of few channels are slow: benchmarks/lean.py --layers times both.
     """

@@ -1,4 +1,4 @@
-"""What `lean` took over in a forward, as a table."""
+"""The functions that `lean` replaced in a forward, as a table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Report:
-    """What was taken over in one forward, what not, and why. Prints as a table.
+    """The functions that were replaced in one forward, those that were not, and why. Prints as a table.
 
     Attributes:
-        folded: How many frozen BatchNorms are folded into their convolutions.
-        unfolded: Convolutions beside a BatchNorm that it is never folded into, and why.
-        taken: Bytes of outputs, by kind of function.
-        left: Bytes of outputs of functions that could have been taken, by function and reason.
+        folded: Count of the frozen BatchNorms that are folded into their convolutions.
+        unfolded: Convolutions whose BatchNorm is never folded into them, and why.
+        taken: Bytes of outputs of replaced functions, by kind.
+        left: Bytes of outputs of functions that were not replaced but could be, by function and reason.
         others: Bytes of outputs of functions that have no leaner form, by function.
     """
 
@@ -27,7 +27,7 @@ class Report:
 
     @property
     def share(self) -> float:
-        """Bytes of outputs taken over, of all that could be."""
+        """Bytes of the outputs of replaced functions, as a share of those that could be replaced."""
         return sum(self.taken.values()) / max(sum(self.taken.values()) + sum(self.left.values()), 1)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What fits into a budget of memory: a search over methods, depths of freezing, levels of lean, batch and image sizes."""
+"""A search for runs that fit into a budget of memory: over methods, depths of freezing, lean, batch and image sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..core.plan import Plan, make_plan
 from ..errors import ConfigError
 from ..lean import LEVELS
 from ..registry import METHODS
-from .forecast import Forecast, Trace
+from ..schema import Json
+from .forecast import Forecast, MemoryModel
 
 DEPTHS = (0.22, 0.44)  # shares of the body's stages that may be frozen; of YOLO11's 23 stages, 5 and 10
 SHRUNK = (0.75, 0.5)  # image sizes that are looked at where nothing fits, relative to the one wanted
@@ -50,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits into a budget, best first. Prints as a table."""
+    """The ways to train that fit into a budget, best first. Prints as a table."""
 
     budget: int  # bytes
     model: str
@@ -61,7 +62,7 @@ class Fit:
         """The first."""
         return self.choices[0]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain JSON values."""
         rows = [
             {**c.settings, "trained": c.trained, "cost": c.cost, "reason": c.reason, "forecast": c.forecast.to_dict()}
@@ -97,7 +98,7 @@ class Fit:
 def search(
     anatomy: Anatomy,
     budget: int,
-    trace: Callable[[Plan, str, int], Trace],
+    memory_of: Callable[[Plan, str, int], MemoryModel],
     *,
     imgsz: int,
     batch: int,
@@ -107,54 +108,55 @@ def search(
     lean: str | None = None,
     fixed: Sequence[str] = (),
 ) -> Fit:
-    """Return what fits into a budget.
+    """Search the ways to train that fit into a budget.
 
     Args:
-        anatomy: Of the model.
+        anatomy: The model's facts.
         budget: Bytes.
-        trace: Gives what a plan takes, at a level of lean and an image size.
-        imgsz: Image size wanted.
-        batch: Images per step wanted; fewer are looked at unless "batch" is `fixed`.
-        method: The only one to look at.
+        memory_of: Returns the memory of a plan, at a level of lean and an image size.
+        imgsz: The image size wanted; smaller ones are tried where nothing fits, unless "imgsz" is `fixed`.
+        batch: The batch size wanted; smaller ones are tried unless "batch" is `fixed`.
+        method: The only method to try.
         freeze: The only depth.
         bn: As for `make_plan`.
         lean: The only level.
         fixed: Which of "imgsz" and "batch" must stay as they are.
 
     Raises:
-        ConfigError: Nothing fits; said is the least that does.
+        ConfigError: Nothing fits. The sentence names the smallest that was tried.
     """
     plans = list(_plans(anatomy, method, freeze, bn))
     levels = (lean,) if lean else tuple(reversed(LEVELS))  # the leanest first: where it barely fits, no other does
-    sizes = list(dict.fromkeys([imgsz, *(() if "imgsz" in fixed else [_multiple(imgsz * share) for share in SHRUNK])]))
+    smaller = () if "imgsz" in fixed else (max(round(imgsz * share / 32) * 32, 32) for share in SHRUNK)
+    sizes = list(dict.fromkeys([imgsz, *smaller]))
     best = plans[0] if method is None and not freeze else next(_plans(anatomy, None, None, None))
-    full = trace(best[0], levels[0], imgsz)
-    found: list[Choice] = []
+    full = memory_of(best[0], levels[0], imgsz)
+    choices: list[Choice] = []
     least: Forecast | None = None
     for size in sizes:
-        looked = levels
+        tried = levels
         for plan, worth in plans:
-            for level in looked:
+            for level in tried:
                 known = plan is best[0] and level is levels[0] and size == imgsz
                 try:
-                    made = full if known else trace(plan, level, size)
+                    model = full if known else memory_of(plan, level, size)
                 except ConfigError:
                     if size == imgsz:
                         raise
                     break  # it reads images of no other size
-                fits = _largest(made, budget, batch, "batch" in fixed)
+                fits = _largest(model, budget, batch, "batch" in fixed)
                 if fits is None:
-                    small = made.at(batch if "batch" in fixed else made.devices)
+                    small = model.at(batch if "batch" in fixed else model.devices)
                     least = small if least is None or small.total < least.total else least
                     break
-                found.append(Choice(fits, worth * size / imgsz, made.at(made.devices).cost / full.at(full.devices).cost))
-                if level is not levels[0]:  # every look takes seconds: the rest is worth less, and only looked at leanest
-                    looked = levels[:1]
+                choices.append(Choice(fits, worth * size / imgsz, model.at(model.devices).cost / full.at(full.devices).cost))
+                if level is not levels[0]:  # a trial takes seconds; plans worth less are only tried at the leanest level
+                    tried = levels[:1]
                 if fits.batch < batch or fits.total > ROOM * budget:
                     break
-        if any(c.forecast.batch >= min(SMALLEST, batch) for c in found):
+        if any(c.forecast.batch >= min(SMALLEST, batch) for c in choices):
             break
-    if not found:
+    if not choices:
         assert least is not None
         plan = least.plan
         raise ConfigError(
@@ -162,16 +164,16 @@ def search(
             f"with method='{plan.method}', freeze={plan.freeze}, lean='{least.lean}', batch={least.batch} and "
             f"imgsz={least.imgsz}; give more memory, a smaller model, or a smaller imgsz"
         )
-    return Fit(budget, anatomy.model, tuple(_explained(_pareto(found, batch), batch, budget)))
+    return Fit(budget, anatomy.model, tuple(_explained(_pareto(choices, batch), batch, budget)))
 
 
 def _plans(anatomy: Anatomy, method: Method | None, freeze: Any, bn: str | None) -> Iterator[tuple[Plan, float]]:
-    """Yield plans with what each is worth, the best first."""
+    """Yield plans with the worth of each, the best first."""
     stages = len(anatomy.stages)
     named = [method] if method else [make_method(n) for n, cls in METHODS.items() if cls.expected_gain is not None]
-    found, refused = [], None
+    plans, refused = [], None
     for one in named:
-        worth = _worth(one)
+        worth = max((part.expected_gain or 0.0) for part in one.parts)
         deep = [round(stages * share) for share in DEPTHS] if one.search_freeze_depths else []
         for depth in [freeze] if freeze is not None else [0, *deep]:
             try:
@@ -180,45 +182,37 @@ def _plans(anatomy: Anatomy, method: Method | None, freeze: Any, bn: str | None)
                 refused = error  # it does not fit this net
                 continue
             share = depth / stages if isinstance(depth, int) else len(depth) / stages
-            found.append((plan, worth * (1 - _DEPTH * share)))
-    if refused and not found:
+            plans.append((plan, worth * (1 - _DEPTH * share)))
+    if refused and not plans:
         raise refused
-    yield from sorted(found, key=lambda pair: -pair[1])
+    yield from sorted(plans, key=lambda pair: -pair[1])
 
 
-def _worth(method: Method) -> float:
-    return max((part.expected_gain or 0.0) for part in method.parts)
+_DEPTH = 0.5  # share of a method's worth that freezing all of the body costs, from benchmarks/worth.py
 
 
-_DEPTH = 0.5  # what freezing all of the body costs of a method's worth, from benchmarks/worth.py
+def _largest(model: MemoryModel, budget: int, batch: int, fixed: bool) -> Forecast | None:
+    """Return the forecast of the largest batch that fits, or None: of the one wanted, and smaller ones of one image, or an
+    even number (which mixup needs), for each device."""
+    devices = model.devices
+    fewer = [] if fixed else [n for n in range(batch - 1, 0, -1) if n % (2 * devices) == 0 or n == devices]
+    return next((forecast for n in (batch, *fewer) if (forecast := model.at(n)).total <= budget), None)
 
 
-def _largest(trace: Trace, budget: int, batch: int, fixed: bool) -> Forecast | None:
-    """Return the forecast of the largest batch that fits, None where none does: the one wanted, or fewer images, of each
-    device one or an even number (which mixup wants)."""
-    own = trace.devices
-    fewer = [] if fixed else [n for n in range(batch - 1, 0, -1) if n % (2 * own) == 0 or n == own]
-    return next((made for n in (batch, *fewer) if (made := trace.at(n)).total <= budget), None)
-
-
-def _multiple(size: float) -> int:
-    return max(round(size / 32) * 32, 32)
-
-
-def _pareto(found: list[Choice], batch: int) -> list[Choice]:
+def _pareto(choices: list[Choice], batch: int) -> list[Choice]:
     """Return the choices that no other one beats in everything, best first."""
 
     def rank(c: Choice) -> tuple:
         return min(c.forecast.batch, min(SMALLEST, batch)), c.worth, c.forecast.batch, -c.cost, -c.forecast.total
 
-    found = list({rank(c): c for c in found}.values())  # of those that are alike, the least lean
-    others = [rank(c) for c in found]
+    choices = list({rank(c): c for c in choices}.values())  # of those that are alike, the least lean
+    others = [rank(c) for c in choices]
 
     def beaten(c: Choice) -> bool:
-        own = rank(c)
-        return any(all(a >= b for a, b in zip(o, own, strict=True)) and o != own for o in others)
+        mine = rank(c)
+        return any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
 
-    return sorted((c for c in found if not beaten(c)), key=rank, reverse=True)
+    return sorted((c for c in choices if not beaten(c)), key=rank, reverse=True)
 
 
 def _explained(choices: list[Choice], batch: int, budget: int) -> Iterator[Choice]:
@@ -226,17 +220,17 @@ def _explained(choices: list[Choice], batch: int, budget: int) -> Iterator[Choic
     first = choices[0]
     few = any(c.worth > first.worth for c in choices)
     for c in choices:
-        own, parts = c.forecast, []
+        forecast, parts = c.forecast, []
         if c is first:
             parts.append(f"nearest to full fine-tuning of all that fits{f' with {SMALLEST} images a step' if few else ''}")
         elif c.worth >= first.worth:
             parts.append("nearer" if c.worth > first.worth else "as near")
-        if own.batch < (batch if c is first else first.forecast.batch):
-            parts.append(f"at a batch of {own.batch}")
-        elif own.batch > first.forecast.batch:
+        if forecast.batch < (batch if c is first else first.forecast.batch):
+            parts.append(f"at a batch of {forecast.batch}")
+        elif forecast.batch > first.forecast.batch:
             parts.append("a larger batch")
-        if own.total < first.forecast.total:
-            parts.append(f"{tables.size(budget - own.total)} to spare")
+        if forecast.total < first.forecast.total:
+            parts.append(f"{tables.size(budget - forecast.total)} to spare")
         if c.cost < 0.98 * first.cost:
             parts.append(f"{1 - c.cost / first.cost:.0%} cheaper")
-        yield Choice(own, c.worth, c.cost, ", ".join(parts) or "another way")
+        yield Choice(forecast, c.worth, c.cost, ", ".join(parts) or "another way")

@@ -1,4 +1,4 @@
-"""What the methods share that train some stages of the body whole, and leave the others as they are."""
+"""Shared by methods that train some stages of the body whole, and leave the others as they are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StagesConfig(Method):
         self.check("stages", self.stages, 1)
 
     def order(self, anatomy: Anatomy) -> Sequence[int]:
-        """Return the stages that could train, those with parameters that are not frozen, the first to train first."""
+        """Return the stages that have parameters to train, in the order in which they are chosen."""
         raise NotImplementedError
 
     def train(self, anatomy: Anatomy) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""What the methods share that give layers an update of few parameters: which layers get one, and which train themselves."""
+"""Shared by methods that give layers an update of few parameters: the layers that get one, and those that train themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Layer, Param
-from ..core.method import Edit, Method, PeftLayer
+from ..core.method import Edit, Method, PeftFields, PeftLayer, Settings
 from ..errors import ConfigError
 from .base import choose_layers, matches, peft_targets
 
@@ -34,8 +34,7 @@ class UpdateConfig(Method):
     def __post_init__(self) -> None:
         self.check("r", self.r, 1)
         self.check("small_layers", self.small_layers, 0.0, 1.0)
-        if self.oversize not in ("train", "skip"):
-            raise ConfigError(f"{self.name}: oversize='{self.oversize}' is not known; it is 'train' or 'skip'")
+        self.check_choice("oversize", ("train", "skip"))
         for pattern, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"{self.name}: rank_pattern gives '{pattern}' rank {rank!r}; it must be a number from 1")
@@ -52,8 +51,8 @@ class UpdateConfig(Method):
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         targets = self.targets(anatomy)
-        fitting = [layer for layer in targets if self.fits(layer)]
-        if not fitting:
+        possible = [layer for layer in targets if self.fits(layer)]
+        if not possible:
             raise ConfigError(
                 f"{self.name}: at r={self.r} the update is as large as every layer it would edit, or its rank above theirs; "
                 f"r may be up to {self._most(targets)} here, or use method='full'"
@@ -66,32 +65,30 @@ class UpdateConfig(Method):
                     f"{meant[0].name} allows; it may be up to {self._most(meant)} there"
                 )
         small = self._small(anatomy)
-        return [self.edit(x.name, "weight", **self.part(x)) for x in fitting if x.name not in small]
+        return [self.edit(x.name, "weight", **self.part(x)) for x in possible if x.name not in small]
 
-    def part(self, layer: Layer) -> dict:
+    def part(self, layer: Layer) -> Settings:
         """Return the settings of one layer's part."""
         raise NotImplementedError
 
     @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
-        own: dict[str, Any] = {
-            f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in cls.peft_fields & fields.keys()
-        }
-        alone: dict[str, Any] = {"small_layers": 0.0, "train_norms": False, "oversize": "skip"}  # nothing trains beside
-        return cls(**own, **alone, target_modules=peft_targets(fields))
+    def from_peft(cls, fields: PeftFields) -> Method | None:
+        values = {f.name: fields[f.name] for f in dataclasses.fields(cls) if f.name in cls.peft_fields & fields.keys()}
+        updates_alone: dict[str, Any] = {"small_layers": 0.0, "train_norms": False, "oversize": "skip"}
+        return cls(**values, **updates_alone, target_modules=peft_targets(fields))
 
-    def peft_part(self, layer: nn.Module, found: PeftLayer) -> dict[str, Any]:
+    def part_of_peft(self, layer: nn.Module, saved: PeftLayer) -> Settings:
         """Return the settings of the part that an adapter of HF peft has on one layer."""
-        own = {name: found.fields[name] for name in ("r", "alpha", "lora_alpha") if hasattr(self, name)}
+        values = {name: saved.fields[name] for name in ("r", "alpha", "lora_alpha") if hasattr(self, name)}
         shape, groups = tuple(layer._parameters["weight"].shape), getattr(layer, "groups", 1)  # type: ignore[union-attr]
-        return replace(self, **own).part(Layer("", "linear" if len(shape) == 2 else "conv", shape, groups, stage=0))
+        return replace(self, **values).part(Layer("", "linear" if len(shape) == 2 else "conv", shape, groups, stage=0))
 
     def cost(self, layer: Layer) -> int:
-        """Return how many parameters the update of one layer has."""
+        """Return the count of parameters of one layer's update."""
         raise NotImplementedError
 
     def targets(self, anatomy: Anatomy) -> list[Layer]:
-        """Return the layers that `target_modules` means."""
+        """Return the layers that `target_modules` selects."""
         return choose_layers(anatomy, self.target_modules)
 
     def rank(self, layer: Layer) -> int:
@@ -110,7 +107,7 @@ class UpdateConfig(Method):
         return alpha
 
     def fits(self, layer: Layer) -> bool:
-        """Say whether the update of a layer has fewer parameters than the layer, and a rank that it can have."""
+        """Return whether the update of a layer is smaller than the layer, and of a rank that its matrix can have."""
         return self.rank(layer) <= min(matrix(layer)) and self.cost(layer) < math.prod(layer.shape)
 
     def _most(self, layers: Sequence[Layer]) -> int:
@@ -120,7 +117,7 @@ class UpdateConfig(Method):
         return next((r for r in range(highest, 1, -1) if any(map(replace(alike, r=r).fits, layers))), 1)
 
     def _small(self, anatomy: Anatomy) -> set[str]:
-        """Return the smallest targets, all of a size or none, that together stay within `small_layers` of the body."""
+        """Return the smallest targets that together stay within `small_layers` of the body: all of a size, or none."""
         sizes = {layer.name: math.prod(layer.shape) for layer in self.targets(anatomy)}
         allowed = self.small_layers * sum(p.numel for p in anatomy.body)
         limit = max((n for n in sizes.values() if sum(m for m in sizes.values() if m <= n) <= allowed), default=0)

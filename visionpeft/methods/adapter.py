@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Block
 from ..core.method import Edit, Method
-from ..errors import ConfigError
 from ..registry import METHODS
-from ._blocks import bottleneck, choose_blocks
+from ._blocks import bottleneck, choose_blocks, zeroed
 
 PLACEMENTS = ("adaptformer", "houlsby", "pfeiffer")
 
@@ -30,8 +29,7 @@ class AdapterConfig(Method):
 
     def __post_init__(self) -> None:
         self.check("reduction_factor", self.reduction_factor, 1)
-        if self.placement not in PLACEMENTS:
-            raise ConfigError(f"adapter: placement='{self.placement}' is not known; it is {', '.join(PLACEMENTS)}")
+        self.check_choice("placement", PLACEMENTS)
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         return [edit for block in choose_blocks(anatomy, self.blocks) for edit in self._block(block)]
@@ -64,12 +62,10 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(channels, bottleneck, 1),
                 nn.Conv2d(bottleneck, bottleneck, 3, padding=1, groups=bottleneck),
             )
-            self.up: nn.Module = nn.Conv2d(bottleneck, channels, 1)
+            self.up: nn.Module = zeroed(nn.Conv2d(bottleneck, channels, 1))
         else:
-            self.down, self.up = nn.Linear(channels, bottleneck), nn.Linear(bottleneck, channels)
+            self.down, self.up = nn.Linear(channels, bottleneck), zeroed(nn.Linear(bottleneck, channels))
         self.act = nn.ReLU() if parallel else nn.GELU()
-        nn.init.zeros_(self.up.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
 
     def forward(self, output: Tensor, given: Tensor, *_: Any) -> Tensor:
         source = given if self.parallel else output  # the MLP's own (normalised) input, or what came out

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.anatomy import Anatomy, Block, Unfit
+from ..core.anatomy import Anatomy, Block
 from ..core.method import Edit, Method
 from ..errors import ConfigError
 from ..registry import METHODS
-from ._blocks import Layout, bottleneck, choose_blocks, is_map, layout_of
+from ._blocks import Layout, bottleneck, choose_maps, layout_of, zeroed
 
 PLACEMENTS = ("parallel", "sequential")
 
@@ -38,14 +38,10 @@ class ConvAdapterConfig(Method):
             raise ConfigError(
                 f"{self.name}: kernel_size={self.kernel_size} is even, so maps would change size; give 3, 5 or 7"
             )
-        if self.placement not in PLACEMENTS:
-            raise ConfigError(f"{self.name}: placement='{self.placement}' is not known; it is {' or '.join(PLACEMENTS)}")
+        self.check_choice("placement", PLACEMENTS)
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        chosen = [block for block in choose_blocks(anatomy, self.blocks) if is_map(block)]
-        if not chosen:
-            raise Unfit("none of its blocks puts out a feature map")
-        return [self.edit(block.name, "output", **self._settings(block)) for block in chosen]
+        return [self.edit(b.name, "output", **self._settings(b)) for b in choose_maps(anatomy, self.blocks)]
 
     @staticmethod
     def build(**settings: Any) -> nn.Module:
@@ -68,7 +64,7 @@ class ConvAdapterConfig(Method):
 
 class ConvAdapter(nn.Module):
     """A bottleneck of two convolutions. As in the paper, alpha starts at one, but up at zero, so that nothing changes:
-    up moves in the first step, for its gradient is alpha times what down puts out, and the others in the second."""
+    up moves in the first step, for its gradient is alpha times the output of down, and the others in the second."""
 
     def __init__(
         self,
@@ -85,10 +81,8 @@ class ConvAdapter(nn.Module):
         super().__init__()
         self.parallel, self.layout = parallel, Layout(layout, leading, grid)
         self.down = nn.Conv2d(inputs, bottleneck, kernel, stride, padding=kernel // 2, groups=bottleneck)
-        self.up = nn.Conv2d(bottleneck, outputs, 1)
+        self.up = zeroed(nn.Conv2d(bottleneck, outputs, 1))
         self.alpha = nn.Parameter(torch.ones(outputs))
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
 
     def forward(self, output: Tensor, given: Tensor, *_: Any) -> Tensor:
         delta = self._delta(self.layout.to_map(given if self.parallel else output))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Layer
-from ..core.method import PeftLayer
+from ..core.method import PeftLayer, PeftPart, Settings
 from ..errors import ConfigError
 from ..registry import METHODS
 from .lora import LoraConfig, LowRank
@@ -34,22 +34,21 @@ class DoraConfig(LoraConfig):
         return Magnitude(**settings)
 
     def to_peft(self, part: Any, layer: nn.Module) -> PeftLayer | None:
-        found = super().to_peft(part, layer)
-        if found is None or not part.has_directions(layer._parameters["weight"]):
+        lora = super().to_peft(part, layer)
+        if lora is None or not part.has_directions(layer._parameters["weight"]):
             return None
-        return _with_length(found, part.magnitude)
+        return _with_length(lora, part.magnitude)
 
     def change_to_peft(self, layer: Any, before: Tensor) -> PeftLayer | None:
-        found, length = super().change_to_peft(layer, before), layer.weight.flatten(1).norm(dim=1)
-        return _with_length(found, length) if found is not None and length.all() else None
+        lora, length = super().change_to_peft(layer, before), layer.weight.flatten(1).norm(dim=1)
+        return _with_length(lora, length) if lora is not None and length.all() else None
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        if (read := super().read_peft(layer, found)) is None:
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
+        if (read := super().read_peft(layer, saved)) is None:
             return None
-        settings, tensors = read
-        return settings, {**tensors, "magnitude": found.tensors["lora_magnitude_vector"].flatten()}
+        return PeftPart(read.settings, {**read.tensors, "magnitude": saved.tensors["lora_magnitude_vector"].flatten()})
 
-    def part(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> Settings:
         return {**super().part(layer), "output": _output(layer.kind), "groups": _groups(layer)}
 
 
@@ -62,7 +61,7 @@ class Magnitude(LowRank):
         self.magnitude = nn.Parameter(torch.ones(shape[output] * groups))
 
     def start(self, layer: nn.Module) -> None:
-        """Begin with the lengths of the layer's own weight, so that its output is unchanged."""
+        """Set the lengths to those of the layer's own weight, so that its output is unchanged."""
         super().start(layer)
         self.magnitude = nn.Parameter(self._length(layer.weight.detach()).clone())  # type: ignore[operator, arg-type]
 
@@ -79,10 +78,10 @@ class Magnitude(LowRank):
         )
 
     def factors(self, weight: Tensor) -> None:
-        """Offer none: the result is no sum of the weight and a product of two factors."""
+        """Return None: the result is no sum of the weight and a product of two factors."""
 
     def has_directions(self, weight: Any) -> bool:
-        """Say whether no output's weights are all zero: HF peft divides by their length (0.21), and gets nan."""
+        """Return whether every output has weights other than zero: HF peft (0.21) divides by their length."""
         return self.magnitude.is_meta or bool((weight + self.update()).flatten(1).norm(dim=1).all())
 
     def _by_output(self, weight: Tensor) -> Tensor:
@@ -95,10 +94,10 @@ class Magnitude(LowRank):
         return self._by_output(weight).norm(dim=1).clamp_min(1e-12)
 
 
-def _with_length(found: PeftLayer, length: Tensor) -> PeftLayer:
-    more = [1] * (found.tensors["lora_A.weight"].ndim - 2)  # dimensions of a kernel
+def _with_length(lora: PeftLayer, length: Tensor) -> PeftLayer:
+    more = [1] * (lora.tensors["lora_A.weight"].ndim - 2)  # dimensions of a kernel
     shaped = length.view(1, -1, *more) if more else length
-    return PeftLayer({**found.tensors, "lora_magnitude_vector": shaped}, found.fields)
+    return PeftLayer({**lora.tensors, "lora_magnitude_vector": shaped}, lora.fields)
 
 
 def _output(kind: str) -> int:

@@ -29,16 +29,18 @@ class GradualConfig(Method):
         return [p.name for p in anatomy.body]
 
     def rate(self, param: Param, anatomy: Anatomy) -> float:
-        return self.lr_scale / self.decay ** (self._turn(param.stage, anatomy) - 1)
+        return self.lr_scale / self.decay ** (self._group_of(param.stage, anatomy) - 1)
 
     def opens(self, anatomy: Anatomy) -> Mapping[str, float]:
         stages = {p.name: p.stage for p in anatomy.body} | {s.name: s.stage for s in anatomy.statistics if s.stage >= 0}
-        return {name: self.unfrozen * self._turn(stage, anatomy) / self._groups(anatomy) for name, stage in stages.items()}
+        return {
+            name: self.unfrozen * self._group_of(stage, anatomy) / self._count(anatomy) for name, stage in stages.items()
+        }
 
-    def _groups(self, anatomy: Anatomy) -> int:
+    def _count(self, anatomy: Anatomy) -> int:
         return min(self.groups, len(anatomy.stages) or 1)
 
-    def _turn(self, stage: int, anatomy: Anatomy) -> int:
-        """Return whose turn it is when a stage begins to train: 1 for those before the head."""
-        behind, groups = sum(s.index > stage for s in anatomy.stages), self._groups(anatomy)
+    def _group_of(self, stage: int, anatomy: Anatomy) -> int:
+        """Return the number of the group that a stage is in: 1 for those before the head, which train first."""
+        behind, groups = sum(s.index > stage for s in anatomy.stages), self._count(anatomy)
         return min(1 + behind * groups // (len(anatomy.stages) or 1), groups)  # a stage may have statistics alone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Layer, Unfit
-from ..core.method import Edit, Method, PeftLayer
+from ..core.method import Edit, Method, PeftFields, PeftLayer, PeftPart
 from ..registry import METHODS
 from .base import choose_layers, computes_plainly, peft_targets
 
@@ -42,18 +42,18 @@ class Ia3Config(Method):
         return PeftLayer({"ia3_l": part.ia3_l.view(shape)}, fields)
 
     @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+    def from_peft(cls, fields: PeftFields) -> Method | None:
         return cls(target_modules=peft_targets(fields))
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
         if not (computes_plainly(layer) and isinstance(layer, nn.Linear | nn.Conv2d)):
             return None
         rows, columns = layer._parameters["weight"].shape[:2]  # type: ignore[union-attr]
-        inputs = found.fields["feedforward_modules"]
+        inputs = saved.fields["feedforward_modules"]
         if inputs and getattr(layer, "groups", 1) > 1:
             return None
         settings = {"outputs": columns, "inputs": True} if inputs else {"outputs": rows}
-        return settings, {"ia3_l": found.tensors["ia3_l"].flatten()}
+        return PeftPart(settings, {"ia3_l": saved.tensors["ia3_l"].flatten()})
 
 
 class Factors(nn.Module):
@@ -83,5 +83,5 @@ def times_outputs(weight: Tensor, factors: Tensor, transposed: bool = False) -> 
 
 
 def count_outputs(layer: Layer) -> int:
-    """Return how many outputs a layer has."""
+    """Return the count of a layer's outputs."""
     return layer.shape[1] * layer.groups if layer.kind == "conv_transpose" else layer.shape[0]

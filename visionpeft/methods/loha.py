@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.anatomy import Layer
-from ..core.method import PeftLayer
+from ..core.method import PeftLayer, PeftPart, Settings
 from ..registry import METHODS
 from ._updates import Update, UpdateConfig, matrix
 from .base import computes_plainly
@@ -35,7 +35,7 @@ class LohaConfig(UpdateConfig):
     def cost(self, layer: Layer) -> int:
         return 2 * self.rank(layer) * sum(matrix(layer))
 
-    def part(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> Settings:
         r = self.rank(layer)
         return {"shape": list(layer.shape), "r": r, "scaling": self.alpha_of(layer, self.alpha) / r}
 
@@ -56,8 +56,8 @@ class LohaConfig(UpdateConfig):
         factors = (*first, one.expand(rows, r), one.unsqueeze(1).expand(r, columns))
         return _peft_layer(dict(zip(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), factors, strict=True)), 1.0)
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        return (self.peft_part(layer, found), found.tensors) if computes_plainly(layer) else None
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
+        return PeftPart(self.part_of_peft(layer, saved), saved.tensors) if computes_plainly(layer) else None
 
 
 def _peft_layer(tensors: dict[str, Tensor], scaling: float) -> PeftLayer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Layer
-from ..core.method import PeftLayer
+from ..core.method import PeftLayer, PeftPart, Settings
 from ..errors import ConfigError
 from ..registry import METHODS
 from ._updates import Update, UpdateConfig
@@ -47,7 +47,7 @@ class LokrConfig(UpdateConfig):
         sizes = zip(part["sizes"], part["low"], strict=True)
         return sum(part["r"] * (rows + columns) if low else rows * columns for (rows, columns), low in sizes)
 
-    def part(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> Settings:
         r, kernel = self.rank(layer), math.prod(layer.shape[2:])
         (rows1, rows2), (columns1, columns2) = (divide(side, self.decompose_factor) for side in layer.shape[:2])
         low = [self.decompose_both and 2 * r < max(rows1, columns1), 2 * r < max(rows2, columns2)]
@@ -65,10 +65,11 @@ class LokrConfig(UpdateConfig):
         sides = {"decompose_both": self.decompose_both, "decompose_factor": self.decompose_factor}
         return PeftLayer(tensors, {"r": part.r, "alpha": round(part.scaling * part.r, 9), **sides, "init_weights": True})
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
         if not computes_plainly(layer):
             return None
-        return self.peft_part(layer, found), {name: tensor.flatten(1) for name, tensor in found.tensors.items()}
+        tensors = {name: tensor.flatten(1) for name, tensor in saved.tensors.items()}
+        return PeftPart(self.part_of_peft(layer, saved), tensors)
 
 
 class Kronecker(Update):

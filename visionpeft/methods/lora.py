@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.anatomy import Anatomy, Layer
-from ..core.method import Edit, Method, PeftLayer
+from ..core.method import Edit, Method, PeftFields, PeftLayer, PeftPart, Settings
 from ..errors import ConfigError
 from ..registry import METHODS
 from ._updates import Update, UpdateConfig, matrix
@@ -41,11 +41,7 @@ class LoraConfig(UpdateConfig):
         self.check("lora_dropout", self.lora_dropout, 0.0, 0.99)
         if not self.qkv or not set(self.qkv) <= set("qkv"):
             raise ConfigError(f"{self.name}: qkv='{self.qkv}' is not understood; give some of the letters q, k and v")
-        if self.init_lora_weights not in ("kaiming", *FROM_WEIGHT):
-            allowed = ", ".join(("kaiming", *FROM_WEIGHT))
-            raise ConfigError(
-                f"{self.name}: init_lora_weights='{self.init_lora_weights}' is not known; it is one of {allowed}"
-            )
+        self.check_choice("init_lora_weights", ("kaiming", *FROM_WEIGHT))
         if self.budget != "":
             self._share()
             if self.rank_pattern:
@@ -136,28 +132,29 @@ class LoraConfig(UpdateConfig):
         r = len(down)
         tensors = {"lora_A.weight": down.view(r, *shape[1:]), "lora_B.weight": up.view(shape[0], r, *[1] * (len(shape) - 2))}
         alpha = scaling * (math.sqrt(r) if self.use_rslora else r)
-        said = {"use_rslora": self.use_rslora, "use_dora": self.peft_dora, "init_lora_weights": True, "bias": "none"}
-        return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **said})
+        options = {"use_rslora": self.use_rslora, "use_dora": self.peft_dora, "init_lora_weights": True, "bias": "none"}
+        return PeftLayer(tensors, {"r": r, "lora_alpha": round(alpha, 9), "lora_dropout": self.lora_dropout, **options})
 
     @classmethod
-    def from_peft(cls, fields: Mapping[str, Any]) -> Method | None:
+    def from_peft(cls, fields: PeftFields) -> Method | None:
         if bool(fields.get("use_dora")) != cls.peft_dora:
             return None
         first = fields.get("init_lora_weights", True)
-        if first not in _INNOCENT:
+        if first not in _BASE_UNCHANGED:
             raise ConfigError(
                 f"init_lora_weights={first!r} changed the base's own weights before it was trained; save the adapter from "
                 "peft with path_initial_model_for_weight_conversion=..., which makes a plain LoRA of it"
             )
         return super().from_peft({k: v for k, v in fields.items() if k != "init_lora_weights"})
 
-    def read_peft(self, layer: nn.Module, found: PeftLayer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def read_peft(self, layer: nn.Module, saved: PeftLayer) -> PeftPart | None:
         if not _as_peft(layer):
             return None
-        return self.peft_part(layer, found), {n: found.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B")}
+        tensors = {n: saved.tensors[f"{n}.weight"].flatten(1) for n in ("lora_A", "lora_B")}
+        return PeftPart(self.part_of_peft(layer, saved), tensors)
 
     def cost(self, layer: Layer) -> int:
-        """Return how many parameters the update of one layer has."""
+        """Return the count of parameters of one layer's update."""
         rows, columns = matrix(layer)
         chosen = self._rows(layer)
         if chosen is None:
@@ -165,7 +162,7 @@ class LoraConfig(UpdateConfig):
         return self.rank(layer) * (sum(b - a for group in chosen for a, b in group) + len(chosen) * columns)
 
     def trained(self, layer: Layer) -> int:
-        """Return how many of them train."""
+        """Return the count of those that train."""
         fixed = self.rank(layer) * matrix(layer)[1] * len(self._rows(layer) or "W") if self.lora_fa else 0
         return self.cost(layer) - fixed
 
@@ -175,7 +172,7 @@ class LoraConfig(UpdateConfig):
             return None
         return [[list(span) for span in layer.slices[name]] for name in "qkv" if name in self.qkv]
 
-    def part(self, layer: Layer) -> dict[str, Any]:
+    def part(self, layer: Layer) -> Settings:
         r = self.rank(layer)
         scaling = self.alpha_of(layer, self.lora_alpha) / (math.sqrt(r) if self.use_rslora else r)
         settings: dict[str, Any] = {"shape": list(layer.shape), "r": r, "scaling": scaling}
@@ -242,7 +239,7 @@ class LowRank(Update):
         self.lora_B = nn.Parameter(up)
 
     def start(self, layer: nn.Module) -> None:
-        """Take the factors to start from, if any, from the layer's own weight."""
+        """Set the factors to start from, if any, from the layer's own weight."""
         if self.init == "kaiming":
             return
         matrix: Tensor = layer.weight.detach().flatten(1)  # type: ignore[operator, assignment, union-attr]
@@ -258,7 +255,7 @@ class LowRank(Update):
                 self.lora_A.copy_(torch.cat(downs))
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
-        """Return factors U (rows, k) and V (k, columns) of what is added, one pair for each group of rows."""
+        """Return the factors U (rows, k) and V (k, columns) of the update, one pair for each group of rows."""
         pairs = _pairs(self.lora_B, self.lora_A, self.rows)
         if not self.moves:
             return pairs
@@ -298,11 +295,11 @@ class LowRank(Update):
         return None if self.index is not None else (weight, *self.products()[0], self.scaling)
 
 
-_INNOCENT = (True, False, "gaussian", "orthogonal", "eva")  # of peft's ways to begin: those that leave the base as it is
+_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that leave the base as it is
 
 
 def _as_peft(layer: nn.Module) -> bool:
-    """Say whether peft's LoRA is an update of this layer's weight: its A knows neither groups nor dilation (peft 0.21)."""
+    """Return whether peft's LoRA (0.21) is an update of this layer's weight: its A knows neither groups nor dilation."""
     single = getattr(layer, "groups", 1) == 1 and set(getattr(layer, "dilation", (1,))) == {1}
     return computes_plainly(layer) and single
 
@@ -327,7 +324,7 @@ def _olora(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def _signed(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn the sign of each pair so that the largest number of its column of `up` is positive: else it is the library's."""
+    """Return pairs with their signs such that the largest number of a column of `up` is positive: libraries differ in it."""
     signs = up.gather(0, up.abs().argmax(0, keepdim=True)).sign()
     return up * signs, down * signs.t()
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.anatomy import Anatomy, Block, Unfit
+from ..core.anatomy import Anatomy, Block
 from ..core.method import Edit, Method
 from ..registry import METHODS
-from ._blocks import Layout, bottleneck, choose_blocks, is_map, layout_of
+from ._blocks import Layout, bottleneck, choose_maps, layout_of, zeroed
 
 
 @METHODS.register("mona")
@@ -32,10 +32,7 @@ class MonaConfig(Method):
         self.check("mona_dropout", self.mona_dropout, 0.0, 0.99)
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
-        chosen = [block for block in choose_blocks(anatomy, self.blocks) if is_map(block)]
-        if not chosen:
-            raise Unfit("none of its blocks puts out a feature map")
-        return [self._edit(block) for block in chosen]
+        return [self._edit(block) for block in choose_maps(anatomy, self.blocks)]
 
     def _edit(self, block: Block) -> Edit:
         settings = {
@@ -76,15 +73,13 @@ class Mona(nn.Module):
             nn.Conv2d(bottleneck, bottleneck, k, padding=k // 2, groups=bottleneck) for k in (3, 5, 7)
         )
         self.projector = nn.Conv2d(bottleneck, bottleneck, 1)
-        self.up = nn.Linear(bottleneck, channels)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = zeroed(nn.Linear(bottleneck, channels))
 
     def forward(self, output: Tensor, *_: Any) -> Tensor:
         return output + self.delta(output)
 
     def delta(self, x: Tensor) -> Tensor:
-        """Return what is added to x."""
+        """Return the addition to x."""
         x = x.permute(0, 2, 3, 1) if self.first else x
         h = F.gelu(self.layout.over(self._filter, self._narrow(x)))  # leading tokens pass by the convolutions
         y = self.up(F.dropout(h, self.dropout, self.training))
@@ -108,7 +103,7 @@ class Mona(nn.Module):
 
 class Twice(nn.Module):
     """Two adapters in a transformer block, after attention and after the MLP: x + attn(..) -> x', x' + f(x') -> x'',
-    x'' + mlp(norm(x'')) -> y, y + g(y). x' is what `norm` reads, so a hook adds f(x') there, and to the output again."""
+    x'' + mlp(norm(x'')) -> y, y + g(y). `norm` reads x', so a hook adds f(x') there, and to the output again."""
 
     def __init__(self, norm: str, **settings: Any):
         super().__init__()

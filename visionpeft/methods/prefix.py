@@ -31,8 +31,8 @@ class PrefixConfig(Method):
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         if not anatomy.attentions:
             raise Unfit("it has no self-attention that could read a prefix")
-        if own := max(a.keys for a in anatomy.attentions):
-            check_tokens(self.name, self.num_virtual_tokens, own, f"keys that an attention of {anatomy.model} has")
+        if keys := max(a.keys for a in anatomy.attentions):
+            check_tokens(self.name, self.num_virtual_tokens, keys, f"keys that an attention of {anatomy.model} has")
         return [
             self.edit(
                 a.name,

@@ -34,9 +34,9 @@ class PromptConfig(Method):
         blocks = [b for b in anatomy.blocks if b.sequence]
         if not blocks:
             raise Unfit("it has no plain token sequence that prompts could join")
-        own = blocks[0].leading + math.prod(blocks[0].grid)
+        tokens = blocks[0].leading + math.prod(blocks[0].grid)
         if all(blocks[0].grid):
-            check_tokens(self.name, self.num_virtual_tokens, own, f"tokens that {anatomy.model} has")
+            check_tokens(self.name, self.num_virtual_tokens, tokens, f"tokens that {anatomy.model} has")
         settings = {"tokens": self.num_virtual_tokens, "channels": blocks[0].channels}
         entries = [
             self.edit(b.name, "input", role="insert" if b is blocks[0] else "replace", **settings)
@@ -60,7 +60,7 @@ class Prompt(nn.Module):
             nn.init.trunc_normal_(self.prompt, std=0.02)
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        own = x if self.role == "insert" else x[:, : x.shape[1] - self.tokens]
+        image = x if self.role == "insert" else x[:, : x.shape[1] - self.tokens]
         if self.role == "strip":
-            return own
-        return torch.cat([own, self.prompt.expand(x.shape[0], -1, -1)], dim=1)
+            return image
+        return torch.cat([image, self.prompt.expand(x.shape[0], -1, -1)], dim=1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..core.anatomy import Anatomy, Unfit
 from ..core.method import Edit, Method
 from ..registry import METHODS
+from ._blocks import zeroed
 
 
 @METHODS.register("side")
@@ -41,7 +42,7 @@ class SideConfig(Method):
 
 
 class Ladder(nn.Module):
-    """Reads every stage without a gradient, climbs in `width` channels, and is added to what the head reads."""
+    """Reads every stage without a gradient, climbs in `width` channels, and is added to the maps that the head reads."""
 
     def __init__(self, rungs: Sequence[Sequence[Any]], width: int):
         super().__init__()
@@ -75,10 +76,7 @@ class Rung(nn.Module):
         self.gate = None if first else nn.Parameter(torch.zeros(()))  # the first rung has nothing to mix with
         self.mix = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
         self.out = nn.Conv2d(width, width, 1)
-        self.up = nn.Conv2d(width, channels, 1) if to_head else None
-        if self.up is not None:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+        self.up = zeroed(nn.Conv2d(width, channels, 1)) if to_head else None
 
     def tap(self, climb: list[Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The hook: climb one step, and add the ladder to the stage's output where the head reads it."""

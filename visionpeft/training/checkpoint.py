@@ -1,5 +1,5 @@
-"""The training checkpoint, from which a run goes on bit for bit: live weights of what trains, moving average, fp32
-optimizer, scaler, position and every random state. Plain tensors and values only; loading never unpickles code."""
+"""The training checkpoint, from which a run goes on bit for bit: weights that train, moving average, fp32 optimizer,
+scaler, position and every random state. Plain tensors and values only; loading never unpickles code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import files, pickles, schema
+from ..core.attach import copy_into
 from ..errors import DiskFull, TrainingError, VisionpeftError
+from ..process import RandomStates
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,8 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class RandomStates:
-    """What `random_states` returns."""
-
-    python: tuple[int, tuple[int, ...], Any]
-    numpy: tuple[str, Tensor, int, int, float]
-    torch: Tensor
-    cuda: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
 class Saved:
-    """What every checkpoint holds; families add their own, and what a later visionpeft adds has a default here."""
+    """The content of every checkpoint. Families add fields; those that a later visionpeft adds have a default here."""
 
     epoch: int
     done: bool
@@ -62,13 +54,13 @@ def save(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 class Writer:
-    """Writes the files of a run while it trains on: in one thread, in order. A context manager; its end waits for the last.
+    """Writes a run's files while it trains, in one thread and in order. A context manager; its exit waits for the last.
 
     >>> with Writer() as writer:
     ...     writer.put(lambda: deltas.write(path, delta), lambda: save(other, content))
     """
 
-    under_way: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()  # or lately were
+    threads: ClassVar[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()  # of all writers
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -77,21 +69,21 @@ class Writer:
 
     @property
     def age(self) -> float:
-        """Seconds since something was put, or since it began."""
+        """Seconds since the last `put`, or since the writer was made."""
         return time.monotonic() - self._last
 
     def put(self, *writes: Callable[[], object]) -> None:
-        """Have `writes` called one after the other. What they write must be a copy, see `snapshot`: training goes on.
+        """Call `writes` one after the other, in the thread. They must write copies, see `snapshot`: training goes on.
 
-        Waits while an earlier call's are under way: a slow disk holds a run up, but never fills its memory.
+        Waits for the writes of an earlier call: a slow disk holds a run up, but never fills its memory.
 
         Raises:
-            TrainingError: An earlier call's failed.
+            TrainingError: A write of an earlier call failed.
         """
         self.wait()
         self._last = time.monotonic()
         self._thread = threading.Thread(target=self._call, args=writes, name="visionpeft-writer")
-        self.under_way.add(self._thread)
+        self.threads.add(self._thread)
         self._thread.start()
 
     def __enter__(self) -> Writer:
@@ -100,7 +92,7 @@ class Writer:
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread:  # that error is the one to hear of
+        elif self._thread:  # the error of the block matters more
             self._thread.join()
 
     def _call(self, *writes: Callable[[], object]) -> None:
@@ -111,10 +103,10 @@ class Writer:
             self._error = error
 
     def wait(self) -> None:
-        """Wait for what is under way.
+        """Wait for the writes of the last `put`.
 
         Raises:
-            TrainingError: It failed.
+            TrainingError: One failed.
         """
         if self._thread:
             self._thread.join()
@@ -130,7 +122,7 @@ class Writer:
 
 
 def _wait() -> None:
-    for thread in Writer.under_way:
+    for thread in Writer.threads:
         thread.join()
 
 
@@ -139,7 +131,7 @@ if hasattr(os, "register_at_fork"):  # processes that load images must not begin
 
 
 def snapshot(content: Any) -> Any:
-    """Return a copy of nested mappings and sequences, its tensors on the CPU."""
+    """Return a copy of nested mappings and sequences, with its tensors on the CPU."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, Mapping):
@@ -163,47 +155,45 @@ def load(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:  # torch's own sentence advises to let the file run code
         raise TrainingError(f"the checkpoint {path} holds more than tensors and values, and is not opened") from error
     except Exception as error:  # whatever a damaged zip file, or what it holds, makes of torch
-        said = " ".join(str(error).split())[:200]
-        raise TrainingError(f"the checkpoint {path} cannot be read ({said}); start the run anew") from error
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(f"the checkpoint {path} cannot be read ({reason}); start the run anew") from error
     return content
 
 
 @contextmanager
 def restoring() -> Iterator[None]:
-    """Say in a sentence that what a checkpoint holds does not fit the run. Decorates what puts it back.
+    """Turn errors while a checkpoint's content is put back into one sentence. Also a decorator.
 
     Raises:
-        TrainingError: It does not.
+        TrainingError: The content does not fit the run.
     """
     try:
         yield
-    except (VisionpeftError, torch.OutOfMemoryError):  # which say better what is wrong
+    except (VisionpeftError, torch.OutOfMemoryError):  # these say better what is wrong
         raise
     except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"the checkpoint does not fit this run ({type(error).__name__}: {said}); start the run anew"
+            f"the checkpoint does not fit this run ({type(error).__name__}: {reason}); start the run anew"
         ) from error
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that training can change, by state-dict key: what requires a gradient, and all buffers."""
+    """Return the tensors that training can change, by key: parameters that require a gradient, and all buffers."""
     wanted = {n for n, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
     return {k: v for k, v in model.state_dict().items() if k in wanted}
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `live` returned."""
+    """Copy tensors of `live` back into a model."""
     own = model.state_dict(keep_vars=True)
     if missing := [k for k in tensors if k not in own or own[k].shape != tensors[k].shape]:
         raise TrainingError(f"the checkpoint does not fit this model ({missing[0]}); resume with the same arguments")
-    with torch.no_grad():
-        for key, value in tensors.items():
-            own[key].copy_(value)
+    copy_into({k: own[k] for k in tensors}, tensors)
 
 
 def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Put back an optimizer's state. How it computes stays as it was made: fused or not is no part of a run."""
+    """Load an optimizer's state, but keep its way of computing (fused or not), which is no part of a run."""
     own, saved = optimizer.param_groups, state["param_groups"]
     how = ("fused", "foreach", "capturable")
     groups = [{**s, **{k: g[k] for k in how if k in g}} for s, g in zip(saved, own, strict=True)]

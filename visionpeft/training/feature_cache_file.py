@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from .. import schema
 from ..errors import ConfigError
-from ..lean.frozen_stages import Prefix
+from ..lean.frozen_stages import FrozenStages
 from ..pickles import objection
 
 LOGGER = logging.getLogger("visionpeft")
@@ -90,7 +90,7 @@ class StoredViews:
     columns: Mapping[str, _Column]  # the samples' other fields, one value per row
 
 
-def read(file: Path, rows: int, prefix: Prefix) -> StoredViews | None:
+def read(file: Path, rows: int, prefix: FrozenStages) -> StoredViews | None:
     """Return the views in a file; None where there are none, or they are not whole."""
     try:
         header = _header(file)
@@ -149,7 +149,7 @@ class CacheWriter:
 
     dataset: Any  # returns samples: a dictionary with "img", or a tuple that begins with the image
     schedule: ViewSchedule
-    prefix: Prefix  # turns images into vectors
+    prefix: FrozenStages  # turns images into vectors
     prepare: Callable[[Sequence[Any]], Tensor]  # turns samples into the batch that the model would read, on its device
     seed: int  # of the augmentation
     batch: int  # images at a time

@@ -14,11 +14,12 @@ from torch import nn
 from .. import lean, measure
 from ..config import SettledConfig
 from ..core import delta as deltas
-from ..core.attach import merge, settle, train_mode
+from ..core.anatomy import inside
+from ..core.attach import merge, set_requires_grad, train_mode
 from ..core.base_model import Base, Data
 from ..core.plan import Plan
 from ..errors import TrainingError
-from ..lean.frozen_stages import Prefix, put_on
+from ..lean.frozen_stages import FrozenStages
 from .checkpoint import Writer
 from .feature_cache import Store
 from .stopping import Stop
@@ -41,7 +42,7 @@ class Job:
     before: dict[str, float]  # metrics before training
     save_merged: Callable[[nn.Module, Mapping[str, Any], Path], Path]  # of the family
     trackers: Trackers  # where the numbers of its epochs go
-    prefix: Prefix | None = None  # what runs the frozen stages apart from the rest
+    prefix: FrozenStages | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
     origin: str = ""  # base, data and plan, for the checkpoint
@@ -50,7 +51,7 @@ class Job:
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
         if self.prefix:
-            put_on(model, self.prefix)
+            self.prefix.install(model)
         if self.config.lean != "off":
             lean.apply(model, self.config.lean)
 
@@ -59,14 +60,13 @@ class Job:
         train_mode(model, self.plan, progress)
         if self.plan.opens:
             before = sum(p.requires_grad for p in model.parameters())
-            settle(model, self.plan, progress)
+            set_requires_grad(model, self.plan, progress)
             if sum(p.requires_grad for p in model.parameters()) != before:
                 meter.rearm()
 
     def rate(self, parameter: str) -> float:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
-        inside_head = parameter.startswith(tuple(f"{h}." for h in self.plan.heads))
-        return 1.0 if inside_head else self.body_lr_scale * self.plan.rate(parameter)
+        return 1.0 if inside(parameter, self.plan.heads) else self.body_lr_scale * self.plan.rate(parameter)
 
     def kind(self, parameter: str) -> tuple[float, float]:
         """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for

@@ -114,11 +114,11 @@ def curves(
             if label == "metric" and before.get(name) is not None:
                 x, y = [0, *x], [before[name], *y]
             values = [np.nan if v is None else v for v in y]
-            said = "validation" if name == "loss" else name.removeprefix("train/").removesuffix("_loss")
+            text = "validation" if name == "loss" else name.removeprefix("train/").removesuffix("_loss")
             thick = label == "loss" or name == score
             colour, style = _COLOURS[i % len(_COLOURS)], "--" if name == "loss" else "-"
             ax.plot(
-                x, values, style, marker=".", label=said, color=colour, lw=2 if thick else 1.2, alpha=1 if thick else 0.6
+                x, values, style, marker=".", label=text, color=colour, lw=2 if thick else 1.2, alpha=1 if thick else 0.6
             )
         ax.set_xlabel("epoch")
         ax.set_title("loss" if label == "loss" else "on the validation images", fontsize=10)

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: one line per epoch, and a bar over all of it; on stderr, made with rich."""
+"""The display of a run that trains: one line per epoch, and a bar over all of it; on stderr, made with rich."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NARROW = 72  # columns; below, the bar itself, memory and seconds are left out
 
 
 class Progress:
-    """Follows a run of several epochs. A context manager; without `shown`, it shows nothing.
+    """Shows the progress of a run. A context manager; without `shown`, it shows nothing.
 
     Args:
-        epochs: How many there will be at most.
+        epochs: Their number, at most.
         score: The metric to show after each.
         shown: Whether to show anything.
     """
@@ -49,35 +49,35 @@ class Progress:
         self._bar.__exit__(*error)
 
     def start(self, epoch: int, batches: int) -> None:
-        """An epoch begins.
+        """Show that an epoch begins.
 
         Args:
             epoch: Its number, from 0.
-            batches: How many it has.
+            batches: Their number.
         """
         self._batches, self._done, self._began = batches, 0, time.perf_counter()
         text = f"{epoch + 1}/{self._epochs}"
         self._bar.update(self._task, total=self._epochs * batches, completed=epoch * batches, epoch=text)
 
     def batch(self, loss: float, memory: int | None) -> None:
-        """A batch is done.
+        """Show that a batch is done.
 
         Args:
             loss: Mean of the epoch so far.
-            memory: Bytes to show: the GPU's peak, or what was saved for backward.
+            memory: Bytes to show: the GPU's peak, or those saved for backward.
         """
         self._done += 1
         shown: dict[str, Any] = {"batch": f"{self._done}/{self._batches}", "loss": f"{loss:.4g}"}
         self._bar.update(self._task, advance=1, memory=f"memory {size(memory)}" if memory else "", **shown)
 
     def end(self, epoch: int, loss: float, metrics: Mapping[str, float | None]) -> None:
-        """An epoch is done, and was validated."""
+        """Show that an epoch is done and validated."""
         if not self._shown:
             return
         value, width = metrics.get(self._score), len(str(self._epochs))
-        said = [f"epoch {epoch + 1:>{width}}/{self._epochs}", f"loss {loss:<8.4g}"]
+        texts = [f"epoch {epoch + 1:>{width}}/{self._epochs}", f"loss {loss:<8.4g}"]
         if value is not None and not math.isnan(value):
-            said.append(f"{self._score} {value:.4f}")
+            texts.append(f"{self._score} {value:.4f}")
         if self._wide:
-            said.append(f"{time.perf_counter() - self._began:.1f} s")
-        self._console.print(("   " if self._wide else " ").join(said).rstrip())
+            texts.append(f"{time.perf_counter() - self._began:.1f} s")
+        self._console.print(("   " if self._wide else " ").join(texts).rstrip())

@@ -1,4 +1,4 @@
-"""The folder of a run: made or found again, held by one process, and rid of what a killed one left."""
+"""The folder of a run: made or found again, locked by one process, and freed of a killed one's temporary files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .. import files, schema
 from ..config import TrainConfig
 from ..core import delta as deltas
 from ..core.anatomy import GradientStats
+from ..core.method import Settings
 from ..core.plan import Plan
 from ..errors import ConfigError, TrainingError
 from . import checkpoint
@@ -28,22 +29,22 @@ _CHANGED = {
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run that goes on, as its folder tells of it.
+    """A run to resume, read from its folder.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         config: Its options.
         method_settings: All settings of its method.
         done: Whether all of its epochs are trained.
-        origin: What it is made of, see `origin`; None: nothing says it.
-        before: What was measured before it trained; None: not yet.
+        origin: Its base, data and plan, see `origin`; None where no file has them.
+        before: Metrics before training; None where they were not measured yet.
         before_apart: The same with the frozen stages run in lower precision.
-        gradient_stats: What its method planned by.
+        gradient_stats: The gradients that its method planned by.
     """
 
     folder: Path
     config: TrainConfig
-    method_settings: Mapping[str, Any]
+    method_settings: Settings
     done: bool
     origin: str | None
     before: dict[str, float] | None
@@ -53,7 +54,7 @@ class Resumed:
 
 @contextmanager
 def new(project: Path, name: str | None, exist_ok: bool, merged: str) -> Iterator[Path]:
-    """Make and hold the folder of a new run: NAME, or "train", "train2", ...; two runs never get the same one by chance.
+    """Make and lock the folder of a new run: NAME, or "train", "train2", ...; two runs never get the same one by chance.
 
     Raises:
         ConfigError: It is there, or another run is under way in it.
@@ -67,7 +68,7 @@ def new(project: Path, name: str | None, exist_ok: bool, merged: str) -> Iterato
         except FileExistsError:
             if name:
                 raise taken(folder) from None
-    with _held(folder):
+    with _locked(folder):
         tracking.clear(folder)
         for old in ("checkpoint.pt", "delta.safetensors", "run.json", merged):  # they would be taken for this run's
             (folder / old).unlink(missing_ok=True)
@@ -75,13 +76,13 @@ def new(project: Path, name: str | None, exist_ok: bool, merged: str) -> Iterato
 
 
 def taken(folder: Path) -> ConfigError:
-    """Return what is said of a folder that is there."""
+    """Return the error for a folder that is there."""
     return ConfigError(f"{folder} exists; give another name, or exist_ok=True to write into it")
 
 
 @contextmanager
 def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Iterator[Resumed]:
-    """Find and hold the folder of a run to go on with.
+    """Find and lock the folder of a run to resume.
 
     Raises:
         TrainingError: There is none, or nothing is left to do.
@@ -97,37 +98,37 @@ def resumed(resume: bool | str | Path, project: Path, name: str | None) -> Itera
         folder = folder.parent if folder.is_file() else folder
     if not (folder / "train.json").is_file():
         raise _unreadable(folder)
-    with _held(folder):
+    with _locked(folder):
         yield _read(folder)
 
 
-def origin(header: Mapping[str, Any], plan: Plan) -> str:
-    """Return what a run is made of, for its checkpoint: `unchanged` compares it. `header` is its delta's."""
-    said = {"base": header["base"]["sha256"], "names": header["names"], "data": header["data"]["sha256"]}
+def origin(header: schema.Json, plan: Plan) -> str:
+    """Return base, data and plan of a run as text, which its checkpoint keeps. `header` is that of its delta."""
+    values = {"base": header["base"]["sha256"], "names": header["names"], "data": header["data"]["sha256"]}
     planned = {k: v for k, v in plan.to_dict().items() if k != "model"}  # a base is known by its tensors, wherever it lies
-    return json.dumps({**said, "plan": planned}, sort_keys=True)
+    return json.dumps({**values, "plan": planned}, sort_keys=True)
 
 
-def unchanged(folder: Path, then: str, now: str, model: str, data: str) -> None:
+def check_origin(folder: Path, then: str, now: str, model: str, data: str) -> None:
     """Refuse to go on with a run on a base, data or a plan that it did not begin with; `then` and `now` are of `origin`.
 
     Raises:
         TrainingError: One of them is another, or `then` does not say.
     """
-    given = json.loads(now)
+    current = json.loads(now)
     try:
-        was = schema.check(dict[str, Any], schema.parse(then))
+        was = schema.check(schema.Json, schema.parse(then))
         if missing := next((part for part in _CHANGED if part not in was), None):
             raise schema.Malformed(f"it has no {missing}")
     except schema.Malformed as error:
         raise TrainingError(f"the checkpoint of {folder} does not say what the run is made of; start anew") from error
-    if changed := next((said for part, said in _CHANGED.items() if was[part] != given[part]), None):
-        said = changed.format(model=model, data=data)
-        raise TrainingError(f"{folder} cannot be resumed: {said}; put back what was there, or start anew")
+    if change := next((text for part, text in _CHANGED.items() if was[part] != current[part]), None):
+        reason = change.format(model=model, data=data)
+        raise TrainingError(f"{folder} cannot be resumed: {reason}; put back what was there, or start anew")
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     with files.locked(folder, f"another run is under way in {folder}; let it end, or give another folder"):
         files.clear(folder)
         yield
@@ -135,34 +136,34 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _read(folder: Path) -> Resumed:
     try:
-        given = schema.check(dict[str, Any], schema.parse((folder / "train.json").read_bytes()))
+        values = schema.check(schema.Json, schema.parse((folder / "train.json").read_bytes()))
     except (OSError, schema.Malformed) as error:
         raise _unreadable(folder) from error
     saved = checkpoint.load(folder / "checkpoint.pt")
     if saved["done"] and _complete(folder):
         raise TrainingError(f"{folder} has trained all of its epochs and is complete; nothing is left to resume")
     try:
-        if "method_settings" not in given:
+        if "method_settings" not in values:
             raise schema.Malformed("it has no method_settings")
         kinds: dict[str, Any] = {
-            "method_settings": Mapping[str, Any],
+            "method_settings": Settings,
             "before": Mapping[str, Any],
             "before_apart": Mapping[str, Any] | None,
         }
         kinds |= {"evidence": GradientStats | None}
-        found = {name: schema.check(kind, given[name], name) for name, kind in kinds.items() if name in given}
-        config = TrainConfig.from_file(given)
+        known = {name: schema.check(kind, values[name], name) for name, kind in kinds.items() if name in values}
+        config = TrainConfig.from_file(values)
     except schema.Malformed as error:
         raise TrainingError(f"{folder} cannot be resumed: of its train.json, {error}; start anew") from error
     return Resumed(
         folder,
         config,
-        found["method_settings"],
+        known["method_settings"],
         saved["done"],
         saved.get("origin") or _origin_of_delta(folder),
-        found.get("before"),
-        found.get("before_apart"),
-        found.get("evidence"),
+        known.get("before"),
+        known.get("before_apart"),
+        known.get("evidence"),
     )
 
 
@@ -171,7 +172,7 @@ def _unreadable(folder: Path) -> TrainingError:
 
 
 def _origin_of_delta(folder: Path) -> str | None:
-    """Return what a run was made of whose checkpoint is older than `origin`, where it left a delta."""
+    """Return the `origin` of a run whose checkpoint is older than that field, from its delta, if it left one."""
     file = folder / "delta.safetensors"
     if not file.is_file():
         return None
@@ -180,7 +181,7 @@ def _origin_of_delta(folder: Path) -> str | None:
 
 
 def _complete(folder: Path) -> bool:
-    """Say whether a run that has trained has drawn its pictures, too, which it does last."""
+    """Return whether a run that has trained has also drawn its pictures, which it does last."""
     try:
         drawn = schema.parse((folder / "run.json").read_bytes())["pictures"]
         return bool(drawn) and all((folder / Path(file).name).is_file() for file in drawn.values())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sized
-from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
-from ..process import random_states, set_random_states
+from ..process import RandomStates, random_states, set_random_states
 
 
 class Order(BatchSampler):
@@ -34,8 +33,8 @@ class Order(BatchSampler):
         super().__init__(RandomSampler(images, generator=generator), batch, drop_last)
         self.ahead = ahead
         self._passed: int = 0
-        self._states: list[dict[str, Any]] = []
-        self._fetched: deque[tuple[int, dict[str, Any]]] = deque(maxlen=2 * shares)  # batches, and random states before each
+        self._states: list[RandomStates] = []
+        self._fetched: deque[tuple[int, RandomStates]] = deque(maxlen=2 * shares)  # batches, and random states before each
 
     def __iter__(self) -> Iterator[list[int]]:
         passed, states, count = self._passed, self._states, 0
@@ -52,10 +51,10 @@ class Order(BatchSampler):
         if count < passed + len(states):  # there was none left to fetch
             set_random_states(states[-1])
 
-    def fetched_after(self, steps: int) -> list[dict[str, Any]]:
+    def fetched_after(self, steps: int) -> list[RandomStates]:
         """Return the random states before those batches were fetched that come after so many."""
         return [states for count, states in self._fetched if count > steps]
 
-    def go_to(self, steps: int, states: list[dict[str, Any]]) -> None:
+    def go_to(self, steps: int, states: list[RandomStates]) -> None:
         """Pass over so many batches of the next epoch; `states` are those to have before each of the next is fetched."""
         self._passed, self._states = steps, states

@@ -21,11 +21,11 @@ class _Asked(BaseException):
 
 @dataclass
 class Stop:
-    """What a run is asked by signals: to end.
+    """The signals that ask a run to end.
 
     Attributes:
-        asked: The signal's name; empty while there was none.
-        checkpoint: What the run goes on from, once there is one.
+        asked: The name of the first signal; empty while there was none.
+        checkpoint: The file to resume the run from, once there is one.
     """
 
     asked: str = ""
@@ -34,7 +34,7 @@ class Stop:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """For a loop that looks at `asked` between its steps: a signal does not break into one."""
+        """Let a loop look at `asked` between its steps: a signal does then not interrupt a step."""
         self._awaited = True
         try:
             yield
@@ -44,13 +44,13 @@ class Stop:
             raise _Asked
 
     def error(self) -> Stopped:
-        """Return what is said of a run that ends so."""
+        """Return the error that ends the run."""
         code = signal.Signals[self.asked].value
         if self.checkpoint and self.checkpoint.is_file():
             return Stopped(f"stopped by {self.asked}", self.checkpoint.parent, code)
         return Stopped(f"stopped by {self.asked} before anything was saved; start anew", None, code)
 
-    def heed(self, number: int, frame: Any) -> None:
+    def handle(self, number: int, frame: Any) -> None:
         """Handle a signal."""
         self.asked = signal.Signals(number).name
         if not self._awaited:
@@ -58,8 +58,8 @@ class Stop:
 
 
 @contextmanager
-def heeded() -> Iterator[Stop]:
-    """Have signals end what runs here, and mean afterwards what they meant before; in the main thread alone, Python asks.
+def stop_on_signals() -> Iterator[Stop]:
+    """Let signals end the code inside, and restore their handlers afterwards. Has an effect in the main thread only.
 
     Raises:
         Stopped: There was one.
@@ -69,7 +69,7 @@ def heeded() -> Iterator[Stop]:
         known = {n: signal.getsignal(n) for n in (getattr(signal, name, None) for name in _SIGNALS) if n is not None}
         earlier = {n: handler for n, handler in known.items() if handler not in (None, signal.SIG_IGN)}  # as nohup has it
     for number in earlier:
-        signal.signal(number, stop.heed)
+        signal.signal(number, stop.handle)
     try:
         yield stop
     except _Asked:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visionpeft.core.anatomy import HEAD, Anatomy, Stage
-from visionpeft.core.attach import attach, settle
+from visionpeft.core.attach import attach, set_requires_grad
 from visionpeft.core.base_model import Base, Data
 from visionpeft.errors import DataError, ModelError
 from visionpeft.families.base import EvalResult, Family
@@ -119,7 +119,7 @@ class Tiny(Family):
 
     def train(self, job: Job) -> None:
         torch.manual_seed(job.config.seed)
-        model = settle(attach(self.with_head(job.base, job.data.names, job.config.head), job.plan), job.plan)
+        model = set_requires_grad(attach(self.with_head(job.base, job.data.names, job.config.head), job.plan), job.plan)
         meter = Meter(model, torch.device("cpu"), stages=job.stages)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], job.config.lr0)
         job.trackers.open(0)

@@ -26,7 +26,7 @@ from timm.models.vision_transformer import Block as PlainBlock
 from torch import Tensor, nn
 
 from ...core.anatomy import HEAD, Anatomy, Attention, Block, Stage
-from ...core.class_twins import plain
+from ...core.class_swap import plain
 from ..introspect import Seen, observe, read_layers, read_params, read_statistics, read_stride
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.base_model import Base
-from ...measure import held
+from ...measure import storage_bytes
 from ...training import checkpoint
 from ..capabilities import DryRun, Step, SupportsDryRun
 from .arguments import make_optimizer
@@ -32,5 +32,5 @@ class DryRuns(SupportsDryRun):
             loss(batch())
 
         groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        average = held(checkpoint.live(model))
+        average = storage_bytes(checkpoint.live(model))
         return DryRun(batch, loss, validate, make_optimizer(step.optimizer, groups, lr=1e-3), average)

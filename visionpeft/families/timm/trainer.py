@@ -23,10 +23,10 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ...core.attach import attach, settle
+from ...core.attach import attach, set_requires_grad
 from ...errors import TrainingError
 from ...measure import Meter
-from ...process import random_states, set_random_states
+from ...process import RandomStates, random_states, set_random_states
 from ...training import checkpoint
 from ...training.distributed import devices, launch
 from ...training.feature_cache import CachedFeatureDataset
@@ -116,7 +116,7 @@ class Trainer:
         own = loading.with_head(job.base, job.data.names, job.config.head)
         images: Any = Images(job.data.train, transform(own, job.config.imgsz, hyper))
         held_out = Images(job.data.val, transform(own, job.config.imgsz, None))
-        self.own = settle(attach(own, job.plan), job.plan).to(accelerator.device)
+        self.own = set_requires_grad(attach(own, job.plan), job.plan).to(accelerator.device)
         self.average = Average(self.own, hyper.ema)
         job.equip(self.own)
         if job.prefix and job.store:
@@ -186,7 +186,7 @@ class Trainer:
             self.images.epoch = epoch  # each reads another view
         at, self.within = self.within, Within()
         began = self.generator.get_state()
-        self.meter.begin("data")
+        self.meter.start("data")
         for images, labels in islice(self.batches, at.steps if self.order.ahead else 0, None):
             count = len(images)
             if self.mix:
@@ -195,14 +195,14 @@ class Trainer:
                 loss = self._step(images, labels)
                 self._check(loss, epoch)
                 if self.accelerator.sync_gradients:
-                    self.meter.begin("optimizer")
+                    self.meter.start("optimizer")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
                 self.updates += 1
                 self.schedule.step_update(self.updates)
                 self.average.update(self.updates)
-            self.meter.begin("data")
+            self.meter.start("data")
             at = Within(at.steps + 1, at.total + loss * count, at.seen + count)
             tell(at.total / at.seen)
             if self.accelerator.sync_gradients and self.job.saves_now(self.writer):
@@ -210,10 +210,10 @@ class Trainer:
         return at.total / at.seen
 
     def _step(self, images: Tensor, labels: Tensor) -> float:
-        self.meter.begin("forward")
+        self.meter.start("forward")
         with self.accelerator.autocast():
             loss = self.criterion(self.model(images), labels)
-        self.meter.begin("backward")
+        self.meter.start("backward")
         self.accelerator.backward(loss)
         if self.accelerator.num_processes > 1:  # where one process loses it, all stop
             loss = self.accelerator.reduce(loss.detach(), "mean")
@@ -287,7 +287,7 @@ class Trainer:
         self.updates, self.best, self.history = saved["updates"], saved["best"], saved["history"]
         self.meter.restore(saved["measured"])
         self.generator.set_state(saved["sampler"])
-        ahead: list[dict[str, Any]] = []
+        ahead: list[RandomStates] = []
         if self.accelerator.is_main_process:
             set_random_states(saved["random"])
             ahead = [saved["random"]]

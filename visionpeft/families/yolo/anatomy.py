@@ -11,7 +11,7 @@ from ultralytics.nn.modules.block import Attention as AreaAttention
 from ultralytics.nn.modules.conv import Conv
 
 from ...core.anatomy import HEAD, Anatomy, Attention, Block, Stage
-from ...core.class_twins import plain
+from ...core.class_swap import plain
 from ..introspect import Seen, observe, read_layers, read_params, read_statistics, read_stride
 from .tasks import Task
 

@@ -15,7 +15,7 @@ from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.utils.tal import SegTaskAlignedAssigner
 
 from ...core.base_model import Base, Data
-from ...measure import held
+from ...measure import storage_bytes
 from ..base import Arguments
 from ..capabilities import DryRun, Step, SupportsDryRun
 from .data import LabelledImages
@@ -32,7 +32,7 @@ class DryRuns(SupportsDryRun):
 
     def dry_run(self, model: nn.Module, base: Base, step: Step) -> DryRun:
         made_up = _MadeUp(model, base, step)
-        average = held(list(model.parameters()), list(model.buffers()))  # Ultralytics copies all of the model
+        average = storage_bytes(list(model.parameters()), list(model.buffers()))  # Ultralytics copies all of the model
         return DryRun(
             made_up.batch,
             made_up.loss,

@@ -14,7 +14,7 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel, OBBModel, 
 from ultralytics.utils.torch_utils import intersect_dicts
 
 from ... import schema
-from ...core.class_twins import plain
+from ...core.class_swap import plain
 from ...core.delta import MOST_CLASSES
 from ...errors import ModelError
 from ...schema import Malformed

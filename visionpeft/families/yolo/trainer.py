@@ -23,7 +23,7 @@ from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
 
-from ...core.attach import attach, settle
+from ...core.attach import attach, set_requires_grad
 from ...core.plan import Plan
 from ...errors import ModelError, TrainingError
 from ...measure import Meter
@@ -105,7 +105,7 @@ class PeftTrainerMixin:
 
     def build_optimizer(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         model = unwrap_model(model)
-        settle(model, self._plan)  # Ultralytics has just let everything train
+        set_requires_grad(model, self._plan)  # Ultralytics has just let everything train
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
         kinds = {id(p): self.job.kind(n) for n, p in model.named_parameters() if p.requires_grad}
         groups = []
@@ -215,14 +215,14 @@ class PeftTrainerMixin:
         self._batch = 0
         if self.job.store:
             self.train_loader.dataset.epoch = self.epoch  # each reads another view
-        self._meter.begin("data")
+        self._meter.start("data")
         self._progress.start(self.epoch, len(self.train_loader))
 
     def preprocess_batch(self: Any, batch: dict | None) -> dict:
         if batch is None:
             self.model = Passed(self.model, self._within[1], self.device)
             return {"img": torch.empty(1, 1, 1, 1)}  # Ultralytics counts and measures it
-        self._meter.begin("forward")
+        self._meter.start("forward")
         if not self.job.store:
             return super().preprocess_batch(batch)  # type: ignore[misc]
         vectors = batch["img"].to(self.device, non_blocking=self.device.type == "cuda")
@@ -238,13 +238,13 @@ class PeftTrainerMixin:
         if isinstance(self.model, Passed):
             self.model, self.tloss = self.model.model, self.model.losses
             self._meter.close()
-            self._meter.begin("data")
+            self._meter.start("data")
             return
         stepped = self._batch % self._accumulate == 0 or self._batch == len(self.train_loader)
         if stepped:
-            self._meter.begin("optimizer")
+            self._meter.start("optimizer")
             super().optimizer_step()  # type: ignore[misc]
-        self._meter.begin("data")
+        self._meter.start("data")
         self._progress.batch(float(sum(self.tloss.values())), self._meter.memory)
         if stepped and RANK in (-1, 0) and self.job.saves_now(self._writer):
             self.job.check_folder()
@@ -354,7 +354,7 @@ def _unlike(name: str, now: str) -> ModelError:
 def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
     """Settle what trains, and wrap the model anew for several processes: Ultralytics did so when everything trained, and
     all of it would have gradients that travel."""
-    model = settle(unwrap_model(wrapper), plan)
+    model = set_requires_grad(unwrap_model(wrapper), plan)
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
     options = {"find_unused_parameters": wrapper.find_unused_parameters, "static_graph": wrapper.static_graph, still: False}
@@ -367,7 +367,7 @@ class MeteredScaler:
     meter: Meter
 
     def scale(self, outputs: Any) -> Any:
-        self.meter.begin("backward")
+        self.meter.start("backward")
         return super().scale(outputs)  # type: ignore[misc]
 
 
