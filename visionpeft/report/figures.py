@@ -152,10 +152,8 @@ def _bars(section: Section, parts: _Parts) -> Figure | None:
 
 def _largest(splits: Mapping[str, Mapping[str, float]], count: int) -> dict[str, dict[str, float]]:
     """Return the parts that are the largest over all methods, and the sum of the others as "other"."""
-    totals = {
-        n: sum(parts.get(n, 0) for parts in splits.values()) for parts in splits.values() for n in parts if n != "other"
-    }
-    named = sorted(totals, key=lambda n: -totals[n])[:count]
+    names = dict.fromkeys(n for parts in splits.values() for n in parts if n != "other")
+    named = sorted(names, key=lambda n: -sum(parts.get(n, 0) for parts in splits.values()))[:count]
     largest = {}
     for method, parts in splits.items():
         rest = sum(value for name, value in parts.items() if name not in named)

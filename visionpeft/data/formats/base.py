@@ -134,8 +134,8 @@ class Format(ABC):
 
 def split_of(words: str) -> str:
     """Return the split that a file's or folder's name says, or "": instances_train2017 is train, trainval is neither."""
-    letters = re.findall(r"[a-z]+", words.lower())
-    return next((part for part, names in SPLITS.items() if any(n in letters for n in names)), "")
+    tokens = re.findall(r"[a-z]+", words.lower())
+    return next((part for part, names in SPLITS.items() if any(n in tokens for n in names)), "")
 
 
 def letters_of(name: str) -> str:

@@ -134,11 +134,11 @@ def _samples(file: Path, part: str, content: Json, request: Request, source: Sou
     count_of_last = Counter(name.rpartition("/")[2] for name in set(listed))
     for image, name in zip(content["images"], listed, strict=True):
         last = name.rpartition("/")[2]
-        file_found = index.by_name(name) if name else None
-        if file_found is None and last != name and count_of_last[last] == 1 and (file_found := index.by_name(last)):
-            source.changed.add("image taken from another folder than its annotations say", f"{name}: {file_found}")
+        image_file = index.by_name(name) if name else None
+        if image_file is None and last != name and count_of_last[last] == 1 and (image_file := index.by_name(last)):
+            source.changed.add("image taken from another folder than its annotations say", f"{name}: {image_file}")
         raw = of_image.pop(image["id"], [])
-        if file_found is None:
+        if image_file is None:
             source.skipped.add(NOT_FOUND, f"{name} ({len(raw)} objects)")
             continue
         width, height = image.get("width"), image.get("height")
@@ -147,7 +147,7 @@ def _samples(file: Path, part: str, content: Json, request: Request, source: Sou
         def annotations(task: str, raw: list[Json] = raw, name: str = name) -> Iterable[Annotation]:
             return [made for a in raw if (made := _annotation(a, names, name, task, source.skipped))]
 
-        yield Sample(file_found, name, part, stated, annotations)
+        yield Sample(image_file, name, part, stated, annotations)
     if lost := sum(map(len, of_image.values())):
         source.skipped.add("annotation of an image that is not listed", file.name, lost)
 
