@@ -123,8 +123,8 @@ def table(cells: Iterable[CellResult], against: str = "full", resamples: int = R
     parts = []
     rows = compare(cells, against, resamples)
     for data, model in dict.fromkeys((r.names["data"], r.names["model"]) for r in rows):
-        own = [r for r in rows if (r.names["data"], r.names["model"]) == (data, model)]
-        parts.append(f"**{escaped(data)}, {escaped(model)}**\n\n{markdown(own, against)}")
+        group = [r for r in rows if (r.names["data"], r.names["model"]) == (data, model)]
+        parts.append(f"**{escaped(data)}, {escaped(model)}**\n\n{markdown(group, against)}")
     return "\n\n".join(parts)
 
 
@@ -248,8 +248,8 @@ def _comparable(one: CellResult, other: CellResult) -> bool:
     """Return whether two cells differ in their method's settings alone."""
     same = ("model", "model_args", "weights_sha256", "data", "data_sha256", "equal", "search", "retain_sha256")
     specs: list[Mapping[str, object]] = [one["cell"], other["cell"]]
-    own = {*one["cell"]["own"], *other["cell"]["own"]}  # options of their rows alone
-    shared = [{k: v for k, v in cell["cell"]["options"].items() if k not in own} for cell in (one, other)]
+    specific = {*one["cell"]["own"], *other["cell"]["own"]}  # options of their rows alone
+    shared = [{k: v for k, v in cell["cell"]["options"].items() if k not in specific} for cell in (one, other)]
     return all(specs[0][k] == specs[1][k] for k in same) and shared[0] == shared[1]
 
 

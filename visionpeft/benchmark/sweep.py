@@ -65,15 +65,15 @@ def run(
     """
     if jobs < 1 or (threads is not None and threads < 1):
         raise ConfigError(f"jobs={jobs}, threads={threads} is not usable; each must be at least 1")
-    given = dict(config) if isinstance(config, Mapping) else presets.read(config, "benchmark")
-    given |= {k: v for k, v in {"equal": equal, "retain": retain, "seed": seed and list(seed)}.items() if v is not None}
+    options = dict(config) if isinstance(config, Mapping) else presets.read(config, "benchmark")
+    options |= {k: v for k, v in {"equal": equal, "retain": retain, "seed": seed and list(seed)}.items() if v is not None}
     out = files.writable(Path(out).resolve())
     with files.locked(out, f"another sweep is writing into {out}; let it end, or give another folder with --out"):
         for kind in _KINDS:
             files.clear(files.writable(out / kind))  # a sweep that was killed may have left parts of files
             read(out, kind)  # refuses files of something else, before anything runs
         name = "benchmark" if isinstance(config, Mapping) else Path(config).stem
-        grid = make_grid(given, name, root, only)
+        grid = make_grid(options, name, root, only)
         _write_about(grid, out)
         asked = os.environ.get("OMP_NUM_THREADS", "")
         threads = threads or int(asked if asked.isdigit() else max((os.cpu_count() or 1) // jobs, 1))
@@ -201,8 +201,8 @@ class _Sweep:
         """
         if "trial" in cell.spec or not (trials := self.grid.trials(cell)):
             return {}
-        found = [self.out / "trials" / f"{t.hash}.json" for t in trials]
-        scores = [load(f, "trials")["score"] if f.is_file() else None for f in found]
+        results = [self.out / "trials" / f"{t.hash}.json" for t in trials]
+        scores = [load(f, "trials")["score"] if f.is_file() else None for f in results]
         best = max((s for s in scores if s is not None), default=None)
         if best is None:
             raise ConfigError(f"none of the {len(trials)} trials of {cell} came to its end; give other values to search")
@@ -228,8 +228,8 @@ def _write_about(grid: Grid, out: Path) -> None:
     """Write the grid to benchmark.json, beside those of earlier sweeps in the folder."""
     file = out / "benchmark.json"
     try:
-        found = schema.parse(file.read_bytes()) if file.is_file() else {"sweeps": {}}
-        earlier = schema.check(dict[str, Json], schema.check(Json, found).get("sweeps"), "its sweeps")
+        content_before = schema.parse(file.read_bytes()) if file.is_file() else {"sweeps": {}}
+        earlier = schema.check(dict[str, Json], schema.check(Json, content_before).get("sweeps"), "its sweeps")
     except (OSError, schema.Malformed) as error:
         raise ConfigError(f"{file} is not a benchmark's; move it out of the folder ({error})") from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -117,8 +117,8 @@ def _count_folders(layout: Layout, pictures: Mapping[Path, ImageFacts]) -> tuple
     numbers = {name: i for i, name in layout.names.items()}
     for part, images in layout.splits.items():
         good = [f for f in images if not pictures[f].fault]
-        found = Counter(class_of(layout.root, f) for f in good)
-        classes = {name: found[name] for name in layout.names.values()}
+        counts = Counter(class_of(layout.root, f) for f in good)
+        classes = {name: counts[name] for name in layout.names.values()}
         splits[part] = Split(len(images), len(good), sizes=_sizes(pictures, good), classes=classes)
         tiles[part] = [Tile(f, part, (), numbers[class_of(layout.root, f)]) for f in good]
     return splits, tiles
@@ -242,12 +242,12 @@ def _compare_classes(names: Mapping[int, str], splits: Mapping[str, Split], note
 
 def _compare_pictures(layout: Layout, pictures: Mapping[Path, ImageFacts], notes: Tally) -> None:
     files = [(f, i) for i, images in enumerate(layout.splits.values()) for f in images]
-    seen = [pictures[f] for f, _ in files]
-    within, across = find_copies(seen, [i for _, i in files])
-    for found, exact, near in ((within, "copy", "near copy"), (across, "leak", "near leak")):
-        for here, there in sorted(found.items()):
+    facts = [pictures[f] for f, _ in files]
+    within, across = find_copies(facts, [i for _, i in files])
+    for pairs, exact, near in ((within, "copy", "near copy"), (across, "leak", "near leak")):
+        for here, there in sorted(pairs.items()):
             one, other = files[here][0], files[there][0]
-            same = seen[here].digest == seen[there].digest
+            same = facts[here].digest == facts[there].digest
             pair = layout.relative(one) + (f" = {layout.relative(other)}" if one != other else ", the same file")
             notes.add(exact if same else near, pair)
             if layout.classify and same and class_of(layout.root, one) != class_of(layout.root, other):

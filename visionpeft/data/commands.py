@@ -60,7 +60,7 @@ def convert(
     """Convert COCO, Pascal VOC, KITTI or DOTA to images/, labels/ and data.yaml; the source stays as it is."""
     from .converting import convert as convert_data
 
-    made = convert_data(
+    conversion = convert_data(
         source,
         out,
         format,
@@ -74,7 +74,7 @@ def convert(
         copy=copy,
         exist_ok=exist_ok,
     )
-    print(json.dumps(made.to_dict(), indent=2) if json_ else made)
+    print(json.dumps(conversion.to_dict(), indent=2) if json_ else conversion)
 
 
 @app.command

@@ -63,8 +63,8 @@ class Conversion:
         rows = [(n, f"{self.images[n]:,}", f"{sum(o.values()):,}") for n, o in self.objects.items()]
         title = f"{self.format} to {self.task}, {len(self.names)} class{'es' * (len(self.names) != 1)}"
         parts = [tables.text(title, ("split", "images", "objects"), rows, 80, (1, 2))]
-        for heading, found in (("left out:", self.left), ("changed:", self.changed)):
-            lines = [line for what, (n, examples) in found.items() for line in counted_lines(what, n, examples)]
+        for heading, counted in (("left out:", self.left), ("changed:", self.changed)):
+            lines = [line for what, (n, examples) in counted.items() for line in counted_lines(what, n, examples)]
             parts += ["\n".join([heading, *lines])] if lines else []
         return "\n\n".join([*parts, f"data: {printable(self.data)}"])
 
@@ -202,8 +202,8 @@ def _existing(place: str | Path | None, what: str, folder: bool = False) -> Any:
 def _detect_format(root: Path) -> str:
     fits = [name for name, form in FORMATS.items() if form.fits(root)]
     if len(fits) != 1:
-        found = f"looks like {' and '.join(fits)}" if fits else f"looks like none of {', '.join(FORMATS)}"
-        raise DataError(f"{root} {found}; say which with --format" + ("" if fits else ", or give another folder"))
+        likeness = f"looks like {' and '.join(fits)}" if fits else f"looks like none of {', '.join(FORMATS)}"
+        raise DataError(f"{root} {likeness}; say which with --format" + ("" if fits else ", or give another folder"))
     return fits[0]
 
 

@@ -127,8 +127,8 @@ def _read_yaml(path: Path, source: str) -> Layout:
     splits, others = {}, []  # type: ignore[var-annotated]
     for part, keys in _KEYS.items():
         if place := next((values[k] for k in keys if values.get(k)), None):
-            splits[part], more = _images(root, place, part, source)
-            others += more
+            splits[part], pictures = _images(root, place, part, source)
+            others += pictures
     return Layout(source, root, _names(values, path), splits, tuple(sorted(others)), _kpt_shape(values, path))
 
 
@@ -180,10 +180,10 @@ def read_names(path: Path) -> dict[int, str]:
 
 def _root(path: Path, values: Yaml) -> Path:
     """Return the folder that a data YAML's places are relative to, by Ultralytics' rules."""
-    given = values.get("path")
-    if given is not None and not isinstance(given, str):
-        raise DataError(f"path: {given} in {path} is no folder; leave it out to mean the YAML's own")
-    root = Path(given or path.parent)
+    path_value = values.get("path")
+    if path_value is not None and not isinstance(path_value, str):
+        raise DataError(f"path: {path_value} in {path} is no folder; leave it out to mean the YAML's own")
+    root = Path(path_value or path.parent)
     if not root.exists() and not root.is_absolute():
         root = next((family.data_root for family in FAMILIES.values() if family.data_root), Path()) / root
     return root.resolve()
@@ -230,30 +230,30 @@ def listed_images(file: Path) -> list[str]:
         lines = file.read_text(encoding="utf-8-sig").strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is no list of images in UTF-8 ({type(error).__name__}); write one image a line") from error
-    found = [x for x in lines if x.strip().rpartition(".")[-1].lower() in SUFFIXES]
-    found = [x for x in found if not x.startswith("#") or os.path.isfile(x)]
-    return [f"{file.parent}{os.sep}{x[2:]}" if x.startswith("./") else x for x in found]
+    images = [x for x in lines if x.strip().rpartition(".")[-1].lower() in SUFFIXES]
+    images = [x for x in images if not x.startswith("#") or os.path.isfile(x)]
+    return [f"{file.parent}{os.sep}{x[2:]}" if x.startswith("./") else x for x in images]
 
 
-def _images(root: Path, given: Any, part: str, source: str) -> tuple[list[Path], list[Path]]:
+def _images(root: Path, value: Any, part: str, source: str) -> tuple[list[Path], list[Path]]:
     """Return the images of a split, of folders and of text files that list them, and other pictures in the folders."""
-    found: list[Path] = []
+    images_found: list[Path] = []
     others: list[Path] = []
-    places = [str(place) for place in (given if isinstance(given, list) else [given])]
+    places = [str(place) for place in (value if isinstance(value, list) else [value])]
     for place in places:
         path = root / place
-        if not path.exists() and place.startswith("../") and place == given:  # Ultralytics forgives it, for Roboflow's sake
+        if not path.exists() and place.startswith("../") and place == value:  # Ultralytics forgives it, for Roboflow's sake
             path = root / place[3:]
         if path.is_dir():
-            images, more = find_images(path)
-            found, others = found + images, others + more
+            images, pictures = find_images(path)
+            images_found, others = images_found + images, others + pictures
         elif path.is_file():
-            found += map(Path, listed_images(path))
+            images_found += map(Path, listed_images(path))
         else:
             raise DataError(f"the {part} images of {source} are not at {path}; correct '{part}:' or 'path:' in the YAML")
-    if not found:
+    if not images_found:
         raise DataError(f"{source} has no {part} images in {', '.join(places)}; put some there")
-    return sorted(found), others
+    return sorted(images_found), others
 
 
 def _read_folders(root: Path, source: str) -> Layout:
@@ -263,9 +263,9 @@ def _read_folders(root: Path, source: str) -> Layout:
     for part, names in SPLITS.items():
         folder = next((root / n for n in names if (root / n).is_dir()), None)
         if folder:
-            images, more = find_images(folder)
+            images, pictures = find_images(folder)
             splits[part] = sorted(f for f in images if f.parent != folder)
-            others += more
+            others += pictures
     if not splits.get("train"):
         raise DataError(
             f"{source} holds neither a data YAML nor images in train/CLASS; give a folder with one of them, or convert a "
@@ -274,8 +274,8 @@ def _read_folders(root: Path, source: str) -> Layout:
     classes = sorted({class_of(root, f) for images in splits.values() for f in images})
     if classes == ["images"]:
         raise DataError(f"{source} has train/images, but no data YAML; write one with train, val and names, and give that")
-    kept = {k: v for k, v in splits.items() if v}
-    return Layout(source, root, dict(enumerate(classes)), kept, tuple(sorted(others)), classify=True)
+    filled = {k: v for k, v in splits.items() if v}
+    return Layout(source, root, dict(enumerate(classes)), filled, tuple(sorted(others)), classify=True)
 
 
 def class_of(root: Path, image: Path) -> str:

@@ -12,12 +12,12 @@ from .layout import read_names
 
 
 def order_classes(
-    found: Sequence[str], names: Sequence[str] | str | Path | None, without: Iterable[str]
+    classes: Sequence[str], names: Sequence[str] | str | Path | None, without: Iterable[str]
 ) -> tuple[list[str], dict[str, int], frozenset[str]]:
     """Choose the classes to write.
 
     Args:
-        found: The source's.
+        classes: The source's.
         names: The classes wanted, in order: a list, text with commas, a data YAML or the name of a packaged one; None: all.
         without: The classes to leave out.
 
@@ -29,15 +29,15 @@ def order_classes(
     """
     dropped = set()
     for name in without:
-        if (own := _match(name, found)) is None:
-            raise ConfigError(f"without={name} is no class here; there are {', '.join(found)}.{nearest(name, found)}")
-        dropped.add(own)
-    wanted = list(found) if names is None else _named(names)
-    matched = {name: _match(name, wanted) for name in found if name not in dropped}
+        if (match := _match(name, classes)) is None:
+            raise ConfigError(f"without={name} is no class here; there are {', '.join(classes)}.{nearest(name, classes)}")
+        dropped.add(match)
+    wanted = list(classes) if names is None else _named(names)
+    matched = {name: _match(name, wanted) for name in classes if name not in dropped}
     order = [n for n in wanted if names is not None or n not in dropped]
-    numbers = {name: order.index(own) for name, own in matched.items() if own is not None}
+    numbers = {name: order.index(match) for name, match in matched.items() if match is not None}
     if not numbers:
-        raise ConfigError(f"none of the classes {', '.join(order[:5])} is in the set; it has {', '.join(found[:20])}")
+        raise ConfigError(f"none of the classes {', '.join(order[:5])} is in the set; it has {', '.join(classes[:20])}")
     return order, numbers, frozenset(dropped)
 
 
@@ -51,12 +51,12 @@ def _match(name: str, names: Sequence[str]) -> str | None:
 
 def _named(names: Sequence[str] | str | Path) -> list[str]:
     """Return class names from a list, from text with commas, from a data YAML, or from a packaged one by its name."""
-    if isinstance(names, str) and (own := packaged("datasets")).get(names):
-        names = own[names]
+    if isinstance(names, str) and (yamls := packaged("datasets")).get(names):
+        names = yamls[names]
     if isinstance(names, str | Path) and Path(names).suffix in (".yaml", ".yml"):
         return list(read_names(Path(names)).values())
     words = names.split(",") if isinstance(names, str) else [str(n) for n in names] if not isinstance(names, Path) else []
-    kept = [w.strip() for w in words if w.strip()]
-    if not kept:
+    classes = [w.strip() for w in words if w.strip()]
+    if not classes:
         raise ConfigError(f"names={names} names no classes; give car,bus,..., or a data YAML")
-    return kept
+    return classes

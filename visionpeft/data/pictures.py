@@ -221,15 +221,15 @@ def find_copies(pictures: Sequence[ImageFacts], groups: Sequence[int]) -> tuple[
     for start in range(0, len(index), step):
         rows = slice(start, start + step)
         distance = (_BITS - signs[rows] @ signs.T) / 2  # bits that differ
-        own = group[rows, None] == group[None]
+        same_group = group[rows, None] == group[None]
         earlier = np.arange(len(index))[None] < np.arange(len(index))[rows, None]
-        for found, allowed in ((within, own & earlier), (across, group[rows, None] > group[None])):
+        for pairs, allowed in ((within, same_group & earlier), (across, group[rows, None] > group[None])):
             masked = np.where(allowed, distance, np.inf)
             best = masked.argmin(1)
             for k in np.flatnonzero(masked[np.arange(len(best)), best] <= _MAX_DISTANCE):
                 here, there = start + int(k), int(best[k])
                 if flat[here] @ flat[there] >= _MIN_CORRELATION:
-                    found.setdefault(int(index[here]), int(index[there]))
+                    pairs.setdefault(int(index[here]), int(index[there]))
     return within, across
 
 

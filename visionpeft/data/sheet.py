@@ -44,15 +44,15 @@ def choose_tiles(tiles: Mapping[str, Sequence[Tile]]) -> list[Tile]:
         random.Random(part).shuffle(pool)  # where train is val, they show different images
         counts = Counter(c for tile in pool for c in tile.classes)
         missing = set(counts)
-        mine: list[Tile] = []
+        picked: list[Tile] = []
         room = _COLUMNS * _ROWS // len(shown)
         for cls in sorted(counts, key=lambda c: counts[c]):
-            if cls in missing and len(mine) < room:
-                tile = max((t for t in pool if cls in t.classes and t not in mine), key=lambda t: len(t.classes & missing))
-                mine.append(tile)
+            if cls in missing and len(picked) < room:
+                tile = max((t for t in pool if cls in t.classes and t not in picked), key=lambda t: len(t.classes & missing))
+                picked.append(tile)
                 missing -= tile.classes
-        mine += [t for t in pool if t not in mine][: room - len(mine)]
-        chosen += mine
+        picked += [t for t in pool if t not in picked][: room - len(picked)]
+        chosen += picked
     return chosen
 
 

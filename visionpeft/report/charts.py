@@ -61,12 +61,12 @@ class Style:
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
     """Return a style for each method; the first, the reference, is in ink."""
-    made = {}
+    result = {}
     for i, method in enumerate(methods):
         colour = 0 if i == 0 else 1 + (i - 1) % (COLOURS - 1)
         dash = _DASHES[(i - 1) // (COLOURS - 1) % len(_DASHES)] if i else _DASHES[0]
-        made[method] = Style(f"var(--m{colour})", _SHAPES[i % len(_SHAPES)], dash)
-    return made
+        result[method] = Style(f"var(--m{colour})", _SHAPES[i % len(_SHAPES)], dash)
+    return result
 
 
 # --------------------------------------------------------------------------------------------------------------- two numbers
@@ -96,10 +96,10 @@ def scatter(points: Sequence[Point], style: Mapping[str, Style], x: str, y: str,
     fronts = any(p.front for p in points)
     rows: list[dict[str, object]] = []
     for p in points:
-        own = style[p.method].to_dict()
+        look = style[p.method].to_dict()
         row = {"method": p.method, "x": p.x, "y": p.y, "low": p.low, "high": p.high, "front": p.front}
         row |= {f"said{i}": text for i, text in enumerate(p.tips.values())}
-        rows.append({**row, **own, "fill": own["colour"] if p.front or not fronts else _PAPER})
+        rows.append({**row, **look, "fill": look["colour"] if p.front or not fronts else _PAPER})
     base = alt.Chart(alt.Data(values=rows)).encode(x=_logarithmic(points, x) if log else _linear(x))
     height = alt.Y("y:Q", title=y, scale=alt.Scale(zero=False, padding=14), axis=alt.Axis(tickCount=5))
     tips = [alt.Tooltip("method:N"), *(alt.Tooltip(f"said{i}:N", title=name) for i, name in enumerate(points[0].tips))]
@@ -129,12 +129,12 @@ def _logarithmic(points: Sequence[Point], title: str) -> alt.X:
 def _ticks(low: float, high: float) -> list[float]:
     """Return ticks of a logarithmic axis: the fewest that are at least three."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
+    ticks: list[float] = []
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        found = [step * 10**power for power in powers for step in steps if low <= step * 10**power <= high]
-        if len(found) >= 3:
+        ticks = [step * 10**power for power in powers for step in steps if low <= step * 10**power <= high]
+        if len(ticks) >= 3:
             break
-    return found
+    return ticks
 
 
 # --------------------------------------------------------------------------------------------------------------- over epochs

@@ -78,7 +78,7 @@ _PARTS = (
 def figures(section: Section, report: BenchmarkReport) -> list[Figure]:
     """Return the figures for which a section has the numbers."""
     style = styles(report.methods)
-    made = (
+    candidates = (
         _score_and_memory(section, style),
         _score_and_parameters(section, style),
         _training(section, style),
@@ -86,7 +86,7 @@ def figures(section: Section, report: BenchmarkReport) -> list[Figure]:
         _forgotten(section, style),
         _forgotten_by_class(section, style),
     )
-    return [figure for figure in made if figure]
+    return [figure for figure in candidates if figure]
 
 
 def _score_and_memory(section: Section, style: Mapping[str, Style]) -> Figure | None:
@@ -143,7 +143,7 @@ def _bars(section: Section, parts: _Parts) -> Figure | None:
     splits = {row.method: mean_parts(row, parts.key) for row in section.rows}
     if parts.most is not None:
         splits = _largest(splits, parts.most)
-    splits = {method: own for method, own in splits.items() if sum(own.values()) > 0}
+    splits = {method: of_method for method, of_method in splits.items() if sum(of_method.values()) > 0}
     if not splits:
         return None
     spec, legend = stacked(splits, parts.axis, parts.text, parts.unit, parts.ends)
@@ -152,13 +152,13 @@ def _bars(section: Section, parts: _Parts) -> Figure | None:
 
 def _largest(splits: Mapping[str, Mapping[str, float]], count: int) -> dict[str, dict[str, float]]:
     """Return the parts that are the largest over all methods, and the sum of the others as "other"."""
-    totals = {n: sum(own.get(n, 0) for own in splits.values()) for own in splits.values() for n in own if n != "other"}
-    named = sorted(totals, key=lambda n: -totals[n])[:count]
-    made = {}
-    for method, own in splits.items():
-        rest = sum(value for name, value in own.items() if name not in named)
-        made[method] = {**{name: own.get(name, 0) for name in named}, **({"other": rest} if rest else {})}
-    return made
+    names = dict.fromkeys(n for parts in splits.values() for n in parts if n != "other")
+    named = sorted(names, key=lambda n: -sum(parts.get(n, 0) for parts in splits.values()))[:count]
+    largest = {}
+    for method, parts in splits.items():
+        rest = sum(value for name, value in parts.items() if name not in named)
+        largest[method] = {**{name: parts.get(name, 0) for name in named}, **({"other": rest} if rest else {})}
+    return largest
 
 
 # ---------------------------------------------------------------------------------------------------------------- forgetting

@@ -138,14 +138,14 @@ def read_report(folders: Sequence[str | Path]) -> BenchmarkReport:
 
 def _printable(content: T) -> T:
     """Return the content of a file, all text in it printable."""
-    made: object = content
+    result: object = content
     if isinstance(content, str):
-        made = printable(content)
+        result = printable(content)
     elif isinstance(content, Mapping):
-        made = {printable(k): _printable(v) for k, v in content.items()}
+        result = {printable(k): _printable(v) for k, v in content.items()}
     elif isinstance(content, list):
-        made = [_printable(v) for v in content]
-    return cast(T, made)
+        result = [_printable(v) for v in content]
+    return cast(T, result)
 
 
 def _section(key: str, rows: list[Row], against: str) -> Section:

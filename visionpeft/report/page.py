@@ -116,12 +116,12 @@ def _commands(section: Section) -> list[tuple[str, str]]:
 
 def _environments(report: BenchmarkReport) -> list[tuple[int, dict[str, str]]]:
     """Return the environments that cells ran in, each with how many did, the most common first."""
-    found: dict[str, tuple[int, dict[str, str]]] = {}
+    counted: dict[str, tuple[int, dict[str, str]]] = {}
     for cell in report.cells:
         facts = {**_flat(cell["run"].get("versions") or {}), **_flat(cell.get("environment") or {})}
         key = repr(sorted(facts.items()))
-        found[key] = (found.get(key, (0, facts))[0] + 1, facts)
-    return sorted(found.values(), key=lambda entry: -entry[0])
+        counted[key] = (counted.get(key, (0, facts))[0] + 1, facts)
+    return sorted(counted.values(), key=lambda entry: -entry[0])
 
 
 def _flat(facts: Mapping[str, object]) -> dict[str, str]:

@@ -134,8 +134,8 @@ class Format(ABC):
 
 def split_of(words: str) -> str:
     """Return the split that a file's or folder's name says, or "": instances_train2017 is train, trainval is neither."""
-    found = re.findall(r"[a-z]+", words.lower())
-    return next((part for part, names in SPLITS.items() if any(n in found for n in names)), "")
+    tokens = re.findall(r"[a-z]+", words.lower())
+    return next((part for part, names in SPLITS.items() if any(n in tokens for n in names)), "")
 
 
 def letters_of(name: str) -> str:
@@ -164,10 +164,10 @@ class ImageIndex:
     def by_stem(self, stem: str, beside: str = "", name: str = "") -> Path | None:
         """Return the file of a stem in the first folder that has it. Where several below that have, it is the only one that
         lies in a folder called `beside`, or is called `name`; None where there is no such."""
-        found = next((stems[stem] for stems in self._stems if stem in stems), [])
+        candidates = next((stems[stem] for stems in self._stems if stem in stems), [])
         for fits in (lambda f: f.parent.name == beside, lambda f: f.name == name):
-            found = [f for f in found if fits(f)] or found
-        return found[0] if len(found) == 1 else None
+            candidates = [f for f in candidates if fits(f)] or candidates
+        return candidates[0] if len(candidates) == 1 else None
 
     @cached_property
     def _stems(self) -> list[dict[str, list[Path]]]:

@@ -64,10 +64,10 @@ def _files(root: Path, task: str | None) -> list[Path]:
     """Return the annotation files of a folder."""
     if roboflow := sorted(root.glob("*/_annotations.coco.json")):
         return roboflow
-    found = next((f for folder in (root, root / "annotations") if (f := sorted(folder.glob("*.json")))), [])
-    kept = [f for f in found if not f.name.startswith(_OTHERS)]
-    pose = [f for f in found if f.name.startswith("person_keypoints")]
-    return pose if pose and (task == "pose" or not kept) else kept
+    files = next((f for folder in (root, root / "annotations") if (f := sorted(folder.glob("*.json")))), [])
+    instances = [f for f in files if not f.name.startswith(_OTHERS)]
+    pose = [f for f in files if f.name.startswith("person_keypoints")]
+    return pose if pose and (task == "pose" or not instances) else instances
 
 
 def _load(file: Path) -> Json:
@@ -102,10 +102,10 @@ def _names(contents: dict[Path, Json], skipped: Tally) -> list[str]:
 
 def _keypoints(contents: dict[Path, Json], task: str | None) -> tuple[str, ...]:
     """Return the names of the keypoints, where all categories that have any have the same."""
-    found = {tuple(map(str, k)) for c in contents.values() for x in c["categories"] if (k := x.get("keypoints"))}
-    if len(found) > 1 and task in (None, "pose"):
+    skeletons = {tuple(map(str, k)) for c in contents.values() for x in c["categories"] if (k := x.get("keypoints"))}
+    if len(skeletons) > 1 and task in (None, "pose"):
         raise DataError("the categories have different keypoints, and Ultralytics knows one skeleton; give task=detect")
-    return found.pop() if len(found) == 1 else ()
+    return skeletons.pop() if len(skeletons) == 1 else ()
 
 
 def _tasks(annotations: list[Any], keypoints: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,11 +134,11 @@ def _samples(file: Path, part: str, content: Json, request: Request, source: Sou
     count_of_last = Counter(name.rpartition("/")[2] for name in set(listed))
     for image, name in zip(content["images"], listed, strict=True):
         last = name.rpartition("/")[2]
-        found = index.by_name(name) if name else None
-        if found is None and last != name and count_of_last[last] == 1 and (found := index.by_name(last)):
-            source.changed.add("image taken from another folder than its annotations say", f"{name}: {found}")
+        image_file = index.by_name(name) if name else None
+        if image_file is None and last != name and count_of_last[last] == 1 and (image_file := index.by_name(last)):
+            source.changed.add("image taken from another folder than its annotations say", f"{name}: {image_file}")
         raw = of_image.pop(image["id"], [])
-        if found is None:
+        if image_file is None:
             source.skipped.add(NOT_FOUND, f"{name} ({len(raw)} objects)")
             continue
         width, height = image.get("width"), image.get("height")
@@ -147,7 +147,7 @@ def _samples(file: Path, part: str, content: Json, request: Request, source: Sou
         def annotations(task: str, raw: list[Json] = raw, name: str = name) -> Iterable[Annotation]:
             return [made for a in raw if (made := _annotation(a, names, name, task, source.skipped))]
 
-        yield Sample(found, name, part, stated, annotations)
+        yield Sample(image_file, name, part, stated, annotations)
     if lost := sum(map(len, of_image.values())):
         source.skipped.add("annotation of an image that is not listed", file.name, lost)
 

@@ -46,8 +46,8 @@ def _folders(root: Path) -> list[Path]:
     """Return the folders of labels: labelTxt, labelTxt-v2.0, ..., at most two folders down."""
     if not root.is_dir():
         return []
-    found = [f for pattern in ("labelTxt*", "*/labelTxt*", "*/*/labelTxt*") for f in sorted(root.glob(pattern))]
-    return [f for f in found if f.is_dir() and any(f.glob("*.txt"))]
+    folders = [f for pattern in ("labelTxt*", "*/labelTxt*", "*/*/labelTxt*") for f in sorted(root.glob(pattern))]
+    return [f for f in folders if f.is_dir() and any(f.glob("*.txt"))]
 
 
 def _annotations(file: Path, lines: list[str], difficult: bool, skipped: Tally) -> Iterable[Annotation]:

@@ -53,9 +53,9 @@ def _labels(root: Path) -> Path | None:
     """Return the folder of labels: label_2, at most two folders down, or the folder itself."""
     if not root.is_dir():
         return None
-    found = next((f for pattern in ("label_2", "*/label_2", "*/*/label_2") for f in sorted(root.glob(pattern))), None)
-    if found or root.name == "label_2":
-        return found or root
+    folder = next((f for pattern in ("label_2", "*/label_2", "*/*/label_2") for f in sorted(root.glob(pattern))), None)
+    if folder or root.name == "label_2":
+        return folder or root
     first = next(iter(sorted(root.glob("*.txt"))), None)
     words = first.read_text(encoding="utf-8", errors="replace").split("\n")[0].split() if first else []
     return root if len(words) in (_FIELDS, _FIELDS + 1) else None
