@@ -21,7 +21,7 @@ from visionpeft.core import delta as deltas
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import Plan, make_plan
 from visionpeft.errors import ConfigError, Interrupted
-from visionpeft.families.base import Step
+from visionpeft.families.capabilities import Step
 from visionpeft.families.yolo.family import Yolo
 from visionpeft.memory.forecast import Case, Forecast, Trace, parse_memory, trace
 from visionpeft.memory.search import _largest

@@ -29,7 +29,7 @@ from ...errors import ModelError, TrainingError
 from ...measure import Meter
 from ...process import random_states, set_random_states
 from ...training import checkpoint
-from ...training.distributed import failure, started, told
+from ...training.distributed import raise_worker_error, read_worker_error, report_error_to_parent
 from ...training.feature_cache import CachedFeatureDataset
 from ...training.feature_cache_file import CacheWriter
 from ...training.job import Job, keep_best
@@ -67,7 +67,7 @@ class PeftTrainerMixin:
         shown = RANK in (-1, 0) and not (self.ddp or self.job.config.quiet or self.job.config.options.get("verbose"))
         with Progress(self.epochs, self._task.score, shown) as self._progress, self._talking():
             # for several GPUs, Ultralytics starts processes, which come here too
-            with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
+            with self._errors_between_processes():
                 try:
                     with (
                         self.job.trackers if RANK >= 0 else nullcontext(),
@@ -77,7 +77,12 @@ class PeftTrainerMixin:
                     ):
                         super().train()  # type: ignore[misc]
                 except subprocess.CalledProcessError:
-                    raise failure(self.job.folder) from None
+                    raise read_worker_error(self.job.folder) from None
+
+    def _errors_between_processes(self: Any) -> AbstractContextManager:
+        if self.ddp:
+            return raise_worker_error(self.job.folder)
+        return report_error_to_parent(self.job.folder) if RANK >= 0 else nullcontext()
 
     def get_dataset(self: Any) -> Any:
         check_download(str(self.args.data), self.args.split)
@@ -134,7 +139,7 @@ class PeftTrainerMixin:
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         with readable(self.job.data.source):
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
-        if mode == "train":  # what is lost of val is said where it is judged
+        if mode == "train":  # lost images of val are named where it is evaluated
             warn_of_lost(self.job.data, mode, loader.dataset, get_split_fraction(self.args.fraction, mode))
             loader = self._stored(loader) if self.job.store else loader
             loader.__class__ = ReplayableLoader
@@ -164,8 +169,8 @@ class PeftTrainerMixin:
         self.ema.__class__ = TrainedEMA
         self.ema.pair(model)  # while all that will ever train is open
         self.job.equip(model)
-        kept = {"optimizer": self.optimizer, "average": self.ema.ema}
-        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
+        state = {"optimizer": self.optimizer, "average": self.ema.ema}
+        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **state)
         self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
         # steps to pass over of the epoch that a resumed run was stopped in, and the mean losses after them
@@ -278,15 +283,15 @@ class PeftTrainerMixin:
         rate = self.args.lr0 * group["lr"] / group["initial_lr"]
         self.job.trackers.log({"train/loss": sum(losses.values()), **self._history[-1]}, rate, self._meter.memory)
         best = self.fitness == self.best_fitness
-        kept = [keep_best(self.job, self.ema.ema, names, self.epoch + 1)] if best else []
+        best_delta = [keep_best(self.job, self.ema.ema, names, self.epoch + 1)] if best else []
         content = self._content(epoch=self.epoch, done=bool(self.stop))
-        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+        self._writer.put(*best_delta, partial(checkpoint.save, self.job.checkpoint, content))
         self._progress.end(self.epoch, sum(losses.values()), names)
         self.job.leave_if_asked(self._writer)
         return True
 
     def _content(self: Any, **position: Any) -> dict[str, Any]:
-        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        """Return the content of a checkpoint; "epoch" is the last complete one."""
         live = checkpoint.live(unwrap_model(self.model))
         return checkpoint.snapshot(
             {
@@ -319,7 +324,8 @@ class PeftTrainerMixin:
 
 
 _CHECKED = "8.4.190"  # the Ultralytics whose methods are overridden here
-_OWN = {"_talking", "_stored", "_go_on", "_content", "close", "position", "go_to"}  # which override nothing
+# methods that override nothing
+_OWN = {"_talking", "_errors_between_processes", "_stored", "_go_on", "_content", "close", "position", "go_to"}
 
 
 def check_hooks(*classes: type) -> None:
@@ -352,8 +358,8 @@ def _unlike(name: str, now: str) -> ModelError:
 
 
 def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
-    """Settle what trains, and wrap the model anew for several processes: Ultralytics did so when everything trained, and
-    all of it would have gradients that travel."""
+    """Close the parameters that do not train, and wrap the model anew for several processes: Ultralytics wrapped it when all
+    parameters trained, so that the gradients of all would travel."""
     model = settle(unwrap_model(wrapper), plan)
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
@@ -372,7 +378,7 @@ class MeteredScaler:
 
 
 class CachedViews(CachedFeatureDataset):
-    """Stored views in place of Ultralytics' data set, with what its trainer uses of that."""
+    """Stored views in place of Ultralytics' data set, with the attributes that its trainer uses."""
 
     buffer = ()  # the images in memory that mosaic chooses from, of which there are none
 
@@ -381,7 +387,7 @@ class CachedViews(CachedFeatureDataset):
 
 
 class Passed(nn.Module):
-    """Stands for the model in a step that a resumed run made before it was stopped: says what the losses came to by then.
+    """Stands for the model in a step that a resumed run made before it was stopped, and returns the losses up to then.
 
     Ultralytics' loop counts an epoch's steps itself, for warmup and mean losses, so it goes through these again.
     """
@@ -394,19 +400,19 @@ class Passed(nn.Module):
     def forward(self, *_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return torch.zeros(1, device=self.device, requires_grad=True), self.losses
 
-    loss = forward  # what Ultralytics calls with compile=True
+    loss = forward  # the name that Ultralytics calls with compile=True
 
 
 class TrainedEMA(ModelEMA):
-    """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
+    """Ultralytics' moving average of trained parameters and moving statistics; the rest is the base's, bit for bit."""
 
     def pair(self, model: nn.Module) -> None:
         """Settle which tensors are averaged."""
         if not hasattr(self, "_pairs"):  # all would be
             raise _unlike("ModelEMA._pairs", "gone")
-        own, live = self.ema.state_dict(), checkpoint.live(model)
+        averaged, live = self.ema.state_dict(), checkpoint.live(model)
         keys = [k for k in live if live[k].is_floating_point()]
-        self._pairs = [own[k] for k in keys], [live[k] for k in keys]
+        self._pairs = [averaged[k] for k in keys], [live[k] for k in keys]
 
 
 class ReplayableLoader(InfiniteDataLoader):
