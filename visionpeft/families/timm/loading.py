@@ -253,7 +253,7 @@ def _inside(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _keep_rows(new: Any, old: Any, rows: list[tuple[int, int]], classes: int, old_classes: int) -> None:
-    """Copy the rows of a classifier's old parameter that still have a meaning: of classes that stay, or all of no classes."""
+    """Copy the rows of a classifier's old parameter that still have a meaning: of classes that stay, or all."""
     if old is None or old.shape[1:] != new.shape[1:]:
         return
     if len(new) == classes and len(old) == old_classes:
