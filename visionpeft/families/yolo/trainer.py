@@ -6,11 +6,9 @@ import inspect
 import logging
 import math
 import subprocess
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics import __version__ as ULTRALYTICS
-from ultralytics.data.build import InfiniteDataLoader, build_dataloader
+from ultralytics.data.build import build_dataloader
 from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
@@ -30,12 +28,12 @@ from ...measure import Meter
 from ...process import random_states, set_random_states
 from ...training import checkpoint
 from ...training.distributed import raise_worker_error, read_worker_error, report_error_to_parent
-from ...training.feature_cache import CachedFeatureDataset
 from ...training.feature_cache_file import CacheWriter
 from ...training.job import Job, keep_best
 from ...training.progress import Progress
 from ..classification import still_readable
 from .data import readable, warn_of_lost
+from .loader import CachedViews, ReplayableLoader
 from .output import quiet
 from .sources import check_download
 from .tasks import TASKS, Task, with_head
@@ -377,15 +375,6 @@ class MeteredScaler:
         return super().scale(outputs)  # type: ignore[misc]
 
 
-class CachedViews(CachedFeatureDataset):
-    """Stored views in place of Ultralytics' data set, with the attributes that its trainer uses."""
-
-    buffer = ()  # the images in memory that mosaic chooses from, of which there are none
-
-    def close_mosaic(self, hyp: Any) -> None:
-        """Do nothing: the last views were augmented without mosaic."""
-
-
 class Passed(nn.Module):
     """Stands for the model in a step that a resumed run made before it was stopped, and returns the losses up to then.
 
@@ -413,45 +402,6 @@ class TrainedEMA(ModelEMA):
         averaged, live = self.ema.state_dict(), checkpoint.live(model)
         keys = [k for k in live if live[k].is_floating_point()]
         self._pairs = [averaged[k] for k in keys], [live[k] for k in keys]
-
-
-class ReplayableLoader(InfiniteDataLoader):
-    """Ultralytics' loader, which can say where it is and go there again. Exact with workers=0.
-
-    Its iterator outlives epochs and draws from the generator when it starts, and lazily, so the generator's state alone
-    does not tell what comes next; the state before the iterator started and the count of batches since do.
-    """
-
-    drawn = 0  # batches since the iterator started
-    replay = 0  # batches to pass over, without loading them, when the next iterator starts
-    passed = 0  # how many of them are of the next epoch, which yields None for each
-
-    def _get_iterator(self) -> Any:
-        self.origin = self.generator.get_state()
-        iterator = super()._get_iterator()
-        for _ in range(self.replay):
-            iterator._next_index()
-        self.drawn, self.replay = self.replay, 0
-        return iterator
-
-    def __iter__(self) -> Any:
-        passed, self.passed = self.passed, 0
-        if passed and self.iterator is None:  # now, for the next epoch may start another
-            self.iterator = self._get_iterator()
-        yield from [None] * passed
-        for batch in islice(super().__iter__(), len(self) - passed):
-            self.drawn += 1
-            yield batch
-
-    def position(self) -> dict[str, Any]:
-        """Where it is, for `go_to`."""
-        return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
-
-    def go_to(self, position: Mapping[str, Any], anew: bool, passed: int = 0) -> None:
-        """Go there, `passed` batches into an epoch; with `anew`, to a new iterator that starts there."""
-        self.reset()
-        self.generator.set_state(position["generator" if anew else "origin"])
-        self.replay, self.passed = 0 if anew else position["drawn"], passed
 
 
 @checkpoint.restoring()
