@@ -24,7 +24,7 @@ from ultralytics.utils import LOGGER
 import visionpeft
 from visionpeft import lean
 from visionpeft.core import delta as deltas
-from visionpeft.families.yolo.output import aside, quiet
+from visionpeft.families.yolo.output import quiet, stdout_to_stderr
 from visionpeft.process import shared, untouched
 
 State = dict[str, Any]
@@ -219,7 +219,7 @@ def test_voices_in_threads(capsys: pytest.CaptureFixture) -> None:
     one.__exit__(None, None, None)
     assert LOGGER.level >= logging.WARNING
     other.__exit__(None, None, None)
-    with aside():
+    with stdout_to_stderr():
         print("mine")
         thread = threading.Thread(target=lambda: print("another's"))
         thread.start()

@@ -20,7 +20,7 @@ from visionpeft.core.anatomy import HEAD, Anatomy
 from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan, plan_table
 from visionpeft.errors import ConfigError, Interrupted, OutOfMemory, TrainingError
-from visionpeft.families.gradient_stats import gather
+from visionpeft.families.gradient_stats import collect_gradient_stats
 from visionpeft.families.yolo.tasks import TASKS
 from visionpeft.families.yolo.trainer import PeftTrainerMixin
 from visionpeft.registry import FAMILIES
@@ -107,7 +107,7 @@ def test_evidence_is_of_the_mean_gradient(squares: Path, tmp_path: Path) -> None
     model = family.with_head(base, data.names, "rebuild")
     anatomy = family.anatomy(model, "test_vit")
     state, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
-    made = gather(family, model, data, anatomy, imgsz=32, batch=4)
+    made = collect_gradient_stats(family, model, data, anatomy, imgsz=32, batch=4)
     assert made.images == 16 and [m.training for m in model.modules()] == modes
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -125,7 +125,7 @@ def test_evidence_where_memory_is_short_or_images_are_few(squares: Path, monkeyp
     base = family.load_architecture("timm/test_vit", img_size=32)
     data = family.read_data(str(squares), base)
     model = family.with_head(base, data.names, "rebuild")
-    look = partial(gather, family, model, data, family.anatomy(model, "test_vit"), imgsz=32)
+    look = partial(collect_gradient_stats, family, model, data, family.anatomy(model, "test_vit"), imgsz=32)
     whole, odd = look(batch=16), look(batch=5)
     assert whole.images == odd.images == look(batch=-1).images == 16
     real, room = family.losses, 4
@@ -161,7 +161,9 @@ def test_statistics_stay_still_while_it_looks(
             assert all(torch.equal(v, state[k]) for k, v in own.state_dict().items())
 
     monkeypatch.setattr(family, "losses", losses)
-    assert gather(family, model, data, anatomy, imgsz=32, batch=1).images == 8  # a size that the classifier is not made for
+    assert (
+        collect_gradient_stats(family, model, data, anatomy, imgsz=32, batch=1).images == 8
+    )  # a size that the classifier is not made for
 
 
 @pytest.mark.parametrize("version", ["v8", "26"])
@@ -174,7 +176,7 @@ def test_evidence_of_every_task(version: str, task: str, net, tmp_path: Path) ->
     data = family.read_data(str(source), base)
     model = family.with_head(base, data.names, "keep", **data.outputs)
     anatomy = family.anatomy(model, "net")
-    made = gather(family, model, data, anatomy, imgsz=64, batch=4)
+    made = collect_gradient_stats(family, model, data, anatomy, imgsz=64, batch=4)
     assert made.images == (16 if task == "classify" else 8)
     assert all(made.gradient.get(p.name, 0) > 0 for p in anatomy.body if p.role == "weight")
     assert len(make_plan(make_method("surgical"), dataclasses.replace(anatomy, gradient_stats=made)).train) > 2
@@ -188,7 +190,7 @@ def test_a_loss_that_is_no_number(squares: Path) -> None:
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(TrainingError, match="is no number before training"):
-        gather(family, model, data, family.anatomy(model, ""), imgsz=32, batch=4)
+        collect_gradient_stats(family, model, data, family.anatomy(model, ""), imgsz=32, batch=4)
 
 
 @pytest.mark.slow
@@ -215,7 +217,7 @@ def test_a_run_keeps_what_it_chose_when_it_is_resumed(loops, tmp_path: Path, mon
     whole = visionpeft.train(data, name="whole", **arguments)
     with ctrl_c(owner, epoch, after=1), pytest.raises(Interrupted):
         visionpeft.train(data, name="parts", **arguments)
-    monkeypatch.setattr("visionpeft.families.gradient_stats.gather", None)  # is not called again
+    monkeypatch.setattr("visionpeft.families.gradient_stats.collect_gradient_stats", None)  # is not called again
     rest = visionpeft.train(resume=tmp_path / "parts")
     assert rest.plan == whole.plan and rest.delta.read_bytes() == whole.delta.read_bytes()
     moved = {k.rpartition(".")[0] for k in deltas.read(rest.delta).tensors if not k.startswith("model.23")}

@@ -22,7 +22,7 @@ import visionpeft
 from visionpeft import files
 from visionpeft.errors import TrainingError
 from visionpeft.families.timm.trainer import Trainer
-from visionpeft.families.yolo.validator import sparing
+from visionpeft.families.yolo.validator import with_fast_nms
 from visionpeft.process import random_states, set_random_states
 from visionpeft.training import checkpoint as checkpoints
 
@@ -210,7 +210,7 @@ def test_fewer_boxes_give_the_same_detections(
             return validator.postprocess(preds)
 
     expected, all_compared = detections(kinds[task]), sum(compared)
-    found = detections(sparing(kinds[task]))
+    found = detections(with_fast_nms(kinds[task]))
     for a, b in zip(found, expected, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert len(found) == 3 and len(found[0]["cls"]) == (50 if crowd == 30 else len(expected[0]["cls"]))

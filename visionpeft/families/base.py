@@ -1,4 +1,4 @@
-"""A family: one library's models, and all that visionpeft asks of it. What only some families can do: capabilities.py."""
+"""A family: one library's models, and all that visionpeft asks of it. Abilities of some families alone: capabilities.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only some families can do, each a class to derive from; `Capability.of` refuses the others in one sentence."""
+"""Abilities of some families alone, each a class to derive from; `Capability.of` refuses the others in one sentence."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class SupportsHoldout(Capability):
 
     @abstractmethod
     def holdout_split(self, data: Data, folder: Path, share: float) -> str:
-        """Split a set's training part by the hash of its file names, and write into `folder` what reads it.
+        """Split a set's training part by the hash of its file names, and write into `folder` a set of the two halves.
 
         Args:
             data: The set, from `read_data`.

@@ -1,4 +1,4 @@
-"""Folders of images, a class each: found, checked, loaded, and what a model makes of them."""
+"""Folders of images, a class each: found, checked, loaded, scored and drawn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..training.plots import Picture, guessed, spread
 
 LOGGER = logging.getLogger("visionpeft")
 Items = Sequence[tuple[str, int]]  # image files with the index of their class
-PILLOW = SUFFIXES | {"pgm", "ppm"}  # what images are called that are read here
+PILLOW = SUFFIXES | {"pgm", "ppm"}  # suffixes of images that are read here
 FOLDERS = {"val": ("val", "validation", "valid", "test")}  # folders that a split may be called, as Ultralytics has it
 
 
@@ -50,18 +50,18 @@ def read_folders(source: str, split: str, suffixes: frozenset[str] = PILLOW, tra
     if lacks := next((folder.name for folder in folders.values() if not folder.is_dir()), None):
         raise DataError(f"{source} has no folder {lacks}; it must hold train/CLASS/ and val/CLASS/ with images")
     spelled: dict[str, str] = {}
-    found = {part: _by_class(folder, suffixes, spelled) for part, folder in folders.items()}
-    found["val"] = {c: images for c, images in found["val"].items() if images}
+    files = {part: _by_class(folder, suffixes, spelled) for part, folder in folders.items()}
+    files["val"] = {c: images for c, images in files["val"].items() if images}
     if train:
-        _compare(source, found["train"], set(found["val"]))
-    classes = dict(enumerate(sorted(found["train" if train else "val"])))
+        _compare(source, files["train"], set(files["val"]))
+    classes = dict(enumerate(sorted(files["train" if train else "val"])))
     digest = hashlib.sha256()
     items: dict[str, Items] = {}
     for part, folder in folders.items():
-        kept = _readable([(f, i) for i, c in classes.items() for f in found[part].get(c, ())], folder)
-        for file, _ in kept:
+        usable = _readable([(f, i) for i, c in classes.items() for f in files[part].get(c, ())], folder)
+        for file, _ in usable:
             digest.update(f"{part}/{file.relative_to(folder).as_posix()}|{file.stat().st_size}\n".encode())
-        items[part] = [(str(file), i) for file, i in kept]
+        items[part] = [(str(file), i) for file, i in usable]
     return Data(source, "classify", classes, digest.hexdigest(), items.get("train", ()), items["val"])
 
 
@@ -81,11 +81,11 @@ def still_readable(data: Data) -> Iterator[None]:
             lost = next((f for f in files if _fault(Path(f)) is None), None)
         if lost is None:
             raise
-        said = "is no longer there" if not Path(lost).is_file() else "can no longer be read"
-        raise DataError(f"the image {lost} {said}; put it back (a run can then be resumed)") from error
+        fate = "is no longer there" if not Path(lost).is_file() else "can no longer be read"
+        raise DataError(f"the image {lost} {fate}; put it back (a run can then be resumed)") from error
 
 
-def held_back(names: Iterable[str], share: float) -> set[str]:
+def choose_holdout(names: Iterable[str], share: float) -> set[str]:
     """Return a share of the names, at least one: those whose hash is least, which hardly depends on the other names."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     return set(ranked[: max(round(share * len(ranked)), 1)])
@@ -101,7 +101,7 @@ def split_folders(data: Data, folder: Path, share: float) -> str:
         files = sorted(Path(f).resolve() for f, i in data.train if i == index)
         if len(files) < 2:
             raise DataError(f"{data.source} has one train image of {name} only; at least two are needed to hold one back")
-        back = held_back([f"{name}/{f.name}" for f in files], share)
+        back = choose_holdout([f"{name}/{f.name}" for f in files], share)
         for number, file in enumerate(files):  # numbered, for names may repeat in folders below the class's
             part = folder / ("val" if f"{name}/{file.name}" in back else "train") / name
             part.mkdir(parents=True, exist_ok=True)
@@ -160,19 +160,19 @@ def score(
 
 
 def draw(data: Data, count: int, guess: Callable[[list[Image.Image]], list[tuple[str, float]]] | None) -> list[Picture]:
-    """Return some validation images of a classification set with their classes, or with what `guess` says of them."""
+    """Return some validation images of a classification set with their classes, or with the answers of `guess`."""
     some = spread(data.val, count)
     images = [read_image(file) for file, _ in some]
     return guessed(images, [data.names[i] for _, i in some], guess and guess(images))
 
 
-def few(names: Iterable[str]) -> str:
+def shorten_list(names: Iterable[str]) -> str:
     """Return names for an error's sentence."""
     names = sorted(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def leave_out(others: Sequence[Path], place: object) -> None:
+def warn_of_left_out(others: Sequence[Path], place: object) -> None:
     """Say which pictures are left out for their format."""
     if others:
         LOGGER.warning("%s pictures in %s are of formats that are not read, e.g. %s", len(others), place, min(others))
@@ -187,7 +187,7 @@ def _by_class(folder: Path, suffixes: frozenset[str], spelled: dict[str, str]) -
         images, more = find_images(place, suffixes)
         found.setdefault(spelled.setdefault(composed(place.name), place.name), []).extend(sorted(images))
         others += more
-    leave_out(others, folder)
+    warn_of_left_out(others, folder)
     if not any(found.values()):
         where = "its class folders hold none" if found else "it has no class folders"
         raise DataError(f"{folder} has no images ({where}); put them into {folder}/CLASS/, as {', '.join(sorted(suffixes))}")
@@ -195,15 +195,15 @@ def _by_class(folder: Path, suffixes: frozenset[str], spelled: dict[str, str]) -
 
 
 def _compare(source: str, train: dict[str, list[Path]], val: set[str]) -> None:
-    """Refuse what cannot be learned; say what cannot be measured."""
+    """Refuse classes that cannot be learned; warn of classes that cannot be measured."""
     if empty := [c for c, images in train.items() if not images]:
         raise DataError(f"the class folder {source}/train/{empty[0]} holds no images; add some, or remove it")
     if more := val - set(train):
-        raise DataError(f"{source} has {few(more)} in val, but not in train; a class must be there to be learned")
+        raise DataError(f"{source} has {shorten_list(more)} in val, but not in train; a class must be there to be learned")
     if len(train) < 2:
-        raise DataError(f"{source} has one class only ({few(train)}); a classifier needs at least two")
+        raise DataError(f"{source} has one class only ({shorten_list(train)}); a classifier needs at least two")
     if more := set(train) - val:
-        LOGGER.warning("%s has no val images of %s: the scores say nothing of them", source, few(more))
+        LOGGER.warning("%s has no val images of %s: the scores say nothing of them", source, shorten_list(more))
 
 
 def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, int]]:
@@ -213,17 +213,17 @@ def _readable(items: list[tuple[Path, int]], folder: Path) -> list[tuple[Path, i
         DataError: None can be, or something of one would be lost.
     """
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
-        wrong = list(pool.map(_fault, (file for file, _ in items)))
-    if why := next((f"{file} {said}" for (file, _), said in zip(items, wrong, strict=True) if said), None):
-        raise DataError(f"{why} ({sum(map(bool, wrong))} such images in {folder})")
-    kept = [item for item, said in zip(items, wrong, strict=True) if said is not None]
-    broken = [file for (file, _), said in zip(items, wrong, strict=True) if said is None]
-    if not kept:
+        faults = list(pool.map(_fault, (file for file, _ in items)))
+    if why := next((f"{file} {fault}" for (file, _), fault in zip(items, faults, strict=True) if fault), None):
+        raise DataError(f"{why} ({sum(map(bool, faults))} such images in {folder})")
+    usable = [item for item, fault in zip(items, faults, strict=True) if fault is not None]
+    broken = [file for (file, _), fault in zip(items, faults, strict=True) if fault is None]
+    if not usable:
         raise DataError(f"none of the {len(items)} images in {folder} can be read, e.g. {broken[0]}; are they whole?")
     if broken:
         count = f"{len(broken)} of {len(items)} images"
         LOGGER.warning("%s in %s cannot be read and are left out, e.g. %s", count, folder, broken[0])
-    return kept
+    return usable
 
 
 def _fault(file: Path) -> str | None:
@@ -239,14 +239,14 @@ def _fault(file: Path) -> str | None:
     return ""
 
 
-def sources(source: Any) -> Iterator[Any]:
-    """Return image files and images of what `predict` is given."""
+def image_sources(source: Any) -> Iterator[Any]:
+    """Yield the image files and images that `predict` is to read."""
     for one in source if isinstance(source, list | tuple) else [source]:
         if isinstance(one, Image.Image):
             yield one
         elif isinstance(one, str | Path) and Path(one).is_dir():
             found, others = find_images(Path(one), PILLOW)
-            leave_out(others, one)
+            warn_of_left_out(others, one)
             if not found:
                 raise DataError(f"{one} holds no images; give a folder with some, a file or a PIL image")
             yield from sorted(found)
@@ -257,7 +257,7 @@ def sources(source: Any) -> Iterator[Any]:
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return the RGB of a file or an image that `sources` found."""
+    """Return the RGB of a file or an image that `image_sources` found."""
     try:
         return read_image(image)
     except DataError:

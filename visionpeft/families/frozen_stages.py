@@ -24,7 +24,7 @@ FORMAT = 1  # of stored views; another one when they are computed otherwise
 def prepare_frozen_stages(
     family: Family, base: Base, data: Data, plan: Plan, config: SettledConfig
 ) -> tuple[FrozenStages | None, Store | None]:
-    """Return what runs the frozen stages, and where their outputs lie or will lie; None where neither is asked for.
+    """Return the frozen stages, made to run apart, and the store of their outputs; None where neither is asked for.
 
     Args:
         family: Whose model it is.
@@ -82,8 +82,8 @@ def require_frozen_stages(plan: Plan, views: int, dtype: str | None) -> None:
     if dtype is not None and dtype not in tuple(DTYPES):
         raise ConfigError(f"frozen_dtype='{dtype}' is not known; it is {', '.join(map(repr, DTYPES))}")
     if not plan.num_frozen_stages:
-        given = f"cache={views}" if views else f"frozen_dtype='{dtype}'"
+        option = f"cache={views}" if views else f"frozen_dtype='{dtype}'"
         raise ConfigError(
-            f"{given} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
+            f"{option} needs frozen stages before the first that trains, is edited or has moving statistics, but with "
             f"freeze={plan.freeze} and method='{plan.method}' there are none; freeze more, e.g. freeze=10, or leave it out"
         )

@@ -1,4 +1,4 @@
-"""What the gradients of some batches say of a model before it trains, for methods that choose by it."""
+"""Statistics of the gradients of some batches before a model trains, for methods that choose by them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ BATCHES, IMAGES = 8, 16  # batches, and images in each at most
 def with_gradient_stats(
     anatomy: Anatomy, method: Method, family: Family, model: nn.Module, data: Data | None, **look: Any
 ) -> Anatomy:
-    """Return the anatomy as a method plans with it: with evidence where it looks at data, and there are some.
+    """Return the anatomy as a method plans with it: with gradient statistics where it looks at data, and there are some.
 
     Args:
         anatomy: The model's facts.
         method: That is going to plan.
-        family: As for `gather`, like all that follow.
+        family: As for `collect_gradient_stats`, like all that follow.
     """
     if not (method.needs_gradients and data):
         return anatomy
-    return dataclasses.replace(anatomy, gradient_stats=gather(family, model, data, anatomy, **look))
+    return dataclasses.replace(anatomy, gradient_stats=collect_gradient_stats(family, model, data, anatomy, **look))
 
 
-def gather(
+def collect_gradient_stats(
     family: Family, model: nn.Module, data: Data, anatomy: Anatomy, *, imgsz: int, batch: int, device: str = "cpu"
 ) -> GradientStats:
-    """Return the evidence of a fitted model's gradients; the model is not changed.
+    """Return the statistics of a model's gradients; the model is not changed.
 
     Args:
         family: Of the model.
@@ -52,16 +52,16 @@ def gather(
         TrainingError: The loss is no number.
         OutOfMemory: One image's gradients do not fit into the GPU's memory.
     """
-    own = copy.deepcopy(model).to(_place(device)).train()
+    copied = copy.deepcopy(model).to(_place(device)).train()
     for statistics in anatomy.statistics:
-        own.get_submodule(statistics.name).eval()
+        copied.get_submodule(statistics.name).eval()
     wanted = {p.name for p in anatomy.params}
-    for name, p in own.named_parameters():
+    for name, p in copied.named_parameters():
         p.requires_grad_(name in wanted)
     size, count = min(batch, IMAGES) if batch >= 1 else IMAGES, BATCHES
     while True:
         try:
-            return _look(family, own, data, imgsz, size, count)
+            return _look(family, copied, data, imgsz, size, count)
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise out_of_memory(error) from error
@@ -69,7 +69,7 @@ def gather(
 
 
 def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, count: int) -> GradientStats:
-    made = 0
+    batches = 0
     model.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of dropout
@@ -79,11 +79,11 @@ def _look(family: Family, model: nn.Module, data: Data, imgsz: int, size: int, c
                     f"the loss on the training images of {data.source} is no number before training; look at them"
                 )
             loss.backward()
-            made += 1
+            batches += 1
     with torch.no_grad():
-        pairs = {n: (p.float(), p.grad.float() / made) for n, p in model.named_parameters() if p.grad is not None}
+        pairs = {n: (p.float(), p.grad.float() / batches) for n, p in model.named_parameters() if p.grad is not None}
         return GradientStats(
-            images=min(size * made, len(data.train)),
+            images=min(size * batches, len(data.train)),
             weight={n: float(w.norm()) for n, (w, _) in pairs.items()},
             gradient={n: float(g.norm()) for n, (_, g) in pairs.items()},
             product={n: float((w * g).abs().sum()) for n, (w, g) in pairs.items()},

@@ -1,4 +1,4 @@
-"""What reading an anatomy has in common for all families."""
+"""The parts of reading an anatomy that all families share."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def read_statistics(model: nn.Module, stage_of: Callable[[str], int | None]) -> 
 
 
 def stage_modules(anatomy: Anatomy) -> dict[str, str]:
-    """Return the paths of the outermost modules that belong to one stage, with the stage's label, in the stages' order: what
-    runs in them counts as the stage's when a step is measured."""
+    """Return the paths of the outermost modules that belong to one stage, with the stage's label, in the stages' order.
+    Their time and bytes count as the stage's when a step is measured."""
     labels = {s.index: "stem" if s.kind == "stem" else s.name or f"stage {s.index}" for s in anatomy.stages}
     owners: dict[str, set[int]] = {}  # the stages whose parameters a module holds
     for parameter in anatomy.params:
@@ -113,12 +113,12 @@ def stage_modules(anatomy: Anatomy) -> dict[str, str]:
 class Seen(NamedTuple):
     """Shapes around one module while the model ran."""
 
-    given: torch.Size | None  # of its first argument; None where that is no tensor, or not the only one
+    read: torch.Size | None  # of its first argument; None where that is no tensor, or not the only one
     out: torch.Size
 
 
 def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Seen]:
-    """Return what the named modules read and put out for input `x`; those that put out no single tensor are left out.
+    """Return the shapes that the named modules read and put out for input `x`, but of those that put out no single tensor.
 
     The model runs once in eval mode without gradients; nothing of it changes.
     """
@@ -126,9 +126,10 @@ def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Seen
 
     def note(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            inputs = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
             if isinstance(output, Tensor):
-                seen[name] = Seen(given[0].shape if len(given) == 1 and given[0] is args[0] else None, output.shape)
+                only = len(inputs) == 1 and inputs[0] is args[0]
+                seen[name] = Seen(inputs[0].shape if only else None, output.shape)
 
         return hook
 
@@ -146,7 +147,7 @@ def observe(model: nn.Module, x: Tensor, names: Iterable[str]) -> dict[str, Seen
     return seen
 
 
-def read_stride(given: Sequence[int], out: Sequence[int]) -> int:
+def read_stride(read: Sequence[int], out: Sequence[int]) -> int:
     """Return how many times as high and wide a map (H, W) is as another; 0 where no one whole number says so."""
-    stride = given[0] // max(out[0], 1)
-    return stride if stride and all(g == stride * o for g, o in zip(given, out, strict=True)) else 0
+    stride = read[0] // max(out[0], 1)
+    return stride if stride and all(r == stride * o for r, o in zip(read, out, strict=True)) else 0

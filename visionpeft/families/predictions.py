@@ -1,4 +1,4 @@
-"""What an evaluation saw of each image, and the score of any resample of them."""
+"""Predictions for each image of an evaluation, and the score of any resample of the images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _RECALLS = np.linspace(0, 1, 101)  # where COCO reads a curve of precision
 
 @dataclass(frozen=True)
 class ImagePredictions(ABC):
-    """What a model said of each image of a set, beside what is there.
+    """A model's predictions for each image of a set, beside its labels.
 
-    The images are in the order of their names, whatever order they were seen in, so that two models' evidence of one set can
-    be compared image by image.
+    The images are in the order of their names, whatever order they were seen in, so that two models' predictions for one set
+    can be compared image by image.
     """
 
     kind: ClassVar[str]
@@ -81,7 +81,7 @@ class Detections(ImagePredictions):
 
     @classmethod
     def gather(cls, files: Sequence[str], stats: Mapping[str, Sequence[Array]], tp: str) -> Detections:
-        """Make it from what Ultralytics' validator keeps of each image.
+        """Make them of the statistics that Ultralytics' validator has of each image.
 
         Args:
             files: The images, in the order in which they were seen.
@@ -97,8 +97,8 @@ class Detections(ImagePredictions):
             return np.repeat(np.arange(len(names), dtype=np.int32), [len(stats[name][i]) for i in order])
 
         true = np.packbits(np.concatenate([np.asarray(stats[tp][i], bool).reshape(-1, 10) for i in order]), axis=1)
-        found = owners("conf"), true, joined("conf", np.float32), joined("pred_cls", np.int16)
-        return cls(names, *found, owners("target_cls"), joined("target_cls", np.int16))
+        detections = owners("conf"), true, joined("conf", np.float32), joined("pred_cls", np.int16)
+        return cls(names, *detections, owners("target_cls"), joined("target_cls", np.int16))
 
     @cached_property
     def _classes(self) -> dict[int, tuple[Array, Array, Array, Array]]:
@@ -126,12 +126,13 @@ class Detections(ImagePredictions):
                 continue
             weight = counts[image]
             seen = weight.cumsum()[hits]  # detections up to each true one
-            own = weight[hits]
-            kept = own > 0
-            seen, own, right = seen[kept], own[kept, None], (true[kept] * own[kept, None]).cumsum(0)  # (H,), (H, 1), (H, 10)
+            times = weight[hits]
+            drawn = times > 0
+            seen, times = seen[drawn], times[drawn, None]  # (H,), (H, 1)
+            right = (true[drawn] * times).cumsum(0)  # (H, 10)
             before = np.concatenate((np.zeros((1, 10)), right[:-1]))[: len(right)]
             hit = np.stack((before, right), 1).reshape(-1, 10)  # (2 H, 10)
-            tried = np.stack((seen[:, None] - own, seen[:, None]), 1).reshape(-1, 1)
+            tried = np.stack((seen[:, None] - times, seen[:, None]), 1).reshape(-1, 1)
             precision: Any = np.where(tried > 0, hit / np.maximum(tried, 1e-16), 1.0)
             recall: Any = hit / (total + 1e-16)
             areas = [_area(recall[:, k], precision[:, k]) for k in range(10)] if len(hit) else [0.0]
@@ -146,7 +147,7 @@ class Detections(ImagePredictions):
 
 
 def unpack(packed: Mapping[str, str]) -> ImagePredictions:
-    """Make evidence again from what `ImagePredictions.pack` returned.
+    """Return the predictions that `ImagePredictions.pack` packed.
 
     Raises:
         DataError: It is none.

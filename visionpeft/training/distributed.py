@@ -1,5 +1,5 @@
-"""Several processes for one run, started by accelerate's launcher; also how a process tells the one that started it what
-went wrong."""
+"""Several processes for one run, started by accelerate's launcher; and the way of an error from one of them to the
+process that started them."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) ->
             command = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", count, "--num_machines", "1"]
             command += ["--gpu_ids", ",".join(ids), "--mixed_precision", "no", "--dynamo_backend", "no"]
             command += ["--main_process_port", "0", *module]
-        with started(folder):
+        with raise_worker_error(folder):
             done = subprocess.run([sys.executable, "-m", *command], env=environment)
             if done.returncode:
-                raise failure(folder)
+                raise read_worker_error(folder)
 
 
 @contextmanager
-def started(folder: Path) -> Iterator[None]:
-    """Raise what processes that are started here leave in `folder`.
+def raise_worker_error(folder: Path) -> Iterator[None]:
+    """Raise the error that a process which is started here leaves in `folder`.
 
     Raises:
         VisionpeftError: The one that a process left.
@@ -96,19 +96,19 @@ def started(folder: Path) -> Iterator[None]:
     (folder / _ERROR).unlink(missing_ok=True)  # an earlier run's
     yield
     if (folder / _ERROR).is_file():
-        raise failure(folder)
+        raise read_worker_error(folder)
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """In a process that was started: leave its error for the one that started it, and end well, or else the launcher adds
-    pages of its own. Where that is gone, end, too."""
+def report_error_to_parent(folder: Path) -> Iterator[None]:
+    """Leave the error of a process that was started for the one that started it, and end well, or else the launcher adds
+    pages of its own. Where the starter is gone, end, too."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except (VisionpeftError, torch.OutOfMemoryError) as error:
-        said = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
-        files.write(folder / _ERROR, json.dumps([type(said).__name__, str(said)]))
+        known = out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error
+        files.write(folder / _ERROR, json.dumps([type(known).__name__, str(known)]))
         sys.exit(0)
     finally:
         if dist.is_initialized():  # left to the interpreter's end, its threads may abort the process
@@ -121,21 +121,21 @@ def _end_with(starter: int) -> None:
     os._exit(1)
 
 
-def failure(folder: Path) -> VisionpeftError:
+def read_worker_error(folder: Path) -> VisionpeftError:
     """Return the error that a process left, or one that says that there is none."""
     file = folder / _ERROR
     if not file.is_file():
         return TrainingError("one of the processes failed; what it said stands above")
-    name, said = json.loads(file.read_text())
+    name, sentence = json.loads(file.read_text())
     file.unlink()
-    return getattr(errors, name)(said)
+    return getattr(errors, name)(sentence)
 
 
 if __name__ == "__main__":
     import cloudpickle
 
     function, given, place = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
-    with suppress(SystemExit), told(place):
+    with suppress(SystemExit), report_error_to_parent(place):
         function(*given)
     atexit._run_exitfuncs()
     sys.stdout.flush()

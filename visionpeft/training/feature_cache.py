@@ -70,7 +70,7 @@ class Store:
 
 
 def content(items: Iterable[str | tuple[str, int]]) -> str:
-    """Return a digest of what image files hold; each is one, or comes with its class.
+    """Return a digest of the content of image files; each is one, or comes with its class.
 
     All of every file is read: names, sizes and times may be the same where a set was exported anew. It takes less than the
     check of the stored views themselves, which are larger.

@@ -1,4 +1,4 @@
-"""A timm classifier's anatomy: stages are timm's own groups; blocks and attentions show in what modules hold and put out."""
+"""A timm classifier's anatomy: stages are timm's own groups; blocks and attentions show in modules' parts and outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _ATTENTIONS = {PlainAttention: "global", WindowAttention: "window"}  # those whose keys and values a prefix can extend
 _NORMS = (RmsNorm, RmsNorm2d, RmsNormFp32, RmsNorm2dFp32, SimpleNorm, SimpleNorm2d)
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
-_MLPS = ("mlp", "mlp_channels")  # what timm calls a feed-forward module over channels
+_MLPS = ("mlp", "mlp_channels")  # timm's names of a feed-forward module over channels
 
 
 def read_anatomy(model: nn.Module, family: str, name: str) -> Anatomy:
@@ -78,7 +78,7 @@ def leading(model: nn.Module, count: int) -> list[str]:
 
 
 class _Reader:
-    """Stages and blocks of one model: what belongs where, and the shapes that come out."""
+    """Stages and blocks of one model: the parameters that belong to each, and the shapes that come out."""
 
     def __init__(self, model: Any, heads: tuple[str, ...]):
         self._model, self._inside_head = model, tuple(f"{h}." for h in heads)
@@ -158,16 +158,16 @@ class _Reader:
 
     def _read(self, name: str, layout: str) -> tuple[int, int]:
         """Return channels and stride of the one map, laid out as its output, that a module reads; 0 where it does not."""
-        given, out = self.seen[name]
-        if given is None or len(given) != len(out) or given[0] != out[0]:
+        read, out = self.seen[name]
+        if read is None or len(read) != len(out) or read[0] != out[0]:
             return 0, 0
         if layout == "NLC":
-            return given[2], int(given[1] == out[1])
+            return read[2], int(read[1] == out[1])
         channels, space = (1, slice(2, 4)) if layout == "NCHW" else (3, slice(1, 3))
-        return given[channels], read_stride(given[space], out[space])
+        return read[channels], read_stride(read[space], out[space])
 
     def _map(self, name: str) -> tuple[int, str]:
-        """Return channels and layout of what a module puts out; 0 where it is no map of features."""
+        """Return channels and layout of a module's output; 0 where it is no map of features."""
         shape = self.seen[name].out if name in self.seen else ()
         if len(shape) == 3:
             return shape[2], "NLC"
@@ -239,7 +239,7 @@ class _Sums:
             handle.remove()
 
     def _watch(self, unit: str, block: nn.Module, mlp: nn.Module) -> None:
-        passed: dict[str, tuple[Any, Any]] = {}  # what each child read and put out
+        passed: dict[str, tuple[Any, Any]] = {}  # input and output of each child
         found: dict[str, Tensor] = {}
 
         def note(name: str) -> Callable:

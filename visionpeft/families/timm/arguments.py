@@ -50,7 +50,7 @@ class Hyperparameters:
 
 
 def check(config: SettledConfig) -> Hyperparameters:
-    """Return the hyperparameters among a run's options; refuse what training would stumble over.
+    """Return the hyperparameters among a run's options; refuse those that training would stumble over.
 
     Raises:
         ConfigError: One of them cannot be used.

@@ -1,4 +1,4 @@
-"""A training step of a classifier on made-up data: what a forecast runs."""
+"""A training step of a classifier on made-up data, for forecasts."""
 
 from __future__ import annotations
 

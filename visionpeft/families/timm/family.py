@@ -22,7 +22,17 @@ from ...training.job import Job
 from ...training.plots import Picture, spread
 from ..base import Arguments, EvalResult, Family
 from ..capabilities import SupportsGradients, SupportsHoldout
-from ..classification import Images, draw, few, loader, open_image, read_folders, score, sources, split_folders
+from ..classification import (
+    Images,
+    draw,
+    image_sources,
+    loader,
+    open_image,
+    read_folders,
+    score,
+    shorten_list,
+    split_folders,
+)
 from ..predictions import Answers
 from . import arguments, loading, trainer
 from .anatomy import read_anatomy
@@ -111,7 +121,8 @@ class Timm(FrozenStages, DryRuns, Export, SupportsGradients, SupportsHoldout, Fa
         known = set(map(composed, names.values()))
         if strange := [name for name in data.names.values() if composed(name) not in known]:
             raise DataError(
-                f"{data.source} has the class '{strange[0]}', which this model does not know; it knows {few(names.values())}"
+                f"{data.source} has the class '{strange[0]}', which this model does not know; "
+                f"it knows {shorten_list(names.values())}"
             )
 
     def evaluate(self, model: nn.Module, data: Data, **options: Any) -> EvalResult:
@@ -132,7 +143,7 @@ class Timm(FrozenStages, DryRuns, Export, SupportsGradients, SupportsHoldout, Fa
         use = read_options(PredictOptions, options)
         merged: Any = loading.merged_copy(model).to(select_device(use.device))
         prepare = transform(merged, use.imgsz)
-        images = list(sources(source))
+        images = list(image_sources(source))
         results = []
         for start in range(0, len(images), use.batch):
             chunk = images[start : start + use.batch]

@@ -13,7 +13,7 @@ from .arguments import Hyperparameters
 
 
 class FrozenStages(SupportsFrozenStages):
-    """What timm's networks and transforms say of frozen stages."""
+    """Frozen stages of timm's networks, and views by its transforms."""
 
     def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
         return LeadingStages(leading(base.model, stages), (), (3, imgsz, imgsz))

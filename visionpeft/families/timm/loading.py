@@ -33,7 +33,7 @@ from ..base import Arguments
 from .anatomy import classifiers, input_size
 
 LOGGER = logging.getLogger("visionpeft")
-KEY = "timm"  # the metadata of a merged file: what opens it again
+KEY = "timm"  # of the metadata of a merged file, with the facts that open it again
 _SOURCES = {"checkpoint_path", "pretrained", "num_classes", "cache_dir"}  # arguments that say where a base comes from
 
 
@@ -73,7 +73,7 @@ def load(source: str, options: Arguments) -> Base:
 
 
 def _create(name: str, options: Arguments) -> nn.Module:
-    """Call create_model, and say in one sentence what it could not do."""
+    """Call create_model, and say in one sentence why it failed."""
     path = options.get("checkpoint_path")
     arguments = {**options, "num_classes": options.get("num_classes")}
     try:
@@ -82,7 +82,7 @@ def _create(name: str, options: Arguments) -> nn.Module:
         elif arguments.setdefault("pretrained", True):
             arguments = {**arguments, **_from_hub(name, options)}
         model = _sized(timm.create_model(name, **arguments), options)
-        model.pretrained_cfg.pop("state_dict", None)  # what was loaded is in the model now
+        model.pretrained_cfg.pop("state_dict", None)  # the weights are in the model now
         return model
     except ModelError:
         raise
@@ -162,7 +162,7 @@ def _from_hub(name: str, options: Arguments) -> Arguments:
 
 
 def _class_names(model: Any, options: Arguments) -> dict[int, str]:
-    """Return what the classes are called: as our merged file says, as timm's own weights say, or by number."""
+    """Return the names of the classes: as our merged file says, as timm's own weights say, or by number."""
     path = str(options.get("checkpoint_path") or "")
     if facts := _read_facts(Path(path)) if path.endswith(".safetensors") else None:
         return {int(i): name for i, name in facts.names.items()}
@@ -253,7 +253,7 @@ def _inside(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _keep_rows(new: Any, old: Any, rows: list[tuple[int, int]], classes: int, old_classes: int) -> None:
-    """Copy from a classifier's old parameter what still has a meaning: rows of classes, or the whole of what has none."""
+    """Copy the rows of a classifier's old parameter that still have a meaning: of classes that stay, or all."""
     if old is None or old.shape[1:] != new.shape[1:]:
         return
     if len(new) == classes and len(old) == old_classes:

@@ -1,4 +1,4 @@
-"""What a file from elsewhere may say of a timm model: what is here already, and plain values."""
+"""Models of timm that a file from elsewhere may name: those that are here already, with plain values as arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST = 1 << 30  # parameters of a model whose sizes a file says
 
 
 def check_named(source: str | None, named: Arguments, own: Arguments, scratch: bool) -> Arguments:
-    """Check what a file names as a model; see `Family.check_named`.
+    """Check the model that a file names; see `Family.check_named`.
 
     Raises:
         ModelError: It is not here, or more than plain values.

@@ -44,25 +44,25 @@ METRIC = "top1"  # that stands for the others
 
 # ------------------------------------------------------------------------------------------------------------ the average
 class Average:
-    """A moving average of what trains and of the statistics that move; the rest is the base's, bit for bit."""
+    """A moving average of trained parameters and moving statistics; the rest is the base's, bit for bit."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._decay = decay
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        given, live = _tensors(model), checkpoint.live(model)
-        for name, own in _tensors(self.model).items():
-            if name in live:  # the tensors themselves, for several processes exchange what they hold
-                self._pairs.append((own, given[name]))
-            elif isinstance(own, nn.Parameter):
-                own.data = given[name].data  # what does not train is held once
+        tensors, live = _tensors(model), checkpoint.live(model)
+        for name, averaged in _tensors(self.model).items():
+            if name in live:  # the tensors themselves, for several processes exchange their values
+                self._pairs.append((averaged, tensors[name]))
+            elif isinstance(averaged, nn.Parameter):
+                averaged.data = tensors[name].data  # frozen parameters are held once
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move towards the live values, at first at once, later slowly."""
         decay = self._decay * (1 - math.exp(-updates / 2000))
-        for own, live in self._pairs:
-            own.lerp_(live, 1 - decay) if own.is_floating_point() else own.copy_(live)
+        for averaged, live in self._pairs:
+            averaged.lerp_(live, 1 - decay) if averaged.is_floating_point() else averaged.copy_(live)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -143,8 +143,8 @@ class Trainer:
         self.batches = accelerator.prepare(DataLoader(images, generator=self.generator, **how))
         self.held_out = accelerator.prepare(loader(held_out, self.batch, job.config.workers))
         self.optimizer = accelerator.prepare(_optimizer(self.own, job, hyper))
-        kept = {"optimizer": self.optimizer, "average": self.average.model}
-        self.meter = Meter(self.own, accelerator.device, stages=job.stages, **kept)
+        state = {"optimizer": self.optimizer, "average": self.average.model}
+        self.meter = Meter(self.own, accelerator.device, stages=job.stages, **state)
         per_epoch = math.ceil(len(self.batches) / accelerator.gradient_accumulation_steps)
         self.schedule = _schedule(self.optimizer, job, hyper, per_epoch)
         self.mix = _mix(hyper, len(job.data.names))
@@ -180,7 +180,7 @@ class Trainer:
         return epoch - max(self.best["epoch"], waited) >= self.hyper.patience > 0
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
-        """Train on every image once, or on what is left where the run was stopped within the epoch; return the mean loss."""
+        """Train on every image once, or on the rest of an epoch that the run was stopped in; return the mean loss."""
         self.job.open(self.own, epoch / self.job.config.epochs, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
@@ -239,10 +239,10 @@ class Trainer:
         self.job.check_folder()
         group = self.optimizer.param_groups[0]
         self.job.trackers.log(self.history[-1], group["lr"] / group["lr_scale"], self.meter.memory)
-        kept = [keep_best(self.job, self.average.model, metrics, epoch + 1)] if best else []
+        best_delta = [keep_best(self.job, self.average.model, metrics, epoch + 1)] if best else []
         done = epoch + 1 >= self.job.config.epochs or self._patient(epoch)
         content = self._content(epoch=epoch, done=done, sampler=self.generator.get_state())
-        self.writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+        self.writer.put(*best_delta, partial(checkpoint.save, self.job.checkpoint, content))
 
     def _save_within(self, epoch: int, at: Within, began: Tensor) -> None:
         """Write a checkpoint between two steps of an epoch; `began` is the state of its order's generator at its start."""
@@ -255,7 +255,7 @@ class Trainer:
         self.job.leave_if_asked(self.writer)
 
     def _content(self, **position: Any) -> dict[str, Any]:
-        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        """Return the content of a checkpoint; "epoch" is the last complete one."""
         live, scaler = checkpoint.live(self.own), self.accelerator.scaler
         return checkpoint.snapshot(
             {
@@ -327,8 +327,8 @@ def _optimizer(model: Any, job: Job, hyper: Hyperparameters) -> torch.optim.Opti
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
             groups.setdefault((*job.kind(key), decays), []).append(parameter)
     # timm's schedules multiply what they set by the group's lr_scale
-    made = [{"params": p, "lr_scale": rate, "weight_decay": hyper.weight_decay * d} for (rate, _, d), p in groups.items()]
-    return make_optimizer(job.config.optimizer, made, lr=job.config.lr0, momentum=hyper.momentum)
+    parts = [{"params": p, "lr_scale": rate, "weight_decay": hyper.weight_decay * d} for (rate, _, d), p in groups.items()]
+    return make_optimizer(job.config.optimizer, parts, lr=job.config.lr0, momentum=hyper.momentum)
 
 
 def _schedule(optimizer: Any, job: Job, hyper: Hyperparameters, per_epoch: int) -> Any:
@@ -347,7 +347,7 @@ def _schedule(optimizer: Any, job: Job, hyper: Hyperparameters, per_epoch: int) 
 
 
 def _mix(hyper: Hyperparameters, classes: int) -> Callable | None:
-    """Return what mixes a batch's images and labels, or None."""
+    """Return a function that mixes a batch's images and labels; None where nothing is mixed."""
     if not (hyper.mixup or hyper.cutmix):
         return None
     mixup = Mixup(hyper.mixup, hyper.cutmix, label_smoothing=hyper.label_smoothing, num_classes=classes)

@@ -27,7 +27,16 @@ from ...data.pictures import inspect_image, refuse_unfit
 from ...errors import DataError
 from ...training.plots import spread
 from ..base import Arguments
-from ..classification import FOLDERS, Images, few, held_back, leave_out, loader, read_folders, split_folders
+from ..classification import (
+    FOLDERS,
+    Images,
+    choose_holdout,
+    loader,
+    read_folders,
+    shorten_list,
+    split_folders,
+    warn_of_left_out,
+)
 from .output import one_line
 from .sources import check_caches, read_set
 from .tasks import TASKS, Task, is_positive
@@ -59,7 +68,7 @@ def read_data(source: str, task: Task, split: str, train: bool, allow_download: 
     if not str(source).endswith((".yaml", ".yml")):
         raise DataError(f"data={source} is no data YAML; give a .yaml with train, val and names (Ultralytics' format)")
     if Path(source).is_file():
-        read_names(Path(source))  # a clear word on what is wrong with them
+        read_names(Path(source))  # says clearly where they are wrong
     described = read_set(str(source), "" if train else split, allow_download)
     source = str(source if Path(source).is_file() else described["yaml_file"])  # a name or an address until now
     outputs, digest = outputs_of(task, described, source), hashlib.sha256()
@@ -98,8 +107,8 @@ def _warn_of_twins(source: str, owners: Mapping[str, set[str]], names: Mapping[i
     """Warn of images that share a label file, and of classes that share a name."""
     if shared := [label for label, images in owners.items() if len(images) > 1]:
         log.warning(
-            f"more than one image of {source} has the labels {few(shared)}, so all but one train on another's boxes; "
-            "rename the images"
+            f"more than one image of {source} has the labels {shorten_list(shared)}, so all but one train on another's "
+            "boxes; rename the images"
         )
     if len(set(names.values())) < len(names):
         log.warning(f"{source} has classes of the same name, which scores cannot tell apart: {one_line(names)}")
@@ -113,7 +122,7 @@ def find_part(places: Any, part: str, source: str, warn: bool = False) -> list[s
             images, others = find_images(place)
             found += map(str, images)
             if warn:
-                leave_out(others, place)
+                warn_of_left_out(others, place)
         elif place.is_file():
             found += listed_images(place)
         else:
@@ -124,7 +133,7 @@ def find_part(places: Any, part: str, source: str, warn: bool = False) -> list[s
 
 
 def _own_folders(data: Data, split: str) -> Data:
-    """Return a classification set whose folders Ultralytics, which walks them by itself, takes for what they are here.
+    """Return a classification set in whose folders Ultralytics, which walks them itself, finds the same classes and images.
 
     Raises:
         DataError: It would find other classes, or other images.
@@ -235,7 +244,7 @@ def split_off(data: Data, folder: Path, share: float) -> str:
     """Split a set's training part; see `SupportsHoldout.holdout_split`."""
     if not isinstance(data, LabelledImages):
         return split_folders(data, folder, share)
-    back = held_back({Path(f).name for f in data.train}, share)
+    back = choose_holdout({Path(f).name for f in data.train}, share)
     for part, held in (("train", False), ("val", True)):
         files = [f for f in data.train if (Path(f).name in back) == held]
         (folder / f"{part}.txt").write_text("".join(f"{Path(f).absolute()}\n" for f in files))

@@ -1,4 +1,4 @@
-"""A training step of Ultralytics on made-up data, with its own losses: what a forecast runs."""
+"""A training step of Ultralytics on made-up data, with its own losses, for forecasts."""
 
 from __future__ import annotations
 
@@ -164,9 +164,9 @@ def _optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     """Return Ultralytics' own, fused where training has it so (see trainer.py)."""
     trainer = SimpleNamespace(args=model.args, data={})
     with quiet():
-        made = BaseTrainer.build_optimizer(trainer, model, name, lr=1e-3, momentum=0.9, decay=5e-4)  # type: ignore[arg-type]
-    for group in made.param_groups:
+        optimizer = BaseTrainer.build_optimizer(trainer, model, name, lr=1e-3, momentum=0.9, decay=5e-4)  # type: ignore[arg-type]
+    for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
-        if type(made) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
             group |= {"fused": True, "foreach": False}
-    return made
+    return optimizer

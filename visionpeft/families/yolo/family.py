@@ -39,12 +39,13 @@ from .data import LabelledImages, batches, read_data, readable, split_off, warn_
 from .dry_run import DryRuns
 from .export import Export
 from .frozen_stages import FrozenStages
+from .loader import ReplayableLoader
 from .loading import for_inference, settled_task
 from .output import quiet
 from .pictures import labelled, predicted
 from .sources import check_download, check_named, known
 from .tasks import TASKS, Outputs, with_head
-from .trainer import PeftTrainerMixin, ReplayableLoader, check_hooks
+from .trainer import PeftTrainerMixin, check_hooks
 
 
 @FAMILIES.register("yolo")

@@ -23,7 +23,7 @@ _NO_VIEW |= {"iou", "conf", "max_det", "deterministic", "profile", "half", "save
 
 
 class FrozenStages(SupportsFrozenStages):
-    """What Ultralytics' networks and augmentation say of frozen stages."""
+    """Frozen stages of Ultralytics' networks, and views by its augmentation."""
 
     def leading_stages(self, base: Base, stages: int, imgsz: int) -> LeadingStages:
         model: Any = base.model

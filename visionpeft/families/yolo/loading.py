@@ -1,4 +1,4 @@
-"""Networks of Ultralytics: opened, or refused with a word on what they are; made from a YAML; given other channels."""
+"""Networks of Ultralytics: opened or refused by their kind; made from a YAML; given other channels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...core.base_model import LARGEST_IMAGE, Base
 from ...errors import DataError, ModelError, VisionpeftError
 from ...files import read_yaml
 from ...pickles import objection
-from .output import aside, one_line
+from .output import one_line, stdout_to_stderr
 from .sources import check_described, check_parts, check_size, checkpoint
 from .tasks import TASKS, Task, build, check_content, task_of
 
@@ -110,11 +110,11 @@ def read_checkpoint(file: str) -> dict[str, Any]:
         ModelError: It would run something.
     """
     if not Path(file).is_file():  # fetched now, so that it can be looked through
-        with aside():
+        with stdout_to_stderr():
             file = attempt_download_asset(file)
     if why := objection(file, networks=True):
         raise ModelError(f"{file} is not a checkpoint that Ultralytics can read ({why})")
-    with aside():
+    with stdout_to_stderr():
         return torch_safe_load(file, safe_only=True)[0]
 
 
@@ -169,7 +169,7 @@ def _network(content: Any, source: str) -> Any:
             f"{source} holds weights only (a state_dict), without the network that they belong to; load them into it, and "
             f"save that: model = YOLO('yolo11n.yaml'), model.model.load_state_dict(...), model.save('base.pt')"
         )
-    if type(model) is nn.Sequential:  # what Ultralytics makes of it
+    if type(model) is nn.Sequential:  # so Ultralytics reads it
         raise ModelError(
             f"{source} holds a whole model (torch.save of it), not a checkpoint of Ultralytics; save it with "
             "YOLO(...).save('base.pt'), and give that"

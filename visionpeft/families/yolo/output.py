@@ -1,4 +1,4 @@
-"""What Ultralytics says, and where."""
+"""Messages of Ultralytics, kept off the terminal or sent to stderr."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ...process import shared
 
 
 class _Thread(threading.local):
-    aside = False
+    to_stderr = False
 
 
 _THREAD = _Thread()
 
 
 class _Split:
-    """Stands for stdout: what a thread that is aside prints goes to stderr, what others print where it did."""
+    """Stands for stdout: some threads print to stderr instead, the others where they did."""
 
     def __init__(self, stdout: Any):
         self._stdout = stdout
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr if _THREAD.aside else self._stdout, name)
+        return getattr(sys.stderr if _THREAD.to_stderr else self._stdout, name)
 
 
 @shared
@@ -47,14 +47,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Let Ultralytics say what it has to say, the progress of a download too, on stderr: stdout is for results."""
+def stdout_to_stderr() -> Iterator[None]:
+    """Send Ultralytics' messages, the progress of a download too, to stderr: stdout is for results."""
     with _on_stderr(), _split():
-        before, _THREAD.aside = _THREAD.aside, True
+        before, _THREAD.to_stderr = _THREAD.to_stderr, True
         try:
             yield
         finally:
-            _THREAD.aside = before
+            _THREAD.to_stderr = before
 
 
 @shared
@@ -77,6 +77,6 @@ def _split() -> Iterator[None]:
         yield
 
 
-def one_line(said: object) -> str:
-    """Return what Ultralytics said for a sentence, without colours and signs."""
-    return errors.one_line(re.sub("\x1b\\[[0-9;]*m", "", str(said)).replace("❌", ""))
+def one_line(message: object) -> str:
+    """Return a message of Ultralytics for a sentence, without colours and signs."""
+    return errors.one_line(re.sub("\x1b\\[[0-9;]*m", "", str(message)).replace("❌", ""))

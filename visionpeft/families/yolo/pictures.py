@@ -25,7 +25,7 @@ def scaled(image: Any) -> np.ndarray:
 
 
 def predicted(result: Any) -> Picture:
-    """Return a prediction as a picture. It was made on the image as it is; only what it found is scaled."""
+    """Return a prediction as a picture. It was made on the image as it is; only its boxes and the like are scaled."""
     image = scaled(result.orig_img)
     height, width = image.shape[:2]
     scale = width / result.orig_shape[1]

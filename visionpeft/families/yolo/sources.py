@@ -1,4 +1,4 @@
-"""What YOLO models and data are read from: no file runs code, and nothing is fetched but what the user's own call names."""
+"""Sources of YOLO models and data: no file runs code, and only names in the user's own call are fetched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ...files import read_yaml
 from ...pickles import objection_to_array
 from ...sources import find
 from ..base import Arguments
-from .output import aside
+from .output import stdout_to_stderr
 
 _LARGEST = 1 << 16  # channels, classes and other numbers of a network's YAML
 _STRIDE = 256  # pixels of the image to one of the last map
@@ -78,16 +78,16 @@ def check_parts(model: nn.Module) -> None:
         ModelError: One does.
     """
     for path, module in nn.Module.named_modules(model):
-        own = vars(module)
-        hooks = [name for name, value in own.items() if name.endswith("_hooks") and value]
-        if odd := [*hooks, *(own.keys() & _METHODS), *(name for name in own if name.startswith("__"))]:
+        attributes = vars(module)
+        hooks = [name for name, value in attributes.items() if name.endswith("_hooks") and value]
+        if odd := [*hooks, *(attributes.keys() & _METHODS), *(name for name in attributes if name.startswith("__"))]:
             raise ModelError(
                 f"the checkpoint's network carries {odd[0]} of its own at '{path}', which is not used; give another"
             )
 
 
 def check_described(model: Any) -> None:
-    """Refuse a checkpoint whose network is not what it says of it: what is made for other classes is made from that.
+    """Refuse a checkpoint whose description of its network does not fit it: a model for other classes is made from that.
 
     Raises:
         ModelError: Its description is of something much larger.
@@ -158,7 +158,7 @@ def _as_read(source: str) -> str:
 
 
 def check_design(design: Arguments) -> None:
-    """Refuse a network's YAML, or what a checkpoint says it was, that holds more than names of layers and plain numbers:
+    """Refuse a network's YAML, or a checkpoint's copy of it, that holds more than names of layers and plain numbers:
     Ultralytics evaluates its text, and makes whatever it names.
 
     Raises:
@@ -191,15 +191,15 @@ def _layer(name: str) -> bool:
     space, _, last = name.rpartition(".")
     place = {"": tasks, "nn": nn, "torchvision.ops": torchvision.ops}.get(space)
     kind = getattr(place, last, None)
-    own = isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not TorchVision  # which fetches weights
-    return own and (place is not tasks or kind.__module__.startswith("ultralytics.nn.modules."))
+    is_layer = isinstance(kind, type) and issubclass(kind, nn.Module) and kind is not TorchVision  # which fetches weights
+    return is_layer and (place is not tasks or kind.__module__.startswith("ultralytics.nn.modules."))
 
 
-def _activation(given: Any) -> bool:
+def _activation(text: Any) -> bool:
     """Say whether a text is the call of one of torch's layers with plain numbers."""
-    if not given:
+    if not text:
         return True
-    call = ast.parse(given, mode="eval").body if isinstance(given, str) and len(given) < 200 else None
+    call = ast.parse(text, mode="eval").body if isinstance(text, str) and len(text) < 200 else None
     if not isinstance(call, ast.Call) or not re.fullmatch(r"(torch\.)?nn\.[A-Z]\w*", name := ast.unparse(call.func)):
         return False
     values = [*call.args, *(k.value for k in call.keywords)]
@@ -209,7 +209,7 @@ def _activation(given: Any) -> bool:
 
 
 def _plain(value: Any, largest: float = _LARGEST, text: bool = True) -> bool:
-    """Say whether a value is a number of usual size, or a list of them; with `text`, also what texts of it stand for."""
+    """Say whether a value is a number of usual size, or a list of them; with `text`, also the text of one."""
     if isinstance(value, str) and text:
         if len(value) > 100:
             return False
@@ -236,14 +236,14 @@ def read_set(source: str, split: str = "", allow_download: bool = False) -> dict
     Raises:
         DataError: It cannot be used.
     """
-    said = _looked_through(source, allow_download)
+    described = _looked_through(source, allow_download)
     try:
-        with aside():
+        with stdout_to_stderr():
             fetch = allow_download and not offline()
-            return check_det_dataset(said["yaml_file"], autodownload=fetch, split=split)
+            return check_det_dataset(described["yaml_file"], autodownload=fetch, split=split)
     except Exception as error:  # Ultralytics raises plain SyntaxError, TypeError, FileNotFoundError, AssertionError, ...
         text = " ".join(str(error).replace("❌", "").split())
-        if isinstance(error, FileNotFoundError) and said.get("download") and not allow_download:
+        if isinstance(error, FileNotFoundError) and described.get("download") and not allow_download:
             raise DataError(
                 f"the {split or 'val'} images of {source} are not here, and its 'download:' is code or an address; it is "
                 "used if you say so: look at it, and give allow_download=True (--allow-download), or fetch them yourself"
@@ -273,21 +273,21 @@ def check_download(source: str, split: str) -> None:
 
 
 def _looked_through(source: str, allow_download: bool) -> dict[str, Any]:
-    """Return what a data YAML says; text that no YAML reader takes long for, and nothing but values."""
-    found: Any = (
+    """Return the content of a data YAML: plain values, in a text that no YAML reader takes long for."""
+    file: Any = (
         source if Path(source).is_file() else check_file(source, download=allow_download and not offline(), hard=False)
     )
-    if not found:
+    if not file:
         fetched = " (an address is fetched only with allow_download=True, --allow-download)" if _WEB.match(source) else ""
         raise DataError(f"the data {source} cannot be used: there is no such file{fetched}; give the path of a data YAML")
     try:
-        if zipfile.is_zipfile(found) or tarfile.is_tarfile(found):
+        if zipfile.is_zipfile(file) or tarfile.is_tarfile(file):
             raise ValueError("it is an archive")  # which Ultralytics would unpack
-        text = Path(found).read_text(encoding="utf-8", errors="ignore")
+        text = Path(file).read_text(encoding="utf-8", errors="ignore")
         try:
             read_yaml(text)
         except ReaderError:  # Ultralytics then leaves out what is no letter
             read_yaml(ReaderOfText.NON_PRINTABLE.sub("", text))
-        return YAML.load(found, append_filename=True)  # the same text, in Ultralytics' own words
+        return YAML.load(file, append_filename=True)  # the same text, in Ultralytics' own words
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise DataError(f"the data {source} cannot be used: {' '.join(str(error).split())[:400]}") from error

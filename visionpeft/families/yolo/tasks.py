@@ -1,4 +1,4 @@
-"""What differs between YOLO's tasks, one row of a table each: classes of Ultralytics, metrics, labels."""
+"""YOLO's tasks, a row of a table each: classes of Ultralytics, metrics, labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..predictions import Answers, Detections, ImagePredictions
 from .labels import Boxes, OrientedBoxes, Outlines, Poses
 from .output import quiet
 from .sources import check_design
-from .validator import keeping, sparing
+from .validator import keeping_predictions, with_fast_nms
 
 _KEYPOINTS = 1000  # at most
 
@@ -65,7 +65,7 @@ class Task:
     pastes: bool = False  # whether copy_paste repeats objects
 
     def check_row(self, row: Sequence[str], outputs: Arguments) -> str:
-        """Return what is wrong with the length of a label row, or nothing."""
+        """Return the fault in the length of a label row, "" where there is none."""
         assert self.labels, "a set with folders of classes has no label files"
         article = "an" if self.name[0] in "aeiou" else "a"
         fits = self.labels.fits(len(row), outputs.get("kpt_shape", (0, 0)))
@@ -93,7 +93,7 @@ TASKS = {
             "detect",
             DetectionModel,
             yolo.detect.DetectionTrainer,
-            sparing(yolo.detect.DetectionValidator),
+            with_fast_nms(yolo.detect.DetectionValidator),
             yolo.detect.DetectionPredictor,
             _metrics("B"),
             "mAP50-95",
@@ -103,7 +103,7 @@ TASKS = {
             "segment",
             SegmentationModel,
             yolo.segment.SegmentationTrainer,
-            sparing(yolo.segment.SegmentationValidator),
+            with_fast_nms(yolo.segment.SegmentationValidator),
             yolo.segment.SegmentationPredictor,
             _metrics("B", "M"),
             "mAP50-95(M)",
@@ -116,7 +116,7 @@ TASKS = {
             "pose",
             PoseModel,
             yolo.pose.PoseTrainer,
-            sparing(yolo.pose.PoseValidator),
+            with_fast_nms(yolo.pose.PoseValidator),
             yolo.pose.PosePredictor,
             _metrics("B", "P"),
             "mAP50-95(P)",
@@ -127,7 +127,7 @@ TASKS = {
             "obb",
             OBBModel,
             yolo.obb.OBBTrainer,
-            keeping(yolo.obb.OBBValidator),
+            keeping_predictions(yolo.obb.OBBValidator),
             yolo.obb.OBBPredictor,
             _metrics("B"),
             "mAP50-95",
@@ -138,7 +138,7 @@ TASKS = {
             "classify",
             ClassificationModel,
             yolo.classify.ClassificationTrainer,
-            keeping(yolo.classify.ClassificationValidator),
+            keeping_predictions(yolo.classify.ClassificationValidator),
             yolo.classify.ClassificationPredictor,
             {"metrics/accuracy_top1": "top1", "metrics/accuracy_top5": "top5"},
             "top1",
@@ -182,7 +182,7 @@ def build(task: Task, design: Arguments, names: Mapping[int, str] | None, channe
 
 
 def check_content(model: Any, source: str) -> None:
-    """Look at what a loaded network says of itself; class names in a list get their numbers.
+    """Check a loaded network's description of itself; class names in a list get their numbers.
 
     Raises:
         ModelError: It is not what Ultralytics keeps there.
@@ -229,11 +229,11 @@ def with_head(source: Any, names: Mapping[int, str], channels: int, head: str, o
     return model
 
 
-def _check_design(given: Mapping[str, torch.Tensor], model: Any) -> None:
-    """Refuse a checkpoint whose tensors are not those of its own design: what it lacks would train from random values."""
-    own, head = model.state_dict(), f"model.{len(model.model) - 1}."
-    odd = [k for k in own if k not in given or (given[k].shape != own[k].shape and not k.startswith(head))]
-    if odd := odd + [k for k in given if k not in own]:
+def _check_design(tensors: Mapping[str, torch.Tensor], model: Any) -> None:
+    """Refuse a checkpoint whose tensors are not those of its own design: missing ones would train from random values."""
+    designed, head = model.state_dict(), f"model.{len(model.model) - 1}."
+    odd = [k for k, v in designed.items() if k not in tensors or (tensors[k].shape != v.shape and not k.startswith(head))]
+    if odd := odd + [k for k in tensors if k not in designed]:
         raise ModelError(
             f"{len(odd)} tensors of the checkpoint are not as its own design has them (first: {odd[0]}): it was fused, "
             "pruned or changed after it was built; give one as training left it"

@@ -6,11 +6,9 @@ import inspect
 import logging
 import math
 import subprocess
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from ultralytics import __version__ as ULTRALYTICS
-from ultralytics.data.build import InfiniteDataLoader, build_dataloader
+from ultralytics.data.build import build_dataloader
 from ultralytics.data.utils import get_split_fraction
 from ultralytics.utils import RANK
 from ultralytics.utils.torch_utils import ModelEMA, init_seeds, unwrap_model
@@ -29,13 +27,13 @@ from ...errors import ModelError, TrainingError
 from ...measure import Meter
 from ...process import random_states, set_random_states
 from ...training import checkpoint
-from ...training.distributed import failure, started, told
-from ...training.feature_cache import CachedFeatureDataset
+from ...training.distributed import raise_worker_error, read_worker_error, report_error_to_parent
 from ...training.feature_cache_file import CacheWriter
 from ...training.job import Job, keep_best
 from ...training.progress import Progress
 from ..classification import still_readable
 from .data import readable, warn_of_lost
+from .loader import CachedViews, ReplayableLoader
 from .output import quiet
 from .sources import check_download
 from .tasks import TASKS, Task, with_head
@@ -67,7 +65,7 @@ class PeftTrainerMixin:
         shown = RANK in (-1, 0) and not (self.ddp or self.job.config.quiet or self.job.config.options.get("verbose"))
         with Progress(self.epochs, self._task.score, shown) as self._progress, self._talking():
             # for several GPUs, Ultralytics starts processes, which come here too
-            with started(self.job.folder) if self.ddp else told(self.job.folder) if RANK >= 0 else nullcontext():
+            with self._errors_between_processes():
                 try:
                     with (
                         self.job.trackers if RANK >= 0 else nullcontext(),
@@ -77,7 +75,12 @@ class PeftTrainerMixin:
                     ):
                         super().train()  # type: ignore[misc]
                 except subprocess.CalledProcessError:
-                    raise failure(self.job.folder) from None
+                    raise read_worker_error(self.job.folder) from None
+
+    def _errors_between_processes(self: Any) -> AbstractContextManager:
+        if self.ddp:
+            return raise_worker_error(self.job.folder)
+        return report_error_to_parent(self.job.folder) if RANK >= 0 else nullcontext()
 
     def get_dataset(self: Any) -> Any:
         check_download(str(self.args.data), self.args.split)
@@ -134,7 +137,7 @@ class PeftTrainerMixin:
     def get_dataloader(self: Any, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         with readable(self.job.data.source):
             loader = super().get_dataloader(dataset_path, batch_size, rank, mode)  # type: ignore[misc]
-        if mode == "train":  # what is lost of val is said where it is judged
+        if mode == "train":  # lost images of val are named where it is evaluated
             warn_of_lost(self.job.data, mode, loader.dataset, get_split_fraction(self.args.fraction, mode))
             loader = self._stored(loader) if self.job.store else loader
             loader.__class__ = ReplayableLoader
@@ -164,8 +167,8 @@ class PeftTrainerMixin:
         self.ema.__class__ = TrainedEMA
         self.ema.pair(model)  # while all that will ever train is open
         self.job.equip(model)
-        kept = {"optimizer": self.optimizer, "average": self.ema.ema}
-        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **kept)
+        state = {"optimizer": self.optimizer, "average": self.ema.ema}
+        self._meter = Meter(model, self.device, stages=self.job.stages, compiled=bool(self.args.compile), **state)
         self.scaler.__class__ = type("MeteredScaler", (MeteredScaler, type(self.scaler)), {"meter": self._meter})
         self._history: list[dict[str, float]] = []
         # steps to pass over of the epoch that a resumed run was stopped in, and the mean losses after them
@@ -278,15 +281,15 @@ class PeftTrainerMixin:
         rate = self.args.lr0 * group["lr"] / group["initial_lr"]
         self.job.trackers.log({"train/loss": sum(losses.values()), **self._history[-1]}, rate, self._meter.memory)
         best = self.fitness == self.best_fitness
-        kept = [keep_best(self.job, self.ema.ema, names, self.epoch + 1)] if best else []
+        best_delta = [keep_best(self.job, self.ema.ema, names, self.epoch + 1)] if best else []
         content = self._content(epoch=self.epoch, done=bool(self.stop))
-        self._writer.put(*kept, partial(checkpoint.save, self.job.checkpoint, content))
+        self._writer.put(*best_delta, partial(checkpoint.save, self.job.checkpoint, content))
         self._progress.end(self.epoch, sum(losses.values()), names)
         self.job.leave_if_asked(self._writer)
         return True
 
     def _content(self: Any, **position: Any) -> dict[str, Any]:
-        """Return what a checkpoint holds; "epoch" is the last complete one."""
+        """Return the content of a checkpoint; "epoch" is the last complete one."""
         live = checkpoint.live(unwrap_model(self.model))
         return checkpoint.snapshot(
             {
@@ -319,7 +322,8 @@ class PeftTrainerMixin:
 
 
 _CHECKED = "8.4.190"  # the Ultralytics whose methods are overridden here
-_OWN = {"_talking", "_stored", "_go_on", "_content", "close", "position", "go_to"}  # which override nothing
+# methods that override nothing
+_OWN = {"_talking", "_errors_between_processes", "_stored", "_go_on", "_content", "close", "position", "go_to"}
 
 
 def check_hooks(*classes: type) -> None:
@@ -352,8 +356,8 @@ def _unlike(name: str, now: str) -> ModelError:
 
 
 def _rewrapped(wrapper: Any, plan: Plan) -> nn.Module:
-    """Settle what trains, and wrap the model anew for several processes: Ultralytics did so when everything trained, and
-    all of it would have gradients that travel."""
+    """Close the parameters that do not train, and wrap the model anew for several processes: Ultralytics wrapped it when all
+    parameters trained, so that the gradients of all would travel."""
     model = set_requires_grad(unwrap_model(wrapper), plan)
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # as Ultralytics has it
@@ -371,17 +375,8 @@ class MeteredScaler:
         return super().scale(outputs)  # type: ignore[misc]
 
 
-class CachedViews(CachedFeatureDataset):
-    """Stored views in place of Ultralytics' data set, with what its trainer uses of that."""
-
-    buffer = ()  # the images in memory that mosaic chooses from, of which there are none
-
-    def close_mosaic(self, hyp: Any) -> None:
-        """Do nothing: the last views were augmented without mosaic."""
-
-
 class Passed(nn.Module):
-    """Stands for the model in a step that a resumed run made before it was stopped: says what the losses came to by then.
+    """Stands for the model in a step that a resumed run made before it was stopped, and returns the losses up to then.
 
     Ultralytics' loop counts an epoch's steps itself, for warmup and mean losses, so it goes through these again.
     """
@@ -394,58 +389,19 @@ class Passed(nn.Module):
     def forward(self, *_: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return torch.zeros(1, device=self.device, requires_grad=True), self.losses
 
-    loss = forward  # what Ultralytics calls with compile=True
+    loss = forward  # the name that Ultralytics calls with compile=True
 
 
 class TrainedEMA(ModelEMA):
-    """Ultralytics' moving average, over what trains and over statistics that move; the rest is the base's, bit for bit."""
+    """Ultralytics' moving average of trained parameters and moving statistics; the rest is the base's, bit for bit."""
 
     def pair(self, model: nn.Module) -> None:
         """Settle which tensors are averaged."""
         if not hasattr(self, "_pairs"):  # all would be
             raise _unlike("ModelEMA._pairs", "gone")
-        own, live = self.ema.state_dict(), checkpoint.live(model)
+        averaged, live = self.ema.state_dict(), checkpoint.live(model)
         keys = [k for k in live if live[k].is_floating_point()]
-        self._pairs = [own[k] for k in keys], [live[k] for k in keys]
-
-
-class ReplayableLoader(InfiniteDataLoader):
-    """Ultralytics' loader, which can say where it is and go there again. Exact with workers=0.
-
-    Its iterator outlives epochs and draws from the generator when it starts, and lazily, so the generator's state alone
-    does not tell what comes next; the state before the iterator started and the count of batches since do.
-    """
-
-    drawn = 0  # batches since the iterator started
-    replay = 0  # batches to pass over, without loading them, when the next iterator starts
-    passed = 0  # how many of them are of the next epoch, which yields None for each
-
-    def _get_iterator(self) -> Any:
-        self.origin = self.generator.get_state()
-        iterator = super()._get_iterator()
-        for _ in range(self.replay):
-            iterator._next_index()
-        self.drawn, self.replay = self.replay, 0
-        return iterator
-
-    def __iter__(self) -> Any:
-        passed, self.passed = self.passed, 0
-        if passed and self.iterator is None:  # now, for the next epoch may start another
-            self.iterator = self._get_iterator()
-        yield from [None] * passed
-        for batch in islice(super().__iter__(), len(self) - passed):
-            self.drawn += 1
-            yield batch
-
-    def position(self) -> dict[str, Any]:
-        """Where it is, for `go_to`."""
-        return {"origin": self.origin, "drawn": self.drawn, "generator": self.generator.get_state()}
-
-    def go_to(self, position: Mapping[str, Any], anew: bool, passed: int = 0) -> None:
-        """Go there, `passed` batches into an epoch; with `anew`, to a new iterator that starts there."""
-        self.reset()
-        self.generator.set_state(position["generator" if anew else "origin"])
-        self.replay, self.passed = 0 if anew else position["drawn"], passed
+        self._pairs = [averaged[k] for k in keys], [live[k] for k in keys]
 
 
 @checkpoint.restoring()

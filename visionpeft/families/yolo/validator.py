@@ -1,4 +1,4 @@
-"""Ultralytics' validators, sooner: their numbers, bit for bit, without what cannot change them."""
+"""Ultralytics' validators, faster: the same numbers, bit for bit, without work that cannot change them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class KeepingMixin:
-    """Mixin over an Ultralytics validator: what was found in each image is kept, and the model is not copied."""
+    """Mixin over an Ultralytics validator: its predictions for each image are kept, and the model is not copied."""
 
     def get_stats(self: Any) -> dict[str, Any]:
         """Keep the statistics of each image, which Ultralytics forgets when it has the numbers."""
@@ -51,12 +51,12 @@ class FastNmsMixin(KeepingMixin):
         return super().postprocess(preds)  # type: ignore[misc]
 
 
-def sparing(validator: type[Any]) -> type[Any]:
-    """Return a validator class of Ultralytics that spares what cannot change its numbers, and keeps its predictions."""
+def with_fast_nms(validator: type[Any]) -> type[Any]:
+    """Return a validator class of Ultralytics without work that cannot change its numbers; it keeps its predictions."""
     return type(f"FastNms{validator.__name__}", (FastNmsMixin, validator), {"__module__": __name__})
 
 
-def keeping(validator: type[Any]) -> type[Any]:
+def keeping_predictions(validator: type[Any]) -> type[Any]:
     """Return a validator class of Ultralytics that keeps its predictions: of a classifier there is nothing to spare, and
     rotated boxes of one score are in no certain order."""
     return type(f"Keeping{validator.__name__}", (KeepingMixin, validator), {"__module__": __name__})
