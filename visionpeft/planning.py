@@ -22,8 +22,8 @@ from .memory import search
 from .memory.forecast import Forecast, ForecastRequest
 from .memory.search import Fit
 from .process import untouched
-from .settings import build_with_head, device_of, find_family, loader_arguments, resolve_path, split_options
-from .training.distributed import check_shares, devices
+from .settings import build_with_head, find_family, loader_arguments, resolve_path, split_options
+from .training.devices import check_shares, count_devices
 
 
 @untouched(alone=True)
@@ -206,7 +206,7 @@ class ForecastSession:
         with torch.random.fork_rng(devices=[]):  # random weights are as good as any
             base = family.load_architecture(resolve_path(str(config.model)), **loader_arguments(config.model_args))
             settled = config.settled({"seed": 0, **family.defaults_for(base)})
-            self.devices, self.gpu = _devices(config.device)
+            self.devices, self.gpu = count_devices(config.device)
             family.check(dataclasses.replace(settled, device="cpu"))
             self.amp = config.amp == "bf16" if not self.gpu else config.amp not in (False, "fp32")
             if settled.batch < 1:
@@ -260,11 +260,3 @@ class ForecastSession:
         made = forecasting.memory_model(case, self.validation.get(imgsz, ()))  # all that edit nothing are validated alike
         self.validation[imgsz] = made.validation
         return made
-
-
-def _devices(device: Any) -> tuple[int, bool]:
-    """Return how many devices are meant, and whether they are GPUs, which need not be here."""
-    names = devices("" if device is None else device_of(device))
-    if strange := [n for n in names if n not in ("", "cpu", "cuda", "mps") and not n.removeprefix("-").isdigit()]:
-        raise ConfigError(f"device='{strange[0]}' is not known; give 'cpu', or the number of a GPU: 0, or '0,1' for two")
-    return len(names), names[0] != "cpu"

@@ -32,10 +32,10 @@ from .families.introspect import stage_modules
 from .lean.frozen_stages import FrozenStages
 from .registry import FAMILIES
 from .schema import Json
-from .settings import device_of, find_family, loader_arguments, resolve_path, split_options
+from .settings import find_family, loader_arguments, resolve_path, split_options
 from .training import checkpoint, plots, run_folder
 from .training import trackers as tracking
-from .training.distributed import devices
+from .training.devices import device_of, devices
 from .training.feature_cache import Store
 from .training.job import Job
 from .training.result import Run, versions

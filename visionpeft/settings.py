@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import sources
@@ -86,13 +85,6 @@ def _with_cache(options: Options, cache: Any, arguments: set[str]) -> Options:
         own = ", or 'ram', 'disk' or True (keep the images)" if "cache" in arguments else ""
         raise ConfigError(f"cache={cache!r} is not known; give the number of views of every image to keep{own}")
     return {**options, "cache": cache}
-
-
-def device_of(device: Any) -> str:
-    """Return a device as text, "cpu" or "0,1"; by default a GPU where there is one."""
-    if device is None:
-        return "0" if torch.cuda.is_available() else "cpu"
-    return ",".join(map(str, device)) if isinstance(device, list | tuple) else str(device)
 
 
 def loader_arguments(given: Any) -> ModelArgs:

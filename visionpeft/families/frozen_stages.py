@@ -13,7 +13,7 @@ from ..core.plan import Plan
 from ..errors import ConfigError
 from ..lean.frozen_stages import DTYPES, FrozenStages
 from ..sources import cache_folder
-from ..training.distributed import devices
+from ..training.devices import devices
 from ..training.feature_cache import Store, content, key
 from .base import Family
 from .capabilities import SupportsFrozenStages

@@ -20,33 +20,10 @@ import torch
 import torch.distributed as dist
 
 from .. import errors, files
-from ..errors import ConfigError, TrainingError, VisionpeftError, out_of_memory
+from ..errors import TrainingError, VisionpeftError, out_of_memory
+from .devices import devices
 
 _ERROR = "error.json"
-
-
-def devices(device: str | None) -> list[str]:
-    """Return the single devices of "0", "0,1" (a process each), or "cpu,cpu" (two processes on the CPU).
-
-    Raises:
-        ConfigError: CPU and GPU are mixed, or one GPU is named twice.
-    """
-    names = [name.strip().removeprefix("cuda:") for name in str(device or "").split(",")]
-    mixed = "cpu" in names and set(names) != {"cpu"}
-    if mixed or (len(names) > 1 and "" in names) or ("cpu" not in names and len(set(names)) < len(names)):
-        raise ConfigError(f"device='{device}' is not understood; give different GPUs, e.g. '0,1', or only 'cpu'")
-    return names
-
-
-def check_shares(device: str | None, batch: float) -> None:
-    """Refuse a batch that several devices cannot share.
-
-    Raises:
-        ConfigError: It is none of their number's multiples.
-    """
-    count = len(devices(device))
-    if count > 1 and (batch < 1 or batch % count):
-        raise ConfigError(f"batch={batch} cannot be shared by {count} devices; give a multiple of {count}")
 
 
 def launch(run: Callable[..., object], *args: Any, device: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from timm.data import create_transform
 
 from ...config import SettledConfig
 from ...errors import ConfigError, nearest
-from ...training.distributed import check_shares, devices
+from ...training.devices import check_shares, devices
 from ..base import Arguments
 
 

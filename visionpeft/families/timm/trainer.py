@@ -28,7 +28,8 @@ from ...errors import TrainingError
 from ...measure import Meter
 from ...process import RandomStates, random_states, set_random_states
 from ...training import checkpoint
-from ...training.distributed import devices, launch
+from ...training.devices import devices
+from ...training.distributed import launch
 from ...training.feature_cache import CachedFeatureDataset
 from ...training.feature_cache_file import CacheWriter
 from ...training.job import Job, keep_best

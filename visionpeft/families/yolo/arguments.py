@@ -12,7 +12,7 @@ from ultralytics.utils.torch_utils import select_device
 from ...config import SettledConfig
 from ...errors import ConfigError, VisionpeftError, nearest
 from ...sources import find
-from ...training.distributed import check_shares
+from ...training.devices import check_shares
 from ...training.job import Job
 from ..base import Arguments
 from .output import one_line
