@@ -34,7 +34,7 @@ from ..families.capabilities import SupportsHoldout
 from ..settings import find_family
 from ..training.plots import Picture
 from ..training.result import Run
-from .grid import Cell, command, under
+from .grid import Cell, below, command
 from .results import FORMAT, CellFailure, CellNames, CellResult, CellSpec, Retained, RunRecord, TrialResult
 
 DONE, FAILED, FULL = 0, 3, 4  # exit codes; FULL: the disk is
@@ -72,7 +72,7 @@ def run_cell(cell: Cell, out: Path, chosen: Mapping[str, Any], seconds: float | 
     drawing = {k: use[k] for k in ("imgsz", "device")}
     retained = None
     if adapted and (old := cell.spec["retain"]):
-        retained = cast(Retained, {**api.forgetting(adapted, under(cell.root, old), **use).to_dict(), "data": old})
+        retained = cast(Retained, {**api.forgetting(adapted, below(cell.root, old), **use).to_dict(), "data": old})
     epoch_seconds = _epoch_seconds(run, images)
     return {
         "format": FORMAT,

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import sources
-from ..config import OPTIONS, RENAMED, TrainConfig
+from ..config import OPTIONS, RENAMED, ModelArgs, Options, TrainConfig
 from ..core.base_model import Base
 from ..errors import ConfigError
 from ..families.base import Family
 from ..methods.base import matches
 from ..scenes import PREFIX
+from ..schema import Json
 from ..settings import find_family, split_options
 
 AXES = ("model", "data", "method", "freeze", "seed")
@@ -36,7 +37,7 @@ class Cell:
         root: What paths are relative to.
     """
 
-    spec: Mapping[str, Any]
+    spec: Json
     names: Mapping[str, str] = field(compare=False)
     root: str = field(compare=False)
 
@@ -45,19 +46,19 @@ class Cell:
         """16 hex digits."""
         return hash_of(self.spec)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Options:
         """Return what `train` is called with, paths resolved."""
         spec = self.spec
         made = {
-            "data": under(self.root, spec["data"]),
-            "model": under(self.root, spec["model"]),
+            "data": below(self.root, spec["data"]),
+            "model": below(self.root, spec["model"]),
             "method": spec["method"],
             "freeze": spec["freeze"],
             "seed": spec["seed"],
             **spec["options"],
         }
         if spec["model_args"]:
-            made["model_args"] = {k: under(self.root, v) for k, v in spec["model_args"].items()}
+            made["model_args"] = {k: below(self.root, v) for k, v in spec["model_args"].items()}
         return made
 
     def __str__(self) -> str:
@@ -70,7 +71,7 @@ class Grid:
 
     name: str
     axes: dict[str, list[Any]]
-    shared: dict[str, Any]  # options of all cells
+    shared: Options  # options of all cells
     search: dict[str, list[Any]]
     equal: str
     against: str  # the label of the method that all others are compared with
@@ -93,13 +94,13 @@ class Grid:
             c for c in self.cells if c.names["method"] == self.against and all(c.spec[k] == cell.spec[k] for k in same)
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain JSON values."""
         more = {"search": self.search, "equal": self.equal, "against": self.against}
         return {"name": self.name, "grid": self.axes, "defaults": {**self.shared, **more}}
 
 
-def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".", only: str | None = None) -> Grid:
+def make_grid(config: Options, name: str, root: str | Path = ".", only: str | None = None) -> Grid:
     """Resolve a configuration, and look at its models and data.
 
     Args:
@@ -120,7 +121,7 @@ def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".", only
         raise ConfigError(f"search={search} is not understood; write search: {{lr0: [0.0005, 0.001, 0.002]}}")
     if (equal := config.get("equal", "epochs")) not in EQUAL:
         raise ConfigError(f"equal={equal!r} is not known; it is {' or '.join(EQUAL)}")
-    places = _Places(root)
+    places = _Sources(root)
     cells = []
     # seeds outermost: a sweep that is not done yet has all methods of the first seed
     for seed, data, model, freeze, method in itertools.product(
@@ -146,20 +147,20 @@ def make_grid(config: Mapping[str, Any], name: str, root: str | Path = ".", only
     return Grid(str(config.get("name") or name), axes, shared, search, equal, against, cells)
 
 
-def hash_of(spec: Mapping[str, Any]) -> str:
+def hash_of(spec: Mapping[str, object]) -> str:
     """Return the hash that a cell's files are named by."""
     text = json.dumps(spec, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def under(root: str, value: Any) -> Any:
+def below(root: str, value: Any) -> Any:
     """Return the path of what lies below the root, and anything else as it is."""
     if isinstance(value, str) and value and not value.startswith("/") and (path := Path(root) / value).exists():
         return str(path)
     return value
 
 
-def command(arguments: Mapping[str, Any]) -> str:
+def command(arguments: Options) -> str:
     """Return the command that runs `train` with these arguments."""
     words = ["visionpeft", "train"]
     for name, value in arguments.items():
@@ -172,7 +173,7 @@ def command(arguments: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-class _Places:
+class _Sources:
     """What models and data are, each looked at once."""
 
     def __init__(self, root: str):
@@ -180,12 +181,12 @@ class _Places:
         self._bases: dict[str, tuple[Family, Base, str]] = {}
         self._data: dict[tuple[str, str, bool], str] = {}
 
-    def base(self, model: str, model_args: Mapping[str, Any]) -> tuple[Family, Base, str]:
+    def base(self, model: str, model_args: ModelArgs) -> tuple[Family, Base, str]:
         """Return a model's family, itself, and the hash of the files that it is read from."""
         key = hash_of({"model": model, "model_args": model_args})
         if key not in self._bases:
-            source = under(self.root, model)
-            given = {k: under(self.root, v) for k, v in model_args.items()}
+            source = below(self.root, model)
+            given = {k: below(self.root, v) for k, v in model_args.items()}
             family = find_family(source)
             read = [sources.find(source), *(v for v in given.values() if isinstance(v, str))]
             digest = hashlib.sha256()
@@ -198,7 +199,7 @@ class _Places:
         """Return the fingerprint of a data set; with `old`, check that the base knows its classes."""
         key = (source, base.source, old)
         if key not in self._data:
-            read = family.read_data(sources.find(under(self.root, source)), base, allow_download=allow_download)
+            read = family.read_data(sources.find(below(self.root, source)), base, allow_download=allow_download)
             if old:
                 family.check_classes(base.names, read)
             self._data[key] = read.fingerprint
@@ -220,9 +221,7 @@ def _entries(axis: str, given: Any) -> list[Any]:
     return [{str(k).replace("-", "_"): v for k, v in e.items()} for e in made]
 
 
-def _cell(
-    given: dict[str, Any], own: dict[str, Any], equal: str, search: Mapping[str, Any], first: int, places: _Places
-) -> Cell:
+def _cell(given: dict[str, Any], own: Options, equal: str, search: Options, first: int, places: _Sources) -> Cell:
     model, data, method, freeze, seed, retain = (given.pop(k) for k in (*AXES, "retain"))
     model_args = given.pop("model_args", None) or {}
     family, base, weights = places.base(model, model_args)
@@ -254,7 +253,7 @@ def _cell(
     return Cell(json.loads(json.dumps(spec, default=str)), names, places.root)
 
 
-def _check(family: Family, method: str, freeze: Any, options: Mapping[str, Any]) -> None:
+def _check(family: Family, method: str, freeze: Any, options: Options) -> None:
     """Refuse options that no training run of this method and family would take, before any has started."""
     if settled := next((name for name in options if name in OPTIONS and OPTIONS[name].placement), None):
         raise ConfigError(f"'{settled}' is settled by the sweep; leave it out of the config")
