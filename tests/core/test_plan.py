@@ -249,7 +249,7 @@ def test_settings_that_contradict() -> None:
         make_method("dora", {"lora_dropout": 0.1})
     with pytest.raises(ConfigError, match="letters q, k and v"):
         make_method("lora", {"qkv": "x"})
-    with pytest.raises(ConfigError, match="'train' or 'skip'"):
+    with pytest.raises(ConfigError, match="oversize='maybe' is not known; it is train or skip"):
         make_method("lora", {"oversize": "maybe"})
 
 
