@@ -301,7 +301,7 @@ def test_each_epoch_reads_another_view_and_the_last_ones_views_without_mosaic(
     real = views.CachedFeatureDataset.__getitem__
 
     def note(self: Any, index: int) -> Any:
-        read.append((self.epoch, index, int(self._made.places[self._rounds.at(self.epoch), index])))
+        read.append((self.epoch, index, int(self._views.places[self._schedule.at(self.epoch), index])))
         return real(self, index)
 
     monkeypatch.setattr(views.CachedFeatureDataset, "__getitem__", note)
@@ -500,7 +500,7 @@ def test_on_the_command_line(boxes: Path, checkpoint: Path, tmp_path: Path, cach
         main([*args, *small])
     assert left.value.code == 2 and capsys.readouterr().err.startswith("visionpeft: cache=2 needs frozen stages")
     with pytest.raises(SystemExit) as left:
-        main([*args, *small, "--freeze", "10", "--prefix-dtype", "bf16", "--cache-limit", "1"])
+        main([*args, *small, "--freeze", "10", "--frozen-dtype", "bf16", "--cache-limit", "1"])
     said = capsys.readouterr()
     assert left.value.code == 0 and "1 views of each image kept in bfloat16" in " ".join(said.out.split())
     assert "computing 8 views of 8 images" in said.err and len(files(cache)) == 1
