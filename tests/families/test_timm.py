@@ -200,6 +200,7 @@ def test_merged_file_is_timms_own(name: str, options: dict, squares: Path, base,
     ],
     ids=lambda options: options["method"],
 )
+@pytest.mark.pictures  # without them a run is not complete
 def test_resumed_equals_uninterrupted(options: dict, squares: Path, base, tmp_path: Path) -> None:
     arguments = {**base("test_resnet"), **SMALL, "epochs": 3, **options}
     whole = visionpeft.train(squares, project=tmp_path, name="whole", **arguments)
