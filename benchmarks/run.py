@@ -42,7 +42,7 @@ PHASES = {  # of ours: where in the code each is, without what others inside it 
     "train: steps, their data": f"{_TRAINER}.train",
     "train: measure epochs": f"{_TRAINER}.validate",
     "train: save": f"{_TRAINER}.save_model",
-    "delta and merged file": "visionpeft.adapted:put_together visionpeft.core.delta:read "
+    "delta and merged file": "visionpeft.session:put_together visionpeft.core.delta:read "
     f"{_FAMILY}.save_merged {_FAMILY}.open_merged visionpeft.core.delta:fingerprint",
     "pictures": f"{_FAMILY}.draw visionpeft.training.plots:sheet visionpeft.training.plots:curves",
 }

@@ -106,7 +106,7 @@ def trusted(
     own: ModelArgs,
     scratch: bool = False,
 ) -> tuple[str, ModelArgs, ModelArgs]:
-    """Return a model and its loader's arguments, as a file says them or the user instead, and those that settle it.
+    """Return a model's name, its loader's arguments (the caller's before the file's), and those that keep it from fetching.
 
     Args:
         family: Of the model; None where the model says it.

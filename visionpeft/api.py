@@ -115,7 +115,7 @@ def train(
             send numbers elsewhere (wandb, mlflow) have to be named again.
         save_every: Minutes after which a checkpoint is saved within an epoch, too; 0: at its end only.
         memory: "6GB": those of method, freeze, lean, batch and imgsz that are left at their defaults are the best that fits,
-            see `fit`.
+            see `suggest`.
         model_args: Further arguments for the family's model loader (timm's ``create_model``).
         allow_download: Let Ultralytics fetch images that are not here as ``download:`` in the data YAML says, which can be
             code; look at it first.
@@ -420,6 +420,3 @@ def list_methods() -> list[str]:
 def list_families() -> list[str]:
     """Return the names of all families."""
     return list(FAMILIES)
-
-
-# --------------------------------------------------------------------------------------------------------------- plumbing

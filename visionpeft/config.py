@@ -43,7 +43,7 @@ class Option:
         least: The least whole number that it may be.
         text: Text that looks like a number is text.
         memory: How much memory a run takes may depend on it.
-        placement: It says where a run lies, or how much it says: no part of what a run is, and of its folder's files.
+        placement: It only says where the run's folder is, or how much is printed, and is not kept in ``train.json``.
         resumable: A run that is resumed may be given another value.
     """
 

@@ -87,7 +87,7 @@ class Stopped(Interrupted):
 
 
 def need(package: str, extra: str, what: str) -> None:
-    """Refuse what an extra of visionpeft brings the package for, where that is not installed.
+    """Refuse to go on without a package, and name the extra of visionpeft that brings it.
 
     Raises:
         ConfigError: It is not.

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from typing import Any
 
+from . import deprecation
 from .core import anatomy, method, plan
 
 
-class _Module(types.ModuleType):
-    """Also the verb of the same name, in whose place the import of this module puts it."""
-
-    def __getattr__(self, name: str) -> Any:
-        for home in (anatomy, method, plan):
-            if name in vars(home) and not name.startswith("_"):
-                return vars(home)[name]
-        raise AttributeError(f"visionpeft.plan has no {name}")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from .planning import plan as verb
-
-        return verb(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Module
+def __getattr__(name: str) -> Any:
+    for home in (anatomy, method, plan):
+        if name in vars(home) and not name.startswith("_"):
+            deprecation.warn(f"visionpeft.plan.{name}", f"{home.__name__}.{name}")
+            return vars(home)[name]
+    raise AttributeError(f"module visionpeft.plan has no attribute {name}")

@@ -166,7 +166,7 @@ def fit(*args: Any, **kwargs: Any) -> Fit:
 def search_memory(
     config: TrainConfig, objects: int | None = None, *, freeze: Freeze | None = None, lean: str | None = None
 ) -> Fit:
-    """Return what of a configuration's open settings fits into its `memory`, best first.
+    """Return values for a configuration's open settings with which the run fits into its `memory`, best first.
 
     Args:
         config: What is given in it stays.

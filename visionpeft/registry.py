@@ -30,7 +30,7 @@ class Registry(Mapping[str, Any]):
 
         def add(cls: T) -> T:
             known = self._classes.get(name)
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ConfigError(f"two {self.kind}s are called '{name}': {known} and {cls}; rename one")
             cls.name = name  # type: ignore[attr-defined]
             self._classes[name] = cls

@@ -184,7 +184,7 @@ class TrainSession:
             before=before,
             save_merged=family.save_merged,
             trackers=Trackers(self.trackers, folder, {**self.arguments, "plan": _totals(self.plan)}, config.quiet),
-            prefix=frozen,
+            frozen_stages=frozen,
             store=store,
             stages=stage_modules(self.anatomy),
             stop=self.stop,
@@ -235,12 +235,12 @@ class TrainSession:
     def _measured(self, job: Job, measured: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a run measured, and how its frozen stages in lower precision changed the untrained model's score."""
         kept = {k: v for k, v in measured.items() if k != "views"}
-        if job.prefix is None or self.before_apart is None:
+        if job.frozen_stages is None or self.before_apart is None:
             return kept
         metric = self.family.primary_metric(job.base.task)
-        dtype = str(job.prefix.stored).removeprefix("torch.")
+        dtype = str(job.frozen_stages.stored).removeprefix("torch.")
         said = {"stages": job.plan.num_frozen_stages, "dtype": dtype, "metric": metric}
-        views = {"views": job.store.rounds.total, **measured["views"]} if job.store else {}
+        views = {"views": job.store.schedule.total, **measured["views"]} if job.store else {}
         scores = {"exact": job.before[metric], "approximate": self.before_apart[metric]}
         return {**kept, "prefix": {**said, **scores, **views}}
 

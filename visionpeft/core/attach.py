@@ -187,7 +187,7 @@ class ReparametrizedWeight(Mixin):
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or weight is base:
             return weight
         if type(weight) is Tensor:  # a fake one (see forecast.py) cannot be of another class beside, and is never written
-            weight = weight.as_subclass(MergedWeight)
+            weight = weight.as_subclass(ComputedWeight)
         part, *more = self.peft_weight.values()
         if not (self.training and any(getattr(p, "dropout", 0) for p in self.peft_weight.values())):
             weight.peft_base = base
@@ -223,7 +223,7 @@ class ReparametrizedWeight(Mixin):
             super().register_parameter(name, _plain_parameter(param))  # type: ignore[misc]
 
 
-class MergedWeight(Tensor):
+class ComputedWeight(Tensor):
     """A weight computed by parts: reading works, a change in place is refused instead of silently lost."""
 
     peft_base: Tensor  # the layer's own weight; absent where dropout has forward read another weight, too
@@ -347,11 +347,11 @@ def _release(model: nn.Module) -> nn.Module:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.as_subclass(Tensor) if type(tensor) is MergedWeight else tensor
+    return tensor.as_subclass(Tensor) if type(tensor) is ComputedWeight else tensor
 
 
 def _plain_parameter(parameter: Any) -> Any:
-    if type(parameter) is not MergedWeight:
+    if type(parameter) is not ComputedWeight:
         return parameter
     return nn.Parameter(_plain(parameter).detach(), requires_grad=parameter.requires_grad)
 

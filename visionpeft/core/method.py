@@ -86,12 +86,11 @@ class Method:
     lr_scale: ClassVar[float] = 1.0  # learning rate, relative to that of full fine-tuning
     merges: ClassVar[bool] = True  # the result can be folded into the base's own weights
     identity_at_init: ClassVar[bool] = True  # attaching changes no output
-    expected_gain: ClassVar[float | None] = (
-        None  # share of full's gain over the head (benchmarks/worth.py); None: `fit` skips it
-    )
+    # share of full fine-tuning's gain over the head alone (benchmarks/worth.py); None: `suggest` does not look at it
+    expected_gain: ClassVar[float | None] = None
     needs_token_grid: ClassVar[bool] = False  # it reads a token sequence as the map that it was made from
     adds_tokens: ClassVar[bool] = False  # it adds tokens to a sequence
-    search_freeze_depths: ClassVar[bool] = False  # whether `fit` tries it with early stages frozen, too
+    search_freeze_depths: ClassVar[bool] = False  # whether `suggest` tries it with early stages frozen, too
     peft_type: ClassVar[str] = ""  # HF peft's name of it; "" where peft computes nothing the same
     peft_fields: ClassVar[frozenset[str]] = frozenset()  # of peft's configuration: those that `from_peft` understands
 

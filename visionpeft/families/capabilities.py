@@ -87,8 +87,8 @@ class Step:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A training step on made-up data. It may run on tensors without content, so nothing in it may depend on values but
-    by `true`."""
+    """A training step on made-up data. It may run on fake tensors, which have shapes and no values: where it needs how many
+    elements of a mask are true, it calls `true`."""
 
     batch: Callable[[], Any]
     loss: Callable[[Any], Tensor]  # forward, of such a batch

@@ -1,7 +1,8 @@
 """Convolutions and linear layers that keep their input only where a weight learns from it.
 
 PyTorch's convolution keeps its input even for a frozen weight, and a computed weight (W + s B A) is kept as large as W.
-Here the weight is put together anew in backward, and a low-rank update has a backward of its own (memory.md, "LoRA").
+Here the weight is put together anew in backward, and a low-rank update has a backward of its own: docs/lean.md, "Low-rank
+updates".
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class FakeTensorOracle(TorchDispatchMode):
         self.batch = batch
         self.true: Callable[[Sequence[int]], int] = math.prod
         self.number: Callable[[], int] = lambda: 1
-        self.yes = False  # a single truth; while parts are made False, else a loop that draws until all fit would not end
+        self.yes = False  # answers a single bool; False while parts are built, or loops that draw until all fit never end
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:  # .item(), if, int(): a count of objects

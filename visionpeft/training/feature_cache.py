@@ -34,8 +34,8 @@ class Store:
     """The place of a run's views on the disk, and their limit."""
 
     file: Path
-    rounds: ViewSchedule
-    limit: float  # GB that all stored views join_sample may take
+    schedule: ViewSchedule
+    limit: float  # GB that all stored views together may take
 
     def check_room(self, count: int) -> None:
         """Make room for `count` bytes: the views that were used longest ago go first, where the limit asks for it.
@@ -90,7 +90,7 @@ def key(**facts: Any) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- reading them
 class CachedFeatureDataset(Dataset):
-    """A data set with stored vectors instead of its images; all else is as the augmented views had it.
+    """A data set whose images are replaced by the stored outputs of the frozen stages; labels are those of the same view.
 
     Args:
         store: The place of the views.

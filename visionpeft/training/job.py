@@ -42,7 +42,7 @@ class Job:
     before: dict[str, float]  # metrics before training
     save_merged: Callable[[nn.Module, Mapping[str, Any], Path], Path]  # of the family
     trackers: Trackers  # where the numbers of its epochs go
-    prefix: FrozenStages | None = None  # what runs the frozen stages apart from the rest
+    frozen_stages: FrozenStages | None = None  # what runs the frozen stages apart from the rest
     store: Store | None = None  # where their outputs are kept
     stages: Mapping[str, str] = field(default_factory=dict)  # labels of the model's modules, see `stage_modules`
     origin: str = ""  # base, data and plan, for the checkpoint
@@ -50,13 +50,13 @@ class Job:
 
     def equip(self, model: nn.Module) -> None:
         """Let the model that trains (not its average, which is validated) run as the job says: apart, and leanly."""
-        if self.prefix:
-            self.prefix.install(model)
+        if self.frozen_stages:
+            self.frozen_stages.install(model)
         if self.config.lean != "off":
             lean.apply(model, self.config.lean)
 
-    def open(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
-        """Put the model in training mode for an epoch that begins after this share of the run: what opens later waits."""
+    def begin_epoch(self, model: nn.Module, progress: float, meter: measure.Meter) -> None:
+        """Set training mode and `requires_grad` for an epoch; `progress` is the share of the run that is done."""
         train_mode(model, self.plan, progress)
         if self.plan.opens:
             before = sum(p.requires_grad for p in model.parameters())
@@ -68,7 +68,7 @@ class Job:
         """Return a parameter's learning rate, relative to lr0: 1 in the head, in the body the plan's."""
         return 1.0 if inside(parameter, self.plan.heads) else self.body_lr_scale * self.plan.rate(parameter)
 
-    def kind(self, parameter: str) -> tuple[float, float]:
+    def param_group_key(self, parameter: str) -> tuple[float, float]:
         """Return what parameters of one group of an optimizer have in common: the rate, and when they begin to train, for
         fused optimizers want all of a group or none to have a state."""
         return self.rate(parameter), self.plan.opens.get(parameter, 0.0)

@@ -120,11 +120,11 @@ class Trainer:
         self.own = set_requires_grad(attach(own, job.plan), job.plan).to(accelerator.device)
         self.average = Average(self.own, hyper.ema)
         job.equip(self.own)
-        if job.prefix and job.store:
+        if job.frozen_stages and job.store:
             writer = CacheWriter(
                 images,
-                job.store.rounds,
-                job.prefix,
+                job.store.schedule,
+                job.frozen_stages,
                 lambda samples: torch.stack([image for image, _ in samples]).to(accelerator.device),
                 seed=job.config.seed,
                 batch=job.config.batch,
@@ -182,7 +182,7 @@ class Trainer:
 
     def _epoch(self, epoch: int, tell: Callable[[float], object]) -> float:
         """Train on every image once, or on the rest of an epoch that the run was stopped in; return the mean loss."""
-        self.job.open(self.own, epoch / self.job.config.epochs, self.meter)
+        self.job.begin_epoch(self.own, epoch / self.job.config.epochs, self.meter)
         if self.job.store:
             self.images.epoch = epoch  # each reads another view
         at, self.within = self.within, Within()
@@ -326,7 +326,7 @@ def _optimizer(model: Any, job: Job, hyper: Hyperparameters) -> torch.optim.Opti
     for key, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not key.endswith(".bias") and key not in spared
-            groups.setdefault((*job.kind(key), decays), []).append(parameter)
+            groups.setdefault((*job.param_group_key(key), decays), []).append(parameter)
     # timm's schedules multiply what they set by the group's lr_scale
     parts = [{"params": p, "lr_scale": rate, "weight_decay": hyper.weight_decay * d} for (rate, _, d), p in groups.items()]
     return make_optimizer(job.config.optimizer, parts, lr=job.config.lr0, momentum=hyper.momentum)

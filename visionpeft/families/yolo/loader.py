@@ -19,8 +19,8 @@ class ReplayableLoader(InfiniteDataLoader):
     """
 
     drawn = 0  # batches since the iterator started
-    replay = 0  # batches to pass over, without loading them, when the next iterator starts
-    passed = 0  # how many of them are of the next epoch, which yields None for each
+    replay = 0  # batches whose indices the next iterator draws and drops before it begins
+    passed = 0  # steps of the coming epoch that are done already; None is yielded for each
 
     def _get_iterator(self) -> Any:
         self.origin = self.generator.get_state()

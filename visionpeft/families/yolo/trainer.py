@@ -110,7 +110,7 @@ class PeftTrainerMixin:
         model = unwrap_model(model)
         set_requires_grad(model, self._plan)  # Ultralytics has just let everything train
         optimizer = super().build_optimizer(model, *args, **kwargs)  # type: ignore[misc]
-        kinds = {id(p): self.job.kind(n) for n, p in model.named_parameters() if p.requires_grad}
+        kinds = {id(p): self.job.param_group_key(n) for n, p in model.named_parameters() if p.requires_grad}
         groups = []
         for group in optimizer.param_groups:
             for kind in sorted(set(kinds.values())):
@@ -151,8 +151,8 @@ class PeftTrainerMixin:
 
         writer = CacheWriter(
             dataset := loader.dataset,
-            self.job.store.rounds,
-            self.job.prefix,
+            self.job.store.schedule,
+            self.job.frozen_stages,
             prepare,
             seed=self.job.config.seed,
             batch=loader.batch_size,
@@ -212,7 +212,7 @@ class PeftTrainerMixin:
         super()._model_train()  # type: ignore[misc]
         self._meter.close()  # of a step that ran out of memory, after which Ultralytics starts its first epoch anew
         progress = self.epoch / self.epochs  # which with time= is not the job's number, but found on the way
-        self.job.open(unwrap_model(self.model), progress, self._meter)
+        self.job.begin_epoch(unwrap_model(self.model), progress, self._meter)
         if progress < self._plan.fully_unfrozen_at:  # patience counts once all of the plan trains
             self.stopper.best_epoch = self.epoch + 1
         self._batch = 0
