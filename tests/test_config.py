@@ -13,8 +13,9 @@ import pytest
 from conftest import make_squares
 
 import visionpeft
-from visionpeft import TrainConfig
-from visionpeft.config import OPTIONS, RENAMED, types
+from visionpeft import TrainConfig, api
+from visionpeft.config import OPTIONS, RENAMED, by_new_names, types
+from visionpeft.errors import ConfigError
 from visionpeft.registry import METHODS
 
 ROOT = Path(visionpeft.__file__).parent
@@ -82,3 +83,38 @@ def test_old_options_warn(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="prefix_dtype= is now called frozen_dtype="):
         run = visionpeft.train(data, **model, freeze=2, prefix_dtype="fp32", project=tmp_path, device="cpu", workers=0)
     assert run.arguments["frozen_dtype"] == "fp32" and "prefix_dtype" not in run.arguments
+
+
+def test_an_option_by_two_names() -> None:
+    with pytest.warns(FutureWarning), pytest.raises(ConfigError, match="two names of one option; give frozen_dtype alone"):
+        visionpeft.train("data", model="m.pt", frozen_dtype="fp16", prefix_dtype="bf16")
+    with pytest.warns(FutureWarning) as warned:
+        visionpeft.forecast("timm/test_resnet", imgsz=64, batch=2, method="full", freeze=2, prefix_dtype="bf16")
+    assert [w.filename for w in warned] == [__file__]
+    with pytest.warns(FutureWarning, match="--prefix_dtype is now called"):
+        assert {**by_new_names({"prefix-dtype": "bf16"}), "frozen_dtype": "fp16"} == {"frozen_dtype": "fp16"}
+
+
+def test_options_that_a_verb_does_not_have() -> None:
+    with pytest.raises(ConfigError, match="'lr0' is no setting of train"):
+        visionpeft.plan("timm/test_resnet", model_args={"pretrained": False}, method="head", lr0=0.1)
+    with pytest.raises(ConfigError, match="memory='?0'? is not"):
+        visionpeft.suggest(0, model="timm/test_resnet")
+
+
+def test_a_budget_is_the_machines_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train(memory=)` is for the device that it will train on; `suggest` for a GPU, whether there is one or not."""
+
+    def search(config: TrainConfig, **_: object) -> None:
+        raise ConfigError(f"for {config.device}")
+
+    monkeypatch.setattr(api, "search_memory", search)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="for cpu"):
+        visionpeft.train("data", model="timm/test_resnet", memory="1GB", quiet=True)
+
+
+def test_modules_are_attributes() -> None:
+    code = "import visionpeft as v; print(v.measure.SavedBytes.__name__, v.errors.__name__, v.scenes.find)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("SavedBytes visionpeft.errors <function find")

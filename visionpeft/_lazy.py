@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -26,9 +27,9 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
             homes.update({alias.asname or alias.name: (home, alias.name) for alias in node.names})
 
     def get(name: str) -> Any:
-        if name not in homes:
+        if name not in homes and (name.startswith("_") or find_spec(f"{package}.{name}") is None):
             raise AttributeError(f"module {package} has no attribute {name}")
-        home, own = homes[name]
+        home, own = homes.get(name, (".", name))  # a module of the package is an attribute, too
         found = getattr(import_module(home, package), own) if home.strip(".") else import_module(home + own, package)
         setattr(module, name, found)
         return found

@@ -58,7 +58,10 @@ class Adapted:
         own = {}
         for name in names:
             if name not in given:
-                own[name] = value = self.delta.header["train_args"][name]
+                value = self.delta.header["train_args"][name]
+                if name == "batch" and value < 1:  # it was to be found for training
+                    value = self.family.defaults[name]
+                own[name] = value
                 if not value <= _MOST[name]:
                     raise DeltaError(
                         f"the delta says {name}={value}, and more than {_MOST[name]} is used only if you give {name}=..."

@@ -31,6 +31,7 @@ from .session import TrainSession
 from .settings import find_family, loader_arguments, resolve_path
 from .training import run_folder, stopping
 from .training import trackers as tracking
+from .training.devices import device_of
 from .training.result import Run, versions
 
 
@@ -182,7 +183,8 @@ def _within(config: TrainConfig) -> TrainConfig:
     if config.views or config.frozen_dtype:
         raise ConfigError("memory does not go with cache or frozen_dtype, which need the depth of freezing; leave one out")
     levels = None if config.lean == "auto" else config.lean
-    found = search_memory(config, freeze=config.freeze or None, lean=levels)
+    here = dataclasses.replace(config, device=device_of(config.device))  # no GPU is meant where there is none
+    found = search_memory(here, freeze=config.freeze or None, lean=levels)
     if not config.quiet:
         print(f"{found}\n")
     best = {k: v for k, v in found.best.settings.items() if k != "method" or config.method is None}

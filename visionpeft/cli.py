@@ -20,7 +20,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from . import __version__, config, presets, tables
 from .benchmark.commands import benchmark
-from .config import OPTIONS
+from .config import OPTIONS, RENAMED, by_new_names
 from .data.commands import app as data_app
 from .deprecation import Renamed, warn
 from .errors import ConfigError, Interrupted, MismatchError, VisionpeftError, printable
@@ -119,7 +119,7 @@ def train(
     preset = presets.read(config, "train") if config else {}
     quiet, json_ = quiet or bool(preset.pop("quiet", False)), json_ or bool(preset.pop("json", False))
     try:
-        run = api.train(**_read({**preset, **_given(flags), **options}), quiet=quiet or json_)
+        run = api.train(**_read({**by_new_names(preset), **_given(flags), **by_new_names(options)}), quiet=quiet or json_)
     except ConfigError as error:
         if not preset:
             raise
@@ -420,7 +420,7 @@ def _read(options: config.Options) -> dict[str, Any]:
     """Turn text into values: numbers, true and false, lists; freeze's "0,1,2" too."""
     made = {}
     for name, value in ((k.replace("-", "_"), v) for k, v in options.items()):
-        option = OPTIONS.get(config.RENAMED.get(name, name))
+        option = OPTIONS.get(RENAMED.get(name, name))
         text = option.text if option else _is_text(name)
         made[name] = value if text else _value(value)
     freeze, batch = made.get("freeze"), made.get("batch")

@@ -165,21 +165,24 @@ class TrainConfig:
     options: Options = field(default_factory=dict)  # of the method and the family; once settled, of the family
 
     @classmethod
-    def from_call(cls, given: Mapping[str, Any]) -> TrainConfig:
+    def from_call(cls, given: Mapping[str, Any], with_idle: bool = False) -> TrainConfig:
         """Return the configuration of a call.
 
         Args:
             given: The arguments by name, "options" those that have none of their own; names that are no fields are left out.
+            with_idle: Take options from among "options", too, on which memory does not depend.
 
         Raises:
-            ConfigError: A name or a path is of another type.
+            ConfigError: A name or a path is of another type, or an option is given by two names.
         """
         options = dict(given.get("options", {}))
         made = {name: given[name] for name in OPTIONS if name in given}
         for old in [name for name, new in RENAMED.items() if name in options and new in made]:
-            deprecation.warn(f"{old}=", f"{RENAMED[old]}=", 4)
-            made[RENAMED[old]] = options.pop(old)
-        for name in idle(options):
+            deprecation.warn(f"{old}=", f"{(new := RENAMED[old])}=", 5)
+            if made[new] is not None:
+                raise ConfigError(f"{old} and {new} are two names of one option; give {new} alone")
+            made[new] = options.pop(old)
+        for name in idle(options) if with_idle else ():
             made[name] = options.pop(name)
         config = cls(**made, options=options)
         config.check_names()
@@ -302,6 +305,15 @@ def types() -> dict[str, Any]:
 def idle(names: Iterable[str]) -> list[str]:
     """Return those of some names that are options on which a run's memory does not depend."""
     return [name for name in names if name in OPTIONS and not OPTIONS[name].memory]
+
+
+def by_new_names(options: Options) -> Options:
+    """Return options of a command line or a file by their names of today, with a warning for each that has another one."""
+    named = {name.replace("-", "_"): value for name, value in options.items()}
+    for old in named.keys() & RENAMED:
+        deprecation.warn(f"--{old}", f"--{RENAMED[old]}")
+        named[RENAMED[old]] = named.pop(old)
+    return named
 
 
 def check_paths(**given: Any) -> None:

@@ -111,7 +111,7 @@ def forecast(
     Raises:
         VisionpeftError: As for `train`.
     """
-    session = ForecastSession(TrainConfig.from_call(locals()), objects)
+    session = ForecastSession(TrainConfig.from_call(locals(), with_idle=True), objects)
     made = session.trace(session.plan, lean, session.config.imgsz)
     return made.at(session.config.batch)
 
@@ -154,7 +154,7 @@ def suggest(
         VisionpeftError: As for `train`.
     """
     given = {**locals(), "freeze": freeze or 0, "lean": lean or "auto"}
-    return search_memory(TrainConfig.from_call(given), objects, freeze=freeze, lean=lean)
+    return search_memory(TrainConfig.from_call(given, with_idle=True), objects, freeze=freeze, lean=lean)
 
 
 def fit(*args: Any, **kwargs: Any) -> Fit:
@@ -173,7 +173,7 @@ def search_memory(
         freeze: The only depth to look at; None: several.
         lean: The only level to look at; None: all.
     """
-    amount = forecasting.parse_memory(config.memory or "")
+    amount = forecasting.parse_memory(config.memory)
     session = ForecastSession(config, objects)
     fields = config.options.keys() - session.config.options.keys()  # of a method
     return search.search(

@@ -513,3 +513,11 @@ def test_frozen_stages_run_outside_of_mixins_that_record() -> None:
     assert class_swap.mixins(type(module)) == (FrozenStagesMixin, WrappedForward, lean.LeanForward)
     assert "__call__" in vars(PrecomputedOutput)
     assert prefixes.DTYPES.keys() == {"bf16", "fp16", "fp32"}
+
+
+def test_views_of_earlier_versions_are_found(squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of their file is a hash of what they are; how a schedule is called in it must not change."""
+    seen: list[Any] = []
+    monkeypatch.setattr("visionpeft.families.frozen_stages.key", lambda **facts: seen.append(facts["rounds"]) or "name")
+    train_resnet(squares, tmp_path / "runs", cache=2)
+    assert seen == ["Rounds(first=2, last=0, closing=0, share=1.0)"]

@@ -16,6 +16,7 @@ import timm
 import torch
 from conftest import ctrl_c, learned_the_same, make_squares
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import group_parameters
 
@@ -28,7 +29,7 @@ from visionpeft.core.method import make_method
 from visionpeft.core.plan import make_plan
 from visionpeft.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
 from visionpeft.families.timm.family import Timm
-from visionpeft.families.timm.loading import _unwrapped, open_merged
+from visionpeft.families.timm.loading import KEY, _unwrapped, open_merged
 from visionpeft.families.timm.trainer import Average, Images, Trainer
 from visionpeft.registry import METHODS
 
@@ -568,3 +569,26 @@ def test_images_of_any_mode(mode: str, tmp_path: Path) -> None:
 def test_train_json_is_plain(lora: visionpeft.Run) -> None:
     said = json.loads((lora.folder / "train.json").read_text())
     assert said["imgsz"] == 32 and said["model_args"]["checkpoint_path"].endswith(".safetensors")
+
+
+def test_a_merged_file_of_a_newer_version_is_opened(tmp_path: Path) -> None:
+    family = Timm()
+    base = family.load("timm/test_resnet", pretrained=False)
+    names = {str(i): name for i, name in base.names.items()}
+    header = {"base": {"model": base.source, "model_args": {}}, "names": names, "input": {**base.facts, "imgsz": 32}}
+    file = family.save_merged(copy.deepcopy(base.model), header, tmp_path / "merged.safetensors")
+    with safe_open(file, "pt") as opened:
+        facts = json.loads(opened.metadata()[KEY])
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    save_file(tensors, file, {KEY: json.dumps({**facts, "later": 1})})
+    again = family.open_merged(file)
+    assert all(torch.equal(value, base.state[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("batch", [0, -1, 0.5, "abc"])
+def test_a_batch_of_no_images_is_refused(batch: object, tmp_path: Path) -> None:
+    family = Timm()
+    base = family.load("timm/test_resnet", pretrained=False)
+    data = family.read_data(str(make_squares(tmp_path)), base)
+    with pytest.raises(ConfigError, match="it must be a whole number of at least 1"):
+        family.evaluate(base.model, data, imgsz=32, batch=batch)

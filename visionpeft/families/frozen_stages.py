@@ -62,7 +62,7 @@ def prepare_frozen_stages(
         images=content(data.train),
         input=base.facts,  # the mean and so on that images are prepared with
         augmentation=able.augmentation_settings(config.options),
-        rounds=rounds,
+        rounds=repr(rounds).replace("ViewSchedule", "Rounds"),  # its old name: views of earlier runs are found again
         seed=config.seed,
     )
     store = Store(cache_folder() / "views" / f"{name}.views", rounds, limit)

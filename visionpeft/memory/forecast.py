@@ -302,7 +302,7 @@ def _from_vectors(dry_run: DryRun, vectors: Tensor) -> DryRun:
 
 
 # ----------------------------------------------------------------------------------------------------------------- budgets
-def parse_memory(text: str | int | float) -> int:
+def parse_memory(text: str | float | None) -> int:
     """Return bytes: "6GB" (10⁹), "6GiB" (2³⁰), "8000MB", or a number of GB.
 
     Raises:

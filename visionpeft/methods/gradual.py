@@ -14,9 +14,7 @@ from ..registry import METHODS
 @METHODS.register("gradual")
 @dataclass(frozen=True)
 class GradualConfig(Method):
-    groups: int = (
-        3  # equal groups of stages, at least 1, that begin to train one after the other, the one nearest the head first
-    )
+    groups: int = 3  # equal groups of stages (at least 1) that begin to train in turn, the one nearest the head first
     unfrozen: float = 0.5  # the share of the epochs after which all of them train
     decay: float = 2.6  # a group learns this many times more slowly than the one behind it
 

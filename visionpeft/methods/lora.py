@@ -28,9 +28,7 @@ class LoraConfig(UpdateConfig):
     lora_dropout: float = 0.0  # probability with which the update's input is dropped while training
     qkv: str = "qkv"  # which of q, k and v of a fused projection
     lora_fa: bool = False  # only B trains, A stays as it was drawn: with lean, a layer keeps r channels instead of its input
-    budget: str | float = (
-        ""  # "2%" of the unfrozen body may train: gradients of some training images share it out as ranks, in place of r
-    )
+    budget: str | float = ""  # "2%" of the unfrozen body trains: gradients of some images share it out, in place of r
     init_lora_weights: str = "kaiming"  # or "pissa": the weight's largest singular vectors, "olora": its QR decomposition
 
     expected_gain: ClassVar[float | None] = 0.93

@@ -280,14 +280,19 @@ class MLflow(_Remote):
 
     def _begin(self, run: Trackers, known: str | None) -> str:
         import mlflow
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
         self._mlflow = mlflow
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "visionpeft")
         found = mlflow.get_experiment_by_name(name)
         experiment = found.experiment_id if found else mlflow.create_experiment(name)
-        begun = mlflow.start_run(known, experiment, run_name=run.folder.name)
+        nested = os.environ.get("MLFLOW_NESTED_RUN", "").lower() in ("1", "true", "t", "yes", "y", "on")
+        tags = json.loads(os.environ.get("MLFLOW_TAGS", "null"))
+        begun = mlflow.start_run(known, experiment, run_name=run.folder.name, nested=nested, tags=tags)
         if not known:
-            mlflow.log_params(run.config)
+            fits = [(k, v) for k, v in run.config.items() if len(str(v)) <= MAX_PARAM_VAL_LENGTH]
+            for start in range(0, len(fits), MAX_PARAMS_TAGS_PER_BATCH):
+                mlflow.log_params(dict(fits[start : start + MAX_PARAMS_TAGS_PER_BATCH]))
         return begun.info.run_id
 
     def _log(self, row: Row, epoch: int | None) -> None:

@@ -137,6 +137,10 @@ class EvalOptions(PredictOptions):
 
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch, int) or self.batch < 1:
+            raise ConfigError(f"batch={self.batch!r} is not usable; it must be a whole number of at least 1")
+
 
 @dataclass(frozen=True)
 class ExportOptions:

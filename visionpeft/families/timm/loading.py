@@ -179,9 +179,7 @@ def _read_facts(path: Path) -> Merged | None:
     try:
         if not (text := read_metadata(path).get(KEY)):
             return None
-        facts: dict[str, Any] = schema.parse(text)
-        schema.check(Merged, facts, newer=False)
-        return Merged(**facts)
+        return schema.check(Merged, schema.parse(text), newer=False)
     except (SafetensorError, Malformed) as error:
         raise ModelError(f"what visionpeft wrote into {path} cannot be used ({error}); get the file again") from error
 

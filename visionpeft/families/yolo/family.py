@@ -164,7 +164,7 @@ class Yolo(FrozenStages, DryRuns, Export, SupportsGradients, SupportsHoldout, Fa
         if shapes[0] != shapes[1]:
             raise DataError(f"{data.source} has keypoints of kpt_shape={shapes[0]}, but the model's are {shapes[1]}")
         check_download(data.source, options.get("split", "val"))
-        if options.get("batch", 1) < 1:  # for training, Ultralytics finds one
+        if isinstance(batch := options.get("batch"), int | float) and batch < 1:  # for training, Ultralytics finds one
             options["batch"] = self.defaults["batch"]
         args: dict[str, Any] = {"data": data.source, "mode": "val", "task": task.name, "plots": False, "verbose": False}
         args = {**args, "rect": True, **options}  # as `YOLO.val` does: padded less than a square, and scored otherwise
