@@ -221,7 +221,7 @@ def test_seconds_by_part(clock) -> None:
             clock(optimizer)
         meter.start("data")
 
-    with pytest.warns(DeprecationWarning, match="Meter.begin is now called start"):
+    with pytest.warns(FutureWarning, match="Meter.begin is now called start"):
         meter.begin("data")
     step(100, 10, 20, 30)
     assert meter.report()["first_step_seconds"] == 60 and meter.report()["step_seconds"] is None

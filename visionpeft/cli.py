@@ -364,6 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
         handler.setFormatter(_Printable("visionpeft: %(message)s"))
     with warnings.catch_warnings():
         warnings.showwarning = _shown(warnings.showwarning)
+        warnings.simplefilter("always", Renamed)
         words = _renamed(sys.argv[1:] if arguments is None else arguments)
         code = _guarded(lambda: app(words, exit_on_error=False, print_error=False))
     sys.exit(code)
