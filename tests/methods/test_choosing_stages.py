@@ -289,7 +289,7 @@ def test_gradual_is_done_in_its_epochs(loops, tmp_path: Path) -> None:
 def test_what_waits_does_not_move(family: str, loops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, arguments, owner, epoch = loops[family]
     states: list[dict] = []
-    real = Job.open
+    real = Job.begin_epoch
 
     def spy(job: Job, model: nn.Module, number: int, meter: Any) -> None:
         real(job, model, number, meter)
@@ -297,7 +297,7 @@ def test_what_waits_does_not_move(family: str, loops, tmp_path: Path, monkeypatc
         wanted = {n for n, p in model.named_parameters() if p.requires_grad}
         states.append({"values": copy.deepcopy(model.state_dict()), "still": still, "wanted": wanted, "plan": job.plan})
 
-    monkeypatch.setattr(Job, "open", spy)
+    monkeypatch.setattr(Job, "begin_epoch", spy)
     settings = {**arguments, "epochs": 4, "method": "gradual", "groups": 2, "unfrozen": 0.5, "warmup_epochs": 0.0}
     settings |= {"optimizer": "SGD", "lr0": 0.02}  # whose every step moves what has a gradient
     run = visionpeft.train(data, project=tmp_path, name="gradual", **settings)
@@ -318,7 +318,7 @@ def test_what_waits_does_not_move(family: str, loops, tmp_path: Path, monkeypatc
     full = visionpeft.train(data, project=tmp_path, name="full", **{**arguments, "epochs": 1, "method": "full"})
     assert run.measured["saved_bytes"] == pytest.approx(full.measured["saved_bytes"], rel=0.02)  # of its last phase
 
-    monkeypatch.setattr(Job, "open", real)
+    monkeypatch.setattr(Job, "begin_epoch", real)
     with ctrl_c(owner, epoch, after=2), pytest.raises(Interrupted):
         visionpeft.train(data, project=tmp_path, name="parts", **settings)
     rest = visionpeft.train(resume=tmp_path / "parts")

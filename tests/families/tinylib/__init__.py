@@ -125,7 +125,7 @@ class Tiny(Family):
         job.trackers.open(0)
         history: list[dict[str, float]] = []
         for epoch in range(job.config.epochs):
-            job.open(model, epoch / job.config.epochs, meter)
+            job.begin_epoch(model, epoch / job.config.epochs, meter)
             for chunk in (job.data.train[i :: len(job.data.train) // job.config.batch] for i in range(job.config.batch)):
                 files, labels = zip(*chunk, strict=True)
                 loss = nn.functional.cross_entropy(model(images(files)), torch.tensor(labels))
