@@ -159,7 +159,8 @@ def _resume(config: TrainConfig) -> Run:
     """Go on with a run: as it was begun, but for what may be given again."""
     with stopping.stop_on_signals() as stop, ExitStack() as resources:
         run = resources.enter_context(run_folder.resumed(config.resume, Path(config.project), config.name))
-        if changed := [name for name in config.changed() if name not in OPTIONS or not OPTIONS[name].resumable]:
+        free = {name for name, option in OPTIONS.items() if option.placement or option.resumable}
+        if changed := [name for name in config.changed() if name not in free]:
             raise ConfigError(f"a resumed run keeps its own arguments, but {', '.join(changed)} was given; leave it out")
         own, begun = loader_arguments(config.model_args), run.config
         try:

@@ -56,10 +56,6 @@ class Option:
     placement: bool = False
     resumable: bool = False
 
-    def __post_init__(self) -> None:
-        if self.placement:
-            object.__setattr__(self, "resumable", True)
-
 
 def _option(default: Any, *args: Any, **kwargs: Any) -> Any:
     return field(default=default, metadata={"option": Option(*args, **kwargs)})
@@ -177,8 +173,10 @@ class TrainConfig:
         """
         options = dict(given.get("options", {}))
         made = {name: given[name] for name in OPTIONS if name in given}
-        for old in [name for name, new in RENAMED.items() if name in options and new in made]:
-            deprecation.warn(f"{old}=", f"{(new := RENAMED[old])}=", 5)
+        for old, new in RENAMED.items():
+            if old not in options or new not in made:
+                continue
+            deprecation.warn(f"{old}=", f"{new}=", 5)
             if made[new] is not None:
                 raise ConfigError(f"{old} and {new} are two names of one option; give {new} alone")
             made[new] = options.pop(old)
