@@ -15,9 +15,10 @@ from torch import nn
 
 from . import hfpeft, scenes, sources
 from .adapted import Adapted, head_of, load_named, opened, read_on_base, trusted
-from .config import OPTIONS, Freeze, ModelArgs, TrainConfig, check_paths
+from .config import OPTIONS, Freeze, ModelArgs, Options, TrainConfig, check_paths
 from .core import attach as attaching
 from .core import delta as deltas
+from .core.base_model import Data
 from .core.method import Method
 from .errors import ConfigError, ModelError, TrainingError, nearest, need
 from .families.capabilities import SupportsExport
@@ -247,9 +248,14 @@ def val(
     """Measure an adapted model on the validation part of `data`; `options` are the family's (imgsz, batch, device)."""
     check_paths(data=data)
     adapted = opened(delta, model, model_args)
-    place, split = sources.find(data), options.get("split", "val")
-    checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
+    checked = _read_to_measure(adapted, data, options, allow_download)
     return adapted.family.evaluate(adapted.model, checked, **adapted.as_trained(options, "imgsz", "batch")).metrics
+
+
+def _read_to_measure(adapted: Adapted, data: str | Path, options: Options, allow_download: bool) -> Data:
+    """Look up the part of a data set to measure a model on."""
+    split = options.get("split", "val")
+    return adapted.family.read_data(sources.find(data), adapted.base, split, train=False, allow_download=allow_download)
 
 
 @untouched()
@@ -280,8 +286,7 @@ def forgetting(
     """
     check_paths(data=data)
     adapted = opened(delta, model, model_args)
-    place, split = sources.find(data), options.get("split", "val")
-    checked = adapted.family.read_data(place, adapted.base, split, train=False, allow_download=allow_download)
+    checked = _read_to_measure(adapted, data, options, allow_download)
     return measure_forgetting(adapted, checked, str(data), adapted.as_trained(options, "imgsz", "batch"))
 
 

@@ -62,7 +62,6 @@ def _libraries_apart() -> Iterator[None]:
 class TrainSession:
     """One run, from its configuration to its result."""
 
-    @_libraries_apart()
     def __init__(
         self, config: TrainConfig, stop: Stop, resources: ExitStack, resumed: Resumed | None = None, **settled: Any
     ):
@@ -76,6 +75,7 @@ class TrainSession:
             **settled: Arguments of the family's loader that fetch nothing.
         """
         self.began = time.perf_counter()
+        resources.enter_context(_libraries_apart())
         self.stop, self.resources, self.resumed = stop, resources, resumed
         source, arguments = resolve_path(config.model or ""), loader_arguments(config.model_args)
         config = replace(config, model=source, model_args=arguments, device=device_of(config.device))
@@ -96,7 +96,6 @@ class TrainSession:
         self.config = replace(settled_config, data=str(config.data), model_args={**arguments, **more})
         resources.enter_context(still_readable(self.data))
 
-    @_libraries_apart()
     def run(self) -> Run:
         """Train, and return the result."""
         self._plan()
